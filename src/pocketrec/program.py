@@ -1,0 +1,129 @@
+"""Heads as data: a closed list of ops, each with a numpy reference of a few lines.
+
+A backbone *lowers* its head to a :class:`Program`; the artifact stores it in its header, the runtime executes it with
+numpy, and the attribution engine differentiates it. Adding an op is a visible, reviewed event; nothing else knows
+backbones by name. Torch-free.
+
+An op reads named values and writes one named value. The value ``"vectors"`` is the look-up's result, shape
+``(B, F, D)``; the program's last op writes the logit or score, shape ``(B,)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec.errors import UnsupportedOp
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One step: ``output = kind(inputs; tensors, attributes)``."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    output: str
+    attributes: Mapping[str, int | float] = field(default_factory=dict)
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+
+
+def _columns(op: Op, vectors: Array) -> Array:
+    """``(B, F, D) -> (B, F, stop - start)``: a block's columns."""
+    return vectors[..., int(op.attributes["start"]) : int(op.attributes["stop"])]
+
+
+def _flatten(op: Op, x: Array) -> Array:
+    """``(B, F, d) -> (B, F * d)``."""
+    return x.reshape(len(x), -1)
+
+
+def _linear(op: Op, x: Array) -> Array:
+    """``(B, i) -> (B, o)``: ``x W^T + b`` with ``weight (o, i)``, ``bias (o,)``."""
+    return x @ op.tensors["weight"].T + op.tensors["bias"]
+
+
+def _relu(op: Op, x: Array) -> Array:
+    """``max(x, 0)``."""
+    return np.maximum(x, 0)
+
+
+def _fm(op: Op, x: Array) -> Array:
+    """``(B, F, d) -> (B,)``: pairwise products ``0.5 * sum_j [(sum_f x_fj)^2 - sum_f x_fj^2]``."""
+    return 0.5 * (x.sum(axis=1) ** 2 - (x**2).sum(axis=1)).sum(axis=-1)
+
+
+def _sum(op: Op, x: Array) -> Array:
+    """``(B, ...) -> (B,)``: sum over all other axes, plus the attribute ``bias``."""
+    return x.reshape(len(x), -1).sum(axis=1) + np.float32(op.attributes.get("bias", 0.0))
+
+
+def _add(op: Op, *xs: Array) -> Array:
+    """Sum of its inputs, all ``(B,)``."""
+    return np.sum(xs, axis=0, dtype=np.float32)
+
+
+def _dot(op: Op, x: Array) -> Array:
+    """``(B, 2, d) -> (B,)``: inner product of the two fields' vectors."""
+    return (x[:, 0] * x[:, 1]).sum(axis=-1)
+
+
+OPS: Mapping[str, Callable[..., Array]] = {
+    "columns": _columns,
+    "flatten": _flatten,
+    "linear": _linear,
+    "relu": _relu,
+    "fm": _fm,
+    "sum": _sum,
+    "add": _add,
+    "dot": _dot,
+}
+"""The closed list. ``sigmoid`` is not an op: programs end in logits, and the caller chooses the link."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """An ordered tuple of ops; calling it on ``vectors (B, F, D)`` gives logits or scores ``(B,)``."""
+
+    ops: tuple[Op, ...]
+
+    def __call__(self, vectors: Array) -> Array:
+        """Run with numpy."""
+        values: dict[str, Array] = {"vectors": vectors}
+        for op in self.ops:
+            values[op.output] = kernel(op.kind)(op, *(values[name] for name in op.inputs))
+        return values[self.ops[-1].output]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Ops without their tensors; tensor ``t`` of op ``i`` is named ``head.<i>.<t>`` in a file."""
+        return [
+            {"kind": o.kind, "inputs": list(o.inputs), "output": o.output, "attributes": dict(o.attributes),
+             "tensors": sorted(o.tensors)}
+            for o in self.ops
+        ]  # fmt: skip
+
+    def tensors(self) -> dict[str, Array]:
+        """All tensors by their file name."""
+        return {f"head.{i}.{name}": t for i, op in enumerate(self.ops) for name, t in sorted(op.tensors.items())}
+
+    @classmethod
+    def from_json(cls, document: list[dict[str, Any]], tensors: Mapping[str, Array]) -> Program:
+        """Read what ``to_json`` and ``tensors`` wrote; an unknown op raises :class:`UnsupportedOp`."""
+        ops: list[Op] = []
+        for i, o in enumerate(document):
+            kernel(o["kind"])
+            named = {name: tensors[f"head.{i}.{name}"] for name in o["tensors"]}
+            ops.append(Op(o["kind"], tuple(o["inputs"]), o["output"], dict(o["attributes"]), named))
+        return cls(tuple(ops))
+
+
+def kernel(kind: str) -> Callable[..., Array]:
+    """The numpy reference of an op, or :class:`UnsupportedOp` with the list of those that exist."""
+    if kind not in OPS:
+        raise UnsupportedOp(f"Head op must be one of {', '.join(OPS)}, but got {kind!r}; update PocketRec.")
+    return OPS[kind]
