@@ -1,0 +1,39 @@
+# `make demo` shows the whole path; `make test` proves it. Both make their own virtual environment.
+# TORCH_ARGS chooses another wheel index, e.g. TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu".
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint nightly bench clean
+
+demo: $(STAMP)
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/pocketrec demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+nightly: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "nightly or not nightly" --timeout 3600
+
+bench: $(STAMP)
+	@echo "Every benchmark is one command; results go to bench/results/."
+	@for file in bench/*.py; do echo "  $(BIN)/python $$file --help"; done
+
+$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py src/pocketrec/*.cpp)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --constraint constraints.txt $(TORCH_ARGS) torch==2.13.0
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build demo
