@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pocketrec.program import Program
+from pocketrec.randomness import derive, generator
 from pocketrec.schema import Schema, Task
 from pocketrec.table import Block, Table
 
 if TYPE_CHECKING:
     from pocketrec.dataset import Dataset
+
+
+def noise(seed: int, purpose: str, *index: int) -> torch.Generator:
+    """A torch generator of the stream ``(seed, purpose, *index)``; see :mod:`pocketrec.randomness`."""
+    return torch.Generator().manual_seed(derive(seed, purpose, *index))
 
 
 class Model(nn.Module, ABC):
@@ -30,12 +37,10 @@ class Model(nn.Module, ABC):
     table: Table
 
     @abstractmethod
-    def batches(self, data: Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """Training batches of one epoch: a pure function of ``(data, batch_size, seed, epoch)``; may be skipped into."""
-
-    @abstractmethod
-    def rows(self, batch: tuple[Tensor, ...]) -> Tensor | None:
-        """Table rows that the loss of this batch reads (for sparse optimisers), or ``None`` for all of them."""
+    def batches(
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Training batches of one epoch: a pure function of the arguments; resuming skips the first ones."""
 
     @abstractmethod
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
@@ -59,11 +64,32 @@ class ClickModel(Model):
 
     @abstractmethod
     def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
-        """``(B, F, D) -> (B,)`` logits."""
+        """``(B, F, D) -> (B,)`` logits; with ``noise`` in training mode (batch statistics, dropout)."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``(B, F) -> (B,)`` logits."""
+        """``(B, F) -> (B,)`` logits, in evaluation mode."""
         return self.head(self.table(ids))
+
+    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+        """Mean binary cross-entropy in nats of ``batch = (ids (B, F), labels (B,))``."""
+        ids, labels = batch
+        return F.binary_cross_entropy_with_logits(self.head(self.table(ids), noise), labels)
+
+    def batches(
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """``(ids (B, F) int32, labels (B,) float32)`` in an order drawn from ``(seed, epoch)``, or in file order.
+
+        A last batch of a single row, which has no variance to normalise by, joins the one before.
+        """
+        rows = len(data.train)
+        order = generator(seed, "order", epoch).permutation(rows) if shuffle else None
+        last = max(0, (rows - 2) // batch_size)
+        for step in range(last + 1):
+            span = slice(step * batch_size, rows if step == last else (step + 1) * batch_size)
+            picked = span if order is None else order[span]
+            labels = data.train.labels[picked]
+            yield torch.from_numpy(data.train.ids[picked].copy()), torch.from_numpy(labels.copy())
 
 
 class RankingModel(Model):
