@@ -1,0 +1,189 @@
+"""AUC against table bytes: one picture as PNG, and one self-contained page that reads well on a phone.
+
+Both are pure functions of a :class:`Chart`: same chart, same bytes. Nothing is fetched when the page is opened.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+_COLORS = ("#1f4e9c", "#d9730d", "#2a8c6a", "#8a3ffc", "#b3261e")
+_MARKS = ("o", "s", "^", "D", "v")
+_INK, _FAINT, _GRID = "#1c2430", "#6b7684", "#e3e7ec"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One artifact, measured from its file; ``auc`` is ``None`` where the budget is out of the method's reach."""
+
+    budget: str
+    table_bytes: int
+    file_bytes: int
+    values: int
+    auc: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is drawn: one curve per method, the dense model, and the ceiling that no model can pass."""
+
+    title: str
+    subtitle: str
+    curves: dict[str, tuple[Point, ...]]
+    dense: Point
+    ceiling: float
+    command: str
+
+
+def png(chart: Chart) -> bytes:
+    """The picture, 1,680 x 1,050 pixels."""
+    return _rendered(chart, "png")
+
+
+def page(chart: Chart) -> str:
+    """The page: headline, picture, table, and the command that made them."""
+    svg = re.sub(r"^.*?(?=<svg)", "", _rendered(chart, "svg").decode(), flags=re.S)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img" aria-label="AUC against table bytes"', svg, count=1)
+    rows = [_row("dense", chart.dense, chart.dense)]
+    for name, points in chart.curves.items():
+        rows += [_row(name, point, chart.dense) for point in points]
+    return _PAGE.format(
+        title=escape(chart.title),
+        subtitle=escape(chart.subtitle),
+        figure=svg,
+        rows="\n".join(rows),
+        ceiling=f"{chart.ceiling:.4f}",
+        command=escape(chart.command),
+    )
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them: ``1.2 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def _row(name: str, point: Point, dense: Point) -> str:
+    if point.auc is None:
+        cells = [name, point.budget, "", "", "", point.note or "out of reach"]
+    else:
+        lost = "" if point is dense else f"{point.auc - dense.auc:+.4f}" if dense.auc is not None else ""
+        cells = [name, point.budget, size(point.table_bytes), size(point.file_bytes), f"{point.auc:.4f}", lost]
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _rendered(chart: Chart, kind: str) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"font.family": "DejaVu Sans", "font.size": 12, "svg.hashsalt": "pocketrec", "svg.fonttype": "path"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8, 5), dpi=210, layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        _draw(axes, chart)
+        if kind == "png":
+            figure.suptitle(chart.title, x=0.016, y=0.97, ha="left", fontsize=15, fontweight="bold", color=_INK)
+            axes.set_title(chart.subtitle, loc="left", fontsize=10.5, color=_FAINT, pad=12)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes: Any, chart: Chart) -> None:
+    """Curves with their names at the left end; dense and ceiling as level lines."""
+    axes.axhline(chart.ceiling, color=_FAINT, lw=1.2, ls=(0, (2, 3)))
+    axes.axhline(chart.dense.auc, color=_INK, lw=1.0, alpha=0.55)
+    axes.plot([chart.dense.table_bytes], [chart.dense.auc], marker="*", ms=14, color=_INK, ls="", zorder=5)
+    for (name, points), color, mark in zip(chart.curves.items(), _COLORS, _MARKS, strict=False):
+        reached = sorted((p for p in points if p.auc is not None), key=lambda p: p.table_bytes)
+        xs, ys = [p.table_bytes for p in reached], [p.auc for p in reached]
+        axes.plot(xs, ys, color=color, marker=mark, ms=7, lw=2.2, label=name, mec="white", mew=1.0)
+    _scale(axes, chart)
+    _text(axes, chart)
+
+
+def _scale(axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    budgets = [p for points in chart.curves.values() for p in points if p.auc is not None]
+    axes.set_xscale("log")
+    axes.set_xlim(0.8 * min(p.table_bytes for p in budgets), 1.35 * chart.dense.table_bytes)
+    low = min(p.auc for p in budgets if p.auc is not None)
+    axes.set_ylim(low - 0.06 * (chart.ceiling - low), chart.ceiling + 0.10 * (chart.ceiling - low))
+    axes.set_xticks([share * chart.dense.table_bytes for share in (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x / chart.dense.table_bytes:.3g} %\n{size(x)}"))
+    axes.grid(color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_FAINT, length=0, labelsize=10.5)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def _text(axes: Any, chart: Chart) -> None:
+    axes.set_xlabel("table bytes in the file (log scale), as a share of the dense table", color=_FAINT, fontsize=11)
+    axes.set_ylabel("AUC on the test split", color=_FAINT, fontsize=11)
+    left = axes.get_xlim()[0] * 1.02
+    axes.annotate("teacher: no model can do better", (left, chart.ceiling), xytext=(2, 4), textcoords="offset points",
+                  fontsize=10.5, color=_FAINT)  # fmt: skip
+    axes.annotate(f"dense, {size(chart.dense.table_bytes)}", (left, chart.dense.auc), xytext=(2, 4),
+                  textcoords="offset points", fontsize=10.5, color=_INK)  # fmt: skip
+    axes.legend(loc="lower right", frameon=False, fontsize=11.5, labelcolor="linecolor", handlelength=1.6)
+
+
+def summary(curves: Sequence[Point], dense: Point) -> str:
+    """The smallest artifact that loses less than .002 AUC, in one line."""
+    good = [p for p in curves if p.auc is not None and dense.auc is not None and p.auc > dense.auc - 0.002]
+    if not good:
+        return "no budget stays within .002 AUC of the dense model"
+    best = min(good, key=lambda p: p.table_bytes)
+    return f"{dense.table_bytes / best.table_bytes:.0f}x smaller table within .002 AUC of the dense model"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  :root {{ color-scheme: light; }}
+  body {{ margin: 0 auto; padding: 1.2rem; max-width: 56rem; background: #fff; color: #1c2430;
+         font: 1rem/1.5 system-ui, sans-serif; }}
+  h1 {{ font-size: 1.5rem; line-height: 1.2; margin: 0 0 .3rem; }}
+  p {{ color: #4a5563; margin: .3rem 0 1rem; }}
+  svg {{ width: 100%; height: auto; }}
+  .scroll {{ overflow-x: auto; }}
+  table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }}
+  th, td {{ padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e3e7ec; white-space: nowrap; }}
+  th {{ color: #6b7684; font-weight: 600; }}
+  th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
+  code {{ background: #f3f5f7; padding: .1rem .35rem; border-radius: .25rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{subtitle}</p>
+{figure}
+<div class="scroll">
+<table>
+<thead><tr><th>method</th><th>budget</th><th>table</th><th>file</th><th>AUC</th><th>against dense</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</div>
+<p>The teacher that drew the clicks reaches AUC {ceiling}. Every AUC was measured from the artifact's file, not from the
+training objects. Made by <code>{command}</code>.</p>
+</body>
+</html>
+"""
