@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.errors import UnsupportedOp
+from pocketrec.errors import ConfigError
 from pocketrec.packed import Packed, Storage
 from pocketrec.schema import Schema
 
@@ -71,11 +71,23 @@ class Table(nn.Module, ABC):
 
     @abstractmethod
     def stored(self) -> Tensor:
-        """Rows of which at least one scalar is stored: bool ``(n,)``."""
+        """Rows that a file must be able to find: bool ``(n,)``, never the out-of-vocabulary row."""
 
     @abstractmethod
     def pack(self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None) -> Packed:
         """The stored form, file row ``i`` holding table row ``rows[i]`` (default: every row, in order)."""
+
+
+def oov_rows(schema: Schema) -> Tensor:
+    """Rows that stand for values without an id of their own: bool ``(n,)``."""
+    rows = torch.zeros(schema.rows, dtype=torch.bool)
+    rows[[f.oov_row for f in schema.fields if f.oov_row is not None]] = True
+    return rows
+
+
+def _check_matrix(name: str, matrix: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if matrix.shape != shape or matrix.dtype != dtype:
+        raise ConfigError(f"`{name}` must be {dtype} {shape}, but got {matrix.dtype} {tuple(matrix.shape)}.")
 
 
 class DenseTable(Table):
@@ -85,30 +97,142 @@ class DenseTable(Table):
         super().__init__()
         self.schema = schema
         self.blocks = blocks
+        _check_matrix("weight", weight, (schema.rows, self.width), torch.float32)
         self.matrix = nn.Parameter(weight)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Look up: ``(...) -> (..., D)``."""
         return self.matrix[ids]
 
     def weight(self) -> Tensor:
+        """The whole matrix ``(n, D)``."""
         return self.matrix
 
     def values(self) -> int:
+        """Scalars of the counted blocks."""
         return sum(b.values for b in self.blocks if b.counted)
 
     def stored(self) -> Tensor:
-        return torch.ones(len(self.matrix), dtype=torch.bool)
+        """Every row but the out-of-vocabulary rows."""
+        return ~oov_rows(self.schema)
 
     def pack(self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None) -> Packed:
-        raise UnsupportedOp("TODO")  # the files helper writes this
+        """Layout ``dense``; a field without an out-of-vocabulary row has zeros for absent ids."""
+        weight = self.matrix.detach().numpy()
+        fill = np.zeros((self.schema.width, self.width), np.float32)
+        absent = fill.copy()
+        for i, field in enumerate(self.schema.fields):
+            if field.oov_row is not None:
+                absent[i] = weight[field.oov_row]
+        return Packed.encode(weight, None, fill, absent, self.blocks, self.schema.field_of_row, rows, storage)
 
 
 class PrunedTable(Table):
     """A table of which only the entries in ``keep`` survive.
 
     ``forward(i) = absent[f(i)]`` if row ``i`` is the out-of-vocabulary row or keeps nothing in any block, else
-    ``where(keep[i], base[i], fill[f(i)])``. ``base (n, D)`` is shared with the dense table, never copied.
+    ``where(keep[i], base[i], fill[f(i)])``. ``base (n, D)`` is shared with the dense table, never copied; a
+    ``Parameter`` stays one, so gradients reach ``base`` and ``fill``.
+
+    Args:
+        schema: Fields and their rows.
+        blocks: How the matrix is tiled.
+        base: Float32 ``(n, D)``.
+        keep: Bool ``(n, D)``.
+        fill: Float32 ``(F, D)``: zeros, or the codebook.
+        absent: Float32 ``(F, D)``; see ``from_counts``.
     """
 
-    def __init__(self, schema: Schema, blocks: tuple[Block, ...], base: Tensor, keep: Tensor, fill: Tensor, absent: Tensor) -> None:
-        ...
+    base: Tensor
+    keep: Tensor
+    fill: Tensor
+    absent: Tensor
+    present: Tensor
+    stops: Tensor
+
+    def __init__(
+        self, schema: Schema, blocks: tuple[Block, ...], base: Tensor, keep: Tensor, fill: Tensor, absent: Tensor
+    ) -> None:
+        super().__init__()
+        self.schema = schema
+        self.blocks = blocks
+        _check_matrix("base", base, (schema.rows, self.width), torch.float32)
+        _check_matrix("keep", keep, (schema.rows, self.width), torch.bool)
+        _check_matrix("fill", fill, (schema.width, self.width), torch.float32)
+        _check_matrix("absent", absent, (schema.width, self.width), torch.float32)
+        for name, tensor in (("base", base), ("fill", fill), ("absent", absent)):
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        self.register_buffer("keep", keep)
+        self.register_buffer("present", keep.any(dim=1) & ~oov_rows(schema))
+        self.register_buffer("stops", torch.from_numpy(schema.offsets[1:].copy()))
+
+    @classmethod
+    def from_counts(
+        cls,
+        schema: Schema,
+        blocks: tuple[Block, ...],
+        base: Tensor,
+        keep: Tensor,
+        fill: Tensor,
+        counts: NDArray[np.int64],
+    ) -> PrunedTable:
+        """Choose each field's absent row by how often it will be read.
+
+        The absent row is the out-of-vocabulary row's own kept vector if that row keeps something and its training
+        count exceeds the total training count of the field's other removed rows; else it is the fill row.
+
+        Args:
+            schema: Fields and their rows.
+            blocks: How the matrix is tiled.
+            base: Float32 ``(n, D)``.
+            keep: Bool ``(n, D)``.
+            fill: Float32 ``(F, D)``.
+            counts: Training occurrences of each row, ``(n,)``.
+        """
+        absent = fill.detach().clone()
+        removed = np.where(keep.any(dim=1).numpy(), 0, counts)
+        for i, field in enumerate(schema.fields):
+            row = field.oov_row
+            if row is None or not keep[row].any():
+                continue
+            if counts[row] > removed[field.offset : row].sum():
+                absent[i] = torch.where(keep[row], base.detach()[row], absent[i])
+        return cls(schema, blocks, base, keep, fill, absent)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up: ``(...) -> (..., D)``."""
+        fields = torch.bucketize(ids, self.stops, right=True)
+        vectors = torch.where(self.keep[ids], self.base[ids], self.fill[fields])
+        return torch.where(self.present[ids].unsqueeze(-1), vectors, self.absent[fields])
+
+    def weight(self) -> Tensor:
+        """The whole matrix ``(n, D)`` as ``forward`` reads it."""
+        fields = torch.from_numpy(self.schema.field_of_row)
+        vectors = torch.where(self.keep, self.base, self.fill[fields])
+        return torch.where(self.present.unsqueeze(-1), vectors, self.absent[fields])
+
+    def values(self) -> int:
+        """Kept scalars of the counted blocks."""
+        counted = [b for b in self.blocks if b.counted]
+        return int(sum(self.keep[b.start : b.stop, b.left : b.right].sum() for b in counted))
+
+    def stored(self) -> Tensor:
+        """Rows that keep something, but the out-of-vocabulary rows."""
+        return self.present
+
+    def pack(self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None) -> Packed:
+        """Layout ``bitmap``; the out-of-vocabulary row is not stored, it reads ``absent``."""
+        return Packed.encode(
+            self.base.detach().numpy(),
+            self.keep.numpy(),
+            self.fill.detach().numpy(),
+            self.absent.detach().numpy(),
+            self.blocks,
+            self.schema.field_of_row,
+            rows,
+            storage,
+            present=self.present.numpy(),
+        )
