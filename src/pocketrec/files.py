@@ -107,7 +107,7 @@ def _claim(path: Path, *, wait: bool) -> int | None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _names(path, fd):
+            if _still_named(path, fd):
                 return fd
         except BlockingIOError:
             os.close(fd)
@@ -118,7 +118,7 @@ def _claim(path: Path, *, wait: bool) -> int | None:
         os.close(fd)
 
 
-def _names(path: Path, fd: int) -> bool:
+def _still_named(path: Path, fd: int) -> bool:
     """Whether ``path`` is still the name of the file behind the descriptor."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
@@ -486,8 +486,8 @@ def _extent(entry: Any) -> Extent:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2 or len(shape) > 8:
         raise ValueError("a shape must be a list of at most 8 sizes, and offsets a pair")
-    if any(type(n) is not int or not 0 <= n < 2**62 for n in shape + offsets):
-        raise ValueError("sizes must be integers of at least 0")
+    if any(type(n) is not int or n < 0 for n in shape + offsets) or math.prod(max(n, 1) for n in shape) >= 2**60:
+        raise ValueError("sizes must be integers, at least 0 and below 2^60 together")
     dtype = _DTYPES[entry["dtype"]]
     if offsets[1] - offsets[0] != dtype.itemsize * math.prod(shape):
         raise ValueError(f"an array of shape {shape} cannot fill bytes {offsets}")
