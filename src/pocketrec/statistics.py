@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pocketrec.errors import ConfigError, DataError
+from pocketrec.randomness import generator
 
 Weights = NDArray[np.int64]
 Statistic = Callable[[Weights], float]
@@ -87,7 +88,7 @@ def bootstrap(
         '+1.0000 [+1.0000, +1.0000]'
     """
     _check_seeds(statistics, sizes, shared_rows)
-    rng = np.random.default_rng((seed, *b"bootstrap"))
+    rng = generator(seed, "bootstrap")
     drawn = {name: np.empty(replicates) for name in statistics}
     for r in range(replicates):
         picks = rng.integers(0, len(sizes), len(sizes))
