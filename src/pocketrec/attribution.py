@@ -1,0 +1,377 @@
+"""Shapley values of table entries: what each stored scalar is worth to the loss.
+
+One game per training sample: the players are the scalars of its looked-up vectors ``e (F, D)``; a coalition keeps its
+players at their trained value and the others at a placeholder ``c (F, D)``; its value is minus the loss of the head.
+The score of a table entry is the mean, over *all* samples, of its players' Shapley values, so frequency is part of it
+and the scores add up: ``sum_i phi_i = mean[loss(empty) - loss(full)]``.
+
+Two estimators: :class:`Owen`, a few gradients of the multilinear extension per sample, exact in expectation where the
+head is multilinear in the coordinates and an approximation elsewhere; :class:`Permutation`, unbiased, much dearer.
+
+Reference: Castro et al., "Polynomial calculation of the Shapley value based on sampling", 2009; Okhrati and Lipani,
+"A multilinear sampling algorithm to estimate Shapley values", 2020; Covert et al., "Understanding global feature
+contributions with additive importance measures" (SAGE), 2020.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from pocketrec.errors import ConfigError, DivergedError
+from pocketrec.gradient import Head
+from pocketrec.walk import Walk
+
+AUDIT_EVERY = 16
+CHECKPOINT_EVERY = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Random bits as a pure function of ``(seed, purpose, position)``: sample ``i`` draws the same in any batch."""
+
+    seed: int
+    purpose: str
+
+    def words(self, position: int, samples: int, count: int) -> NDArray[np.uint64]:
+        """Bits for samples ``position ... position + samples - 1``: ``(samples, count)``, padded to whole blocks."""
+        blocks = -(-count // 4)
+        key = int.from_bytes(hashlib.blake2b(f"{self.seed}/{self.purpose}".encode(), digest_size=16).digest(), "little")
+        generator = np.random.Philox(key=key, counter=position * blocks)
+        return generator.random_raw(samples * blocks * 4).reshape(samples, blocks * 4)
+
+    def shorts(self, position: int, samples: int, count: int) -> Tensor:
+        """Uniform 16-bit integers ``(samples, count)``, int16."""
+        return torch.from_numpy(self.words(position, samples, -(-count // 4)).view(np.int16)[:, :count])
+
+    def orders(self, position: int, samples: int, count: int) -> Tensor:
+        """Uniform permutations of ``0 ... count - 1``: ``(samples, count)``, int64."""
+        return torch.from_numpy(self.words(position, samples, count)[:, :count].argsort(axis=1))
+
+
+class Game(ABC):
+    """A batch of games: ``value = -loss`` of ``vectors (B, P, D)``, and its gradient."""
+
+    @abstractmethod
+    def value(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """``(B, P, D), (B,) -> (B,)``."""
+
+    @abstractmethod
+    def gradient(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of each sample's value: ``(B, P, D)``, a new tensor."""
+
+    def walk(self, vectors: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function that sets player ``(B,)`` to ``(B,)`` in its own copy of ``vectors`` and returns the values."""
+        current = vectors.clone()
+        flat, row = current.view(len(current), -1), torch.arange(len(current))
+
+        def step(player: Tensor, new: Tensor) -> Tensor:
+            flat[row, player] = new
+            return self.value(current, labels)
+
+        return step
+
+
+@dataclass(frozen=True)
+class ClickGame(Game):
+    """Minus the binary cross-entropy of the head's logit; one player row per field."""
+
+    head: Head
+
+    def value(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        return _log_likelihood(self.head.logits(vectors), labels)
+
+    def gradient(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        return self.head.pull(labels - self.head.logits(vectors).sigmoid())
+
+    def walk(self, vectors: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        walk = Walk(self.head, vectors)
+        return lambda player, new: _log_likelihood(walk.set(player, new), labels)
+
+
+@dataclass(frozen=True)
+class RankingGame(Game):
+    """Minus the BPR loss ``softplus(s_uq - s_up)``; player rows are user, positive, negative (``labels`` are ones)."""
+
+    head: Head
+
+    def _margin(self, vectors: Tensor) -> Tensor:
+        positive, negative = self.head.logits(_pairs(vectors)).view(2, -1)
+        return positive - negative
+
+    def value(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        return _log_likelihood(self._margin(vectors), labels)
+
+    def gradient(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        slope = labels - self._margin(vectors).sigmoid()
+        positive, negative = self.head.pull(torch.cat((slope, -slope))).view(2, len(vectors), 2, -1)
+        return torch.stack((positive[:, 0] + negative[:, 0], positive[:, 1], negative[:, 1]), dim=1)
+
+
+def _pairs(vectors: Tensor) -> Tensor:
+    """User, positive, negative ``(B, 3, d)`` -> the pairs (user, positive), then (user, negative): ``(2 B, 2, d)``."""
+    return torch.cat((vectors[:, :2], vectors[:, ::2]))
+
+
+def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-BCE`` per sample, from logits."""
+    return -functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+class Estimator(Protocol):
+    """How the Shapley values of a batch of games are estimated."""
+
+    def estimate(
+        self, game: Game, vectors: Tensor, placeholder: Tensor, labels: Tensor, stream: Stream, position: int
+    ) -> Tensor:
+        """``vectors (B, P, D)``, ``placeholder (P, D)`` -> values ``(B, P, D)``, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Owen:
+    """Antithetic pairs of Owen multilinear-extension gradients.
+
+    ``phi = (e - c) * E_q E_z grad v(c + z (e - c))`` with ``q ~ U(0, 1)`` per sample and ``z ~ Bernoulli(q)`` per
+    coordinate; each pair also takes the complement ``1 - z``. Exact in expectation where the value is multilinear.
+    ``q`` lies on a grid of 2^16 levels, symmetric over a pair.
+    """
+
+    pairs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1:
+            raise ConfigError(f"`pairs` must be at least 1, but got pairs={self.pairs}.")
+
+    def estimate(
+        self, game: Game, vectors: Tensor, placeholder: Tensor, labels: Tensor, stream: Stream, position: int
+    ) -> Tensor:
+        samples, players = len(vectors), placeholder.numel()
+        difference = vectors - placeholder
+        kept, point = torch.empty_like(vectors), torch.empty_like(vectors)
+        total = torch.zeros_like(vectors)
+        bits = stream.shorts(position, samples, self.pairs * (players + 1)).view(samples, self.pairs, players + 1)
+        for pair in range(self.pairs):
+            coalition = (bits[:, pair, 1:] < bits[:, pair, :1]).view_as(vectors)
+            torch.mul(difference, coalition, out=kept)
+            total += game.gradient(torch.add(kept, placeholder, out=point), labels)
+            total += game.gradient(torch.sub(vectors, kept, out=point), labels)
+        return total.mul_(difference).div_(2 * self.pairs)
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Walks from the full to the empty coalition in uniform random order; unbiased.
+
+    A player's value is the loss that its removal adds; ``antithetic`` walks each order backwards too. The values of a
+    walk telescope to ``loss(empty) - loss(full)`` of the sample.
+    """
+
+    walks: int = 1
+    antithetic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.walks < 1:
+            raise ConfigError(f"`walks` must be at least 1, but got walks={self.walks}.")
+
+    def estimate(
+        self, game: Game, vectors: Tensor, placeholder: Tensor, labels: Tensor, stream: Stream, position: int
+    ) -> Tensor:
+        samples, players = len(vectors), placeholder.numel()
+        empty = placeholder.reshape(-1)
+        total = torch.zeros(samples, players)
+        orders = stream.orders(position * self.walks, samples * self.walks, players).view(samples, self.walks, players)
+        directions = (1, -1) if self.antithetic else (1,)
+        for walk in range(self.walks):
+            for direction in directions:
+                order = orders[:, walk] if direction > 0 else orders[:, walk].flip(1)
+                step, last = game.walk(vectors, labels), game.value(vectors, labels)
+                for player in order.T:
+                    value = step(player, empty[player])
+                    total.scatter_add_(1, player[:, None], (last - value)[:, None])
+                    last = value
+        return total.div_(self.walks * len(directions)).view_as(vectors)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples ``position ...``: table rows of their players ``(B, P)``, labels ``(B,)``."""
+
+    position: int
+    rows: Tensor
+    labels: Tensor
+
+
+class Samples(Protocol):
+    """Games to play: ``fields (P,)`` says which field's placeholder each player row takes."""
+
+    fields: Tensor
+
+    def __len__(self) -> int: ...
+
+    def batch(self, start: int, stop: int, pass_index: int) -> Batch:
+        """Samples ``start ... stop - 1``; a pure function of its arguments."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean and mean square over all samples of each entry's Shapley value: two tables ``(n, D)``, float32.
+
+    ``explained`` and ``drop`` are, on the audited batches, the mean sum of values and the mean of
+    ``loss(empty) - loss(full)``; they are equal for an estimator without bias.
+    """
+
+    mean: NDArray[np.float32]
+    square: NDArray[np.float32]
+    samples: int
+    explained: float
+    drop: float
+
+    @property
+    def gap(self) -> float:
+        """Efficiency gap: the relative error of the sum of all values."""
+        return (self.explained - self.drop) / abs(self.drop) if self.drop else 0.0
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a run stores."""
+        return {
+            "mean": self.mean,
+            "square": self.square,
+            "samples": np.array([self.samples]),
+            "audit": np.array([self.explained, self.drop]),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Scores:
+        """Read what ``arrays`` wrote."""
+        explained, drop = (float(x) for x in arrays["audit"])
+        return cls(arrays["mean"], arrays["square"], int(arrays["samples"][0]), explained, drop)
+
+
+class Checkpoint(Protocol):
+    """Where a long step keeps its state."""
+
+    def load(self) -> dict[str, NDArray[Any]] | None: ...
+
+    def save(self, arrays: dict[str, NDArray[Any]]) -> None: ...
+
+
+class _Tally:
+    """Running sums of a scoring run: two score tables and a few scalars; can be stored and taken up again."""
+
+    def __init__(self, shape: tuple[int, int], checkpoint: Checkpoint | None) -> None:
+        self.checkpoint = checkpoint
+        stored = checkpoint.load() if checkpoint is not None else None
+        if stored is None:
+            self.total, self.square = torch.zeros(shape), torch.zeros(shape)
+            self.audit, self.samples, self.saved = np.zeros(3), 0, 0
+        else:
+            self.total, self.square = (torch.from_numpy(np.array(stored[k])) for k in ("total", "square"))
+            self.audit, self.samples = np.array(stored["audit"]), int(stored["samples"][0])
+            self.saved = self.samples
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """Scatter one batch: ``rows (B, P)``, ``values (B, P, D)``."""
+        flat = values.reshape(-1, values.shape[-1])
+        if not torch.isfinite(flat.sum()):
+            raise DivergedError(f"Shapley values must be finite, but are not in the batch at sample {self.samples}.")
+        self.total.index_add_(0, rows.reshape(-1), flat)
+        self.square.index_add_(0, rows.reshape(-1), flat.square_())
+        self.samples += len(rows)
+
+    def save(self) -> None:
+        """Store the state once enough samples have passed since the last time."""
+        if self.checkpoint is None or self.samples - self.saved < CHECKPOINT_EVERY:
+            return
+        self.saved = self.samples
+        self.checkpoint.save(
+            {
+                "total": self.total.numpy(),
+                "square": self.square.numpy(),
+                "audit": self.audit,
+                "samples": np.array([self.samples]),
+            }
+        )
+
+    def converged(self, tolerance: float) -> bool:
+        """The published stop rule: largest standard error below ``tolerance`` times the range of the means."""
+        mean = self.total / self.samples
+        variance = (self.square / self.samples - mean.square()).clamp_min_(0) / self.samples
+        return bool(variance.max().sqrt() < tolerance * (mean.max() - mean.min()))
+
+    def scores(self) -> Scores:
+        count = max(self.audit[2], 1.0)
+        return Scores(
+            self.total.div_(self.samples).numpy(),
+            self.square.div_(self.samples).numpy(),
+            self.samples,
+            float(self.audit[0] / count),
+            float(self.audit[1] / count),
+        )
+
+
+@torch.no_grad()
+def attribute(
+    game: Game,
+    weight: Tensor,
+    fill: Tensor,
+    samples: Samples,
+    estimator: Estimator,
+    *,
+    seed: int = 0,
+    batch_size: int = 1024,
+    passes: int = 1,
+    tolerance: float = 0.01,
+    checkpoint: Checkpoint | None = None,
+) -> Scores:
+    """Stream over the samples and average the Shapley values of every table entry.
+
+    Stops after a full pass once the largest standard error is below ``tolerance`` times the range of the means, or
+    after ``passes`` passes. Memory: two score tables of the table's shape, and a few batches. The result depends on
+    ``batch_size`` through rounding only.
+
+    Args:
+        game: What a coalition is worth.
+        weight: The table, ``(n, D)``.
+        fill: Placeholder per field, ``(fields, D)``.
+        samples: Which games to play.
+        estimator: :class:`Owen` or :class:`Permutation`.
+        seed: Root of all draws.
+        batch_size: Samples at once, at least 1.
+        passes: Most passes over the samples, at least 1.
+        tolerance: Of the stop rule.
+        checkpoint: State of an interrupted run, and where to keep it.
+    """
+    if batch_size < 1 or passes < 1:
+        raise ConfigError(f"`batch_size` and `passes` must be at least 1, but got {batch_size} and {passes}.")
+    tally = _Tally((weight.shape[0], weight.shape[1]), checkpoint)
+    placeholder = fill[samples.fields]
+    for pass_index in range(tally.samples // len(samples), passes):
+        if pass_index and tally.converged(tolerance):
+            break
+        stream = Stream(seed, f"coalitions/{pass_index}")
+        for index, batch in _batches(samples, pass_index, batch_size, tally.samples - pass_index * len(samples)):
+            vectors = weight[batch.rows]
+            values = estimator.estimate(game, vectors, placeholder, batch.labels, stream, batch.position)
+            if index % AUDIT_EVERY == 0:
+                drop = game.value(vectors, batch.labels) - game.value(placeholder.expand_as(vectors), batch.labels)
+                tally.audit += [values.sum().item(), drop.sum().item(), len(vectors)]
+            tally.add(batch.rows, values)
+            tally.save()
+    return tally.scores()
+
+
+def _batches(samples: Samples, pass_index: int, batch_size: int, done: int) -> Iterator[tuple[int, Batch]]:
+    """The batches of one pass after its first ``done`` samples."""
+    for start in range(done, len(samples), batch_size):
+        yield start // batch_size, samples.batch(start, min(start + batch_size, len(samples)), pass_index)
