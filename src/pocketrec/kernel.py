@@ -1,0 +1,298 @@
+"""The compiled inner loops, and what they compute in numpy where there is no compiler.
+
+Every function has one meaning and two implementations: ``_kernel.cpp``, called through ctypes, and numpy. The numpy
+one is used where the library was not built, or where the environment says ``POCKETREC_KERNEL=0``. Arrays are passed by
+pointer; an index out of range raises :class:`DataError` and reads nothing. Torch-free.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec.errors import ConfigError, DataError, StorageError
+
+Level = Literal["portable", "avx2", "avx512"]
+
+LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
+_NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 2, np.dtype(np.uint16): 3}
+_BAD_INDEX, _NO_MEMORY = 1, 2
+_CHUNK_ENTRIES = 1 << 16
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES: dict[str, list[Any]] = {
+    "pocketrec_spmm": [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER,
+                       _POINTER, _LONG, _LONG, _INT],
+    "pocketrec_topk": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
+                       _INT],
+    "pocketrec_level": [],
+    "pocketrec_limit": [_INT],
+}  # fmt: skip
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, or ``None``."""
+    spec = find_spec("pocketrec._kernel")
+    if os.environ.get("POCKETREC_KERNEL") == "0" or spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(Path(spec.origin)))
+    except OSError:
+        return None
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def available() -> bool:
+    """Whether the compiled library is in use."""
+    return _library() is not None
+
+
+def level() -> Level | None:
+    """The instruction set in use, or ``None`` for numpy."""
+    library = _library()
+    return None if library is None else LEVELS[library.pocketrec_level()]
+
+
+def limit(most: Level) -> None:
+    """Use no instruction set above ``most``; ``avx512`` lifts every limit."""
+    library = _library()
+    if library is not None:
+        library.pocketrec_limit(LEVELS.index(most))
+
+
+def _pointer(array: NDArray[Any] | None) -> int | None:
+    return None if array is None else array.__array_interface__["data"][0]
+
+
+def _check_status(status: int, what: str) -> None:
+    if status == _BAD_INDEX:
+        raise DataError(f"{what} must lie inside the arrays that they point into, but at least one does not.")
+    if status == _NO_MEMORY:
+        raise StorageError("The kernel could not allocate its buffers; free memory or use fewer items.")
+
+
+def _check_array(name: str, array: NDArray[Any], shape: tuple[int, ...], *dtypes: type[np.generic]) -> None:
+    """Raise :class:`ConfigError` unless ``array`` is C-contiguous, of ``shape`` and of one of ``dtypes``."""
+    if array.shape != shape or array.dtype not in dtypes or not array.flags.c_contiguous:
+        expected = " or ".join(np.dtype(d).name for d in dtypes)
+        layout = "contiguous" if array.flags.c_contiguous else "strided"
+        raise ConfigError(
+            f"`{name}` must be contiguous {expected} {shape}, but got {layout} {array.dtype} {array.shape}."
+        )
+
+
+def bf16_to_fp32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Bfloat16 bit patterns -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def fp32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Float32 -> bit patterns of the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def spmm(
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int32],
+    x: NDArray[Any],
+    *,
+    left: NDArray[np.float32] | None = None,
+    right: NDArray[np.float32] | None = None,
+    rows: NDArray[np.int64] | None = None,
+    out: NDArray[Any] | None = None,
+    threads: int = 1,
+) -> NDArray[Any]:
+    """Multiply an unweighted sparse matrix, scaled on both sides: ``out[i] = left[r] * sum_j right[j] * x[j]``.
+
+    ``r = rows[i]`` (or ``i``), ``j`` runs over the neighbours of ``r``. With ``left = right = degree ** -0.5`` this is
+    LightGCN's propagation. Sums are float32; the result does not depend on ``threads`` or ``rows``.
+
+    Args:
+        indptr: ``(n + 1,)``.
+        indices: ``(entries,)``, in ``[0, m)``.
+        x: ``(m, d)``, float32, or uint16 holding bfloat16 bits.
+        left: ``(n,)``; default ones.
+        right: ``(m,)``; default ones.
+        rows: Rows to compute, ``(c,)``; default all.
+        out: Where to write, ``(c, d)``, float32 or uint16 (bfloat16 bits); default a new array of ``x``'s type.
+        threads: Threads, at least 1.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        DataError: An index is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.array([[1.0], [2.0], [4.0]], np.float32)
+        >>> spmm(np.array([0, 2, 3]), np.array([0, 2, 1], np.int32), x).tolist()
+        [[5.0], [2.0]]
+    """
+    count = len(indptr) - 1 if rows is None else len(rows)
+    width = x.shape[1]
+    out = np.empty((count, width), x.dtype) if out is None else out
+    _check_array("indptr", indptr, (len(indptr),), np.int64)
+    _check_array("indices", indices, (len(indices),), np.int32)
+    _check_array("x", x, (len(x), width), np.float32, np.uint16)
+    _check_array("out", out, (count, width), np.float32, np.uint16)
+    if left is not None:
+        _check_array("left", left, (len(indptr) - 1,), np.float32)
+    if right is not None:
+        _check_array("right", right, (len(x),), np.float32)
+    if rows is not None:
+        _check_array("rows", rows, (count,), np.int64)
+    library = _library()
+    if library is None:
+        _spmm_numpy(indptr, indices, x, left, right, rows, out)
+        return out
+    status = library.pocketrec_spmm(
+        _pointer(indptr), _pointer(indices), len(indptr) - 1, len(x), len(indices), _pointer(x), _NUMBERS[x.dtype],
+        _pointer(out), _NUMBERS[out.dtype], _pointer(left), _pointer(right), _pointer(rows), count, width, threads,
+    )  # fmt: skip
+    _check_status(status, "`indptr`, `indices` and `rows`")
+    return out
+
+
+def _check_csr(indptr: NDArray[np.int64], indices: NDArray[np.int32], columns: int) -> None:
+    """Raise :class:`DataError` unless the arrays are a sparse matrix with ``columns`` columns."""
+    ordered = indptr[0] >= 0 and indptr[-1] <= len(indices) and bool((np.diff(indptr) >= 0).all())
+    if not ordered or (indices.size and not 0 <= indices.min() <= indices.max() < columns):
+        _check_status(_BAD_INDEX, "`indptr` and `indices`")
+
+
+def _spmm_numpy(
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int32],
+    x: NDArray[Any],
+    left: NDArray[np.float32] | None,
+    right: NDArray[np.float32] | None,
+    rows: NDArray[np.int64] | None,
+    out: NDArray[Any],
+) -> None:
+    _check_csr(indptr, indices, len(x))
+    rows = np.arange(len(indptr) - 1) if rows is None else rows
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(indptr) - 1:
+        _check_status(_BAD_INDEX, "`rows`")
+    lengths = indptr[rows + 1] - indptr[rows]
+    chunks = np.searchsorted(np.cumsum(lengths), np.arange(_CHUNK_ENTRIES, lengths.sum(), _CHUNK_ENTRIES))
+    for part in np.split(np.arange(len(rows)), np.unique(chunks)):
+        length = lengths[part]
+        ends = np.cumsum(length)
+        edges = np.repeat(indptr[rows[part]] - (ends - length), length) + np.arange(length.sum())
+        neighbours = indices[edges]
+        values = bf16_to_fp32(x[neighbours]) if x.dtype == np.uint16 else x[neighbours]
+        if right is not None:
+            values = values * right[neighbours, None]
+        sums = np.zeros((len(part), x.shape[1]), np.float32)
+        filled = np.flatnonzero(length)
+        if filled.size:
+            sums[filled] = np.add.reduceat(values, (ends - length)[filled], axis=0)
+        if left is not None:
+            sums *= left[rows[part], None]
+        out[part] = fp32_to_bf16(sums) if out.dtype == np.uint16 else sums
+
+
+def topk(
+    users: NDArray[np.float32],
+    items: NDArray[np.float32],
+    seen_indptr: NDArray[np.int64] | None,
+    seen_indices: NDArray[np.int32] | None,
+    k: int,
+    *,
+    threads: int = 1,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Find the ``k`` items of largest inner product for each user, without those the user has seen.
+
+    Best first; of equal scores the smaller id comes first. NaN scores never rank. Memory is ``O(I d + U k)``; no score
+    matrix is made. The result does not depend on ``threads``.
+
+    Args:
+        users: ``(U, d)``.
+        items: ``(I, d)``.
+        seen_indptr: ``(U + 1,)``, or ``None``.
+        seen_indices: Items, ascending within each user, or ``None``.
+        k: At least 1.
+        threads: Threads, at least 1.
+
+    Returns:
+        Ids ``(U, k)``, -1 where fewer than ``k`` items are left, and scores ``(U, k)``, ``-inf`` there.
+
+    Raises:
+        DataError: A seen index is out of range, or not in order.
+
+    Example:
+        >>> import numpy as np
+        >>> items = np.array([[1.0], [3.0], [2.0]], np.float32)
+        >>> topk(np.ones((1, 1), np.float32), items, np.array([0, 1]), np.array([1], np.int32), 2)[0].tolist()
+        [[2, 0]]
+    """
+    if k < 1:
+        raise ConfigError(f"`k` must be at least 1, but got {k}.")
+    users, items = np.ascontiguousarray(users, np.float32), np.ascontiguousarray(items, np.float32)
+    _check_array("items", items, (len(items), users.shape[1]), np.float32)
+    if seen_indptr is None or seen_indices is None:
+        seen_indptr, seen_indices = np.zeros(len(users) + 1, np.int64), np.empty(0, np.int32)
+    seen_indptr, seen_indices = (
+        np.ascontiguousarray(seen_indptr, np.int64),
+        np.ascontiguousarray(seen_indices, np.int32),
+    )
+    _check_array("seen_indptr", seen_indptr, (len(users) + 1,), np.int64)
+    _check_csr(seen_indptr, seen_indices, len(items))
+    _check_ascending(seen_indptr, seen_indices)
+    library = _library()
+    if library is None:
+        return _topk_numpy(users, items, seen_indptr, seen_indices, k)
+    ids, scores = np.empty((len(users), k), np.int32), np.empty((len(users), k), np.float32)
+    status = library.pocketrec_topk(
+        _pointer(users), len(users), _pointer(items), len(items), users.shape[1], _pointer(seen_indptr),
+        _pointer(seen_indices), len(seen_indices), k, _pointer(ids), _pointer(scores), threads,
+    )  # fmt: skip
+    _check_status(status, "`seen_indptr`")
+    return ids, scores
+
+
+def _check_ascending(indptr: NDArray[np.int64], indices: NDArray[np.int32]) -> None:
+    drops = np.flatnonzero(indices[1:] < indices[:-1]) + 1
+    if not np.isin(drops, indptr).all():
+        raise DataError("`seen_indices` must ascend within each user, but at least one user's do not; sort them.")
+
+
+def _topk_numpy(
+    users: NDArray[np.float32],
+    items: NDArray[np.float32],
+    seen_indptr: NDArray[np.int64],
+    seen_indices: NDArray[np.int32],
+    k: int,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    block = 64
+    ids = np.full((len(users), k), -1, np.int32)
+    best = np.full((len(users), k), -np.inf, np.float32)
+    take = min(k, len(items))
+    for begin in range(0, len(users) if take else 0, block):
+        end = min(begin + block, len(users))
+        scores = users[begin:end] @ items.T
+        bounds = seen_indptr[begin : end + 1]
+        scores[np.repeat(np.arange(end - begin), np.diff(bounds)), seen_indices[bounds[0] : bounds[-1]]] = -np.inf
+        scores[np.isnan(scores)] = -np.inf
+        last = -np.partition(-scores, take - 1, axis=1)[:, take - 1 : take]
+        ties = scores == last
+        room = take - (scores > last).sum(axis=1, keepdims=True)
+        chosen = np.nonzero((scores > last) | (ties & (ties.cumsum(axis=1) <= room)))[1].reshape(-1, take)
+        values = np.take_along_axis(scores, chosen, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        best[begin:end, :take] = np.take_along_axis(values, order, axis=1)
+        ids[begin:end, :take] = np.take_along_axis(chosen, order, axis=1)
+    ids[best == -np.inf] = -1
+    return ids, best
