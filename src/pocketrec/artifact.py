@@ -43,7 +43,6 @@ _HEADER = slice(_FILE.stop + len(_BETWEEN), _FILE.stop + len(_BETWEEN) + 64)
 _KEYS = {"checks", "chunks", "format", "head", "info", "kind", "schema", "table", "vocabulary"}
 _PARTS = ("table", "vocabulary", "head")
 _Part = TypeVar("_Part")
-_Bytes = bytes | memoryview | NDArray[np.uint8]
 _BROKEN = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
@@ -191,7 +190,7 @@ class Artifact:
             ArtifactError: a byte is not what was written.
         """
         zeroed = _unsigned(self._mapping[: self._payload].tobytes())
-        if _sha256([zeroed, self._mapping[self._payload :]]) != self.digest:
+        if _sha256([zeroed, self._mapping[self._payload :].data]) != self.digest:
             raise ArtifactError(f"{self.path} is damaged: its SHA-256 is not the one in its header; copy it again.")
         _ = self.vocabulary, self.packed, self.program
 
@@ -242,12 +241,15 @@ class Artifact:
             if chunk in self._good_chunks:
                 continue
             start = self._payload + chunk * CHUNK
-            if _sha256([self._mapping[start : start + CHUNK]]) != self._meta["chunks"][64 * chunk : 64 * (chunk + 1)]:
+            if (
+                _sha256([self._mapping[start : start + CHUNK].data])
+                != self._meta["chunks"][64 * chunk : 64 * (chunk + 1)]
+            ):
                 raise ArtifactError(f"{self.path} is damaged in the {CHUNK:,} bytes at {start:,}; copy it again.")
             self._good_chunks.add(chunk)
 
 
-def _sha256(parts: Iterable[_Bytes]) -> str:
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
     """SHA-256 of parts behind each other, in hexadecimal."""
     hasher = hashlib.sha256()
     for part in parts:

@@ -355,7 +355,7 @@ def header(arrays: Mapping[str, NDArray[Any]], meta: Any) -> tuple[bytes, list[s
 
 def buffer(array: NDArray[Any]) -> memoryview:
     """The bytes of an array in C order; no copy where it is contiguous."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def save_arrays(path: str | Path, arrays: Mapping[str, NDArray[Any]], meta: Any = None) -> None:
@@ -406,7 +406,8 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     with storage_errors(path, "read"), path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ArtifactError(f"{path} is empty; expected a safetensors file of PocketRec.")
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(memoryview(mapped), dtype=np.uint8)
 
 
 def view_arrays(mapping: NDArray[np.uint8], extents: Mapping[str, Extent], payload: int) -> dict[str, NDArray[Any]]:

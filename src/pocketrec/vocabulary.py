@@ -116,19 +116,29 @@ class Vocabulary:
         return self.keys[field] / (1 << _bucket_bits(self.keys[field])) / 2**32
 
     def lookup(self, field: int, values: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
-        """File rows of raw values of one field, shape ``(n,)``; ``-1`` for ``None`` and for every unknown value.
+        """File rows of raw values of one field, shape ``(n,)``; ``-1`` for every unknown value.
 
-        A dense field takes integers and their decimal text; a hashed field takes text as it was in the raw log, and
-        integers, which stand for their decimal text.
+        A dense field takes integers and their decimal text. A hashed field takes text as it was in the raw log, and
+        integers, which stand for their decimal text. ``None`` is a missing cell, which raw logs write as empty text.
 
         Raises:
             DataError: a value is of another type.
         """
         if self.schema.fields[field].keys == "dense":
             return self._dense(field, values)
-        texts = [_text(v, self.schema.fields[field]) for v in values]
-        found = self.lookup_hashes(field, hash64([t or "" for t in texts]))
-        return np.where([t is None for t in texts], -1, found) if texts else found
+        return self.lookup_hashes(field, hash64([_text(v, self.schema.fields[field]) for v in values]))
+
+    def lookup_row(self, values: Sequence[Any]) -> NDArray[np.int64]:
+        """File rows ``(F,)`` of one raw value per field; see :meth:`lookup`."""
+        rows = np.empty(len(values), dtype=np.int64)
+        hashed = np.flatnonzero(self._hashed)
+        if hashed.size:
+            rows[hashed] = self.lookup_hashes(
+                hashed, hash64([_text(values[i], self.schema.fields[i]) for i in hashed.tolist()])
+            )
+        for i in np.flatnonzero(~self._hashed).tolist():
+            rows[i] = self._dense(i, [values[i]])[0]
+        return rows
 
     def lookup_hashes(self, field: int | NDArray[np.int64], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """File rows of values given by :func:`hash64`; ``field`` is one hashed field or one for each hash."""
@@ -301,9 +311,11 @@ def _rises(directory: NDArray[np.uint32], last: int) -> bool:
     return directory[0] == 0 and directory[-1] == last and bool((directory[1:] >= directory[:-1]).all())
 
 
-def _text(value: Any, field: Field) -> str | None:
+def _text(value: Any, field: Field) -> str:
     """The text that a value stands for."""
-    if value is None or isinstance(value, str):
+    if value is None:
+        return ""
+    if isinstance(value, str):
         return value
     return str(_whole(value, field))
 
