@@ -56,23 +56,6 @@ class Listed(click.ParamType):
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(",") if part.strip())
 
 
-class Pairs(click.ParamType):
-    """Comma-separated ``key=value`` pairs, read as a dict."""
-
-    def __init__(self, item: click.ParamType) -> None:
-        self.item = item
-        self.name = f"key={item.name},..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read ``price=number,shop=category``."""
-        if not isinstance(value, str):
-            return value
-        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        if bad := [key for key, equals, _ in pairs if not equals]:
-            self.fail(f"expected key=value pairs, but got {bad[0]!r}.", param, ctx)
-        return {key.strip(): self.item.convert(text.strip(), param, ctx) for key, _, text in pairs}
-
-
 _SCALARS: Mapping[Any, click.ParamType] = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}
 
 
@@ -83,8 +66,6 @@ def click_type(hint: Any) -> click.ParamType:
         return click_type(next((a for a in arguments if a is not type(None)), str))
     if origin is Literal:
         return click.Choice([str(a) for a in arguments])
-    if inspect.isclass(origin) and issubclass(origin, Mapping):
-        return Pairs(click_type(arguments[-1]))
     if inspect.isclass(origin) and issubclass(origin, Iterable):
         return Listed(click_type(arguments[0]))
     return _SCALARS.get(hint, click.STRING)
@@ -145,7 +126,12 @@ class PluginCommand(click.Command):
     """
 
     def __init__(
-        self, *args: Any, axis: registry.Axis, flag: str, also: Callable[[], tuple[Setting, ...]] = tuple, **kwargs: Any
+        self,
+        *args: Any,
+        axis: registry.Axis,
+        flag: str,
+        also: Callable[[type[Any]], tuple[Setting, ...]] = lambda _: (),
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.axis = axis
@@ -161,7 +147,7 @@ class PluginCommand(click.Command):
         """Own parameters, then the plug-in's flags; a flag that the verb has already is not repeated."""
         own = super().get_params(ctx)
         taken = {p.name for p in own}
-        settings = (*fields(ctx.meta["plugin"]), *self.also()) if "plugin" in ctx.meta else ()
+        settings = (*fields(ctx.meta["plugin"]), *self.also(ctx.meta["plugin"])) if "plugin" in ctx.meta else ()
         return [*own, *(s.option() for s in settings if s.name not in taken)]
 
     def _named(self, args: list[str]) -> str:

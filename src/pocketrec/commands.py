@@ -1,0 +1,241 @@
+"""The verbs of the command: each reads its flags, calls one function of the library and shows one document.
+
+The document goes to stdout, as JSON with ``--json`` and as a short table without; everything else goes to stderr. The
+modules that a verb needs are loaded when it runs, so that ``pocketrec --help`` loads neither torch nor polars.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pocketrec import options, registry, shown
+from pocketrec.errors import ConfigError, DataError
+from pocketrec.progress import Watcher
+
+if TYPE_CHECKING:
+    from pocketrec.run import Progress, Run
+
+Document = Mapping[str, Any]
+_PATH = click.Path(path_type=Path)
+
+
+def run(arguments: list[str]) -> None:
+    """Parse ``arguments`` and run the verb; a usage error becomes a :class:`ConfigError`."""
+    try:
+        app.main(arguments, prog_name="pocketrec", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
+    except click.ClickException as error:
+        raise ConfigError(f"{error.format_message()} (pocketrec --help)") from error
+
+
+@dataclass(frozen=True)
+class Session:
+    """The flags that every verb has."""
+
+    json: bool
+    seed: int
+    threads: int | None
+    device: str
+
+    def show(self, document: Document, text: Callable[[], str]) -> None:
+        """One document on stdout: JSON, or a text for people."""
+        click.echo(json.dumps(document, allow_nan=False) if self.json else text())
+
+    def run(self, path: Path | None, progress: Progress | None = None) -> Run:
+        """The run of this session in the folder ``path``."""
+        from pocketrec.run import Run
+
+        return Run(path, seed=self.seed, threads=self.threads, device=self.device, progress=progress)
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the flags of a :class:`Session`, passed as its first argument."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+    @click.option("--seed", type=int, default=0, show_default=True, help="All randomness is derived from it.")
+    @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch and of the kernel.  [default: all]")
+    @click.option("--device", default="cpu", show_default=True, help="Where models are trained and scored.")
+    @wraps(function)
+    def wrapped(as_json: bool, seed: int, threads: int | None, device: str, **flags: Any) -> None:
+        function(Session(as_json, seed, threads, device), **flags)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="pocketrec")
+def app() -> None:
+    """Fit the embedding tables of recommender systems into any memory budget, and ship them as one file."""
+
+
+class SourceGroup(click.Group):
+    """``encode``: one subcommand per source, made from its fields when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all sources; none is loaded."""
+        return list(registry.modules("sources"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """The subcommand of one source."""
+        return encode_command(registry.load("sources", cmd_name))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the sources without loading them."""
+        with formatter.section("Sources"):
+            formatter.write_text(", ".join(self.list_commands(ctx)))
+
+
+@app.group(cls=SourceGroup)
+def encode() -> None:
+    """Encode a raw log into a data set: pocketrec encode SOURCE RAW OUT."""
+
+
+def encode_command(source: type[Any]) -> click.Command:
+    """``encode SOURCE RAW OUT``, with the source's fields and the keywords of ``pocketrec.encode`` as flags."""
+    from pocketrec.dataset import encode as encode_log
+
+    settings = options.fields(source)
+    more = options.keywords(encode_log, skip={"seed", "progress", *(s.name for s in settings)})
+    generated = {"seed"} & {s.name for s in settings}
+
+    @verb
+    def command(session: Session, raw: Path | None, out: Path, **flags: Any) -> None:
+        plugin = options.build(source, flags | dict.fromkeys(generated, session.seed))
+        with Watcher() as watcher:
+            given = options.given(flags, more)
+            data = encode_log(plugin, raw, out, seed=session.seed, progress=watcher.rows, **given)
+        session.show(data.report(), lambda: shown.dataset(data.report()))
+
+    made = click.command(source.name, help=_summary(source))(command)
+    made.params = [
+        *([] if source.generates else [click.Argument(["raw"], type=_PATH)]),
+        click.Argument(["out"], type=_PATH),
+        *(s.option() for s in (*settings, *more) if s.name != "seed"),
+        *made.params,
+    ]
+    return made
+
+
+def _training_settings(_backbone: type[Any]) -> tuple[options.Setting, ...]:
+    from pocketrec.train import Training
+
+    return options.fields(Training)
+
+
+@app.command(cls=options.PluginCommand, axis="backbones", flag="backbone", also=_training_settings)
+@click.argument("data", type=_PATH)
+@click.option("--backbone", default="deepfm", show_default=True, help="Which recommender; with --help, its flags.")
+@click.option("--run", "folder", type=_PATH, required=True, help="Folder of the run; made, or gone on with.")
+@verb
+def train(session: Session, data: Path, backbone: str, folder: Path, **flags: Any) -> None:
+    """Train a recommender on the data set DATA into a run."""
+    from pocketrec.dataset import Dataset
+    from pocketrec.train import Training, history
+    from pocketrec.train import train as train_model
+
+    plugin = options.build(registry.load("backbones", backbone), flags)
+    changes = options.given(flags, options.fields(Training))
+    training = dataclasses.replace(Training.default(plugin.task), **changes)
+    with Watcher() as watcher, session.run(folder, watcher) as run:
+        train_model(plugin, Dataset.open(data), run, training)
+        seconds = sum(record["seconds"] for record in run.logged() if record["stage"] == "train")
+    epochs = history(folder)
+    metrics = [e.metric for e in epochs if e.metric is not None]
+    quality = {"auc" if plugin.task == "ctr" else "ndcg@20": max(metrics, default=None)}
+    document = {"run": str(folder), "quality": quality, "seconds": seconds, "epochs": len(epochs)}
+    session.show(document, lambda: shown.pairs(document))
+
+
+@app.command(cls=options.PluginCommand, axis="methods", flag="method")
+@click.argument("folder", metavar="RUN", type=_PATH)
+@click.option(
+    "--method", default="shaver", show_default=True, help="How the smaller table is found; with --help, its flags."
+)
+@click.option("--budget", "budgets", multiple=True, required=True, help="sparsity=0.95, 5% or 4MiB; may be repeated.")
+@click.option("--out", type=_PATH, required=True, help="Folder of the artifacts, one file for each budget.")
+@click.option(
+    "--storage",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="How kept values are stored.  [default: chosen by the budget]",
+)
+@click.option("--data", type=_PATH, help="The data set.  [default: where it was at training]")
+@verb
+def compress(
+    session: Session, folder: Path, method: str, budgets: tuple[str, ...], out: Path, storage: str | None,
+    data: Path | None, **flags: Any,
+) -> None:  # fmt: skip
+    """Compress the model of a run to each budget and write one file for each."""
+    raise NotImplementedError
+
+
+@app.command()
+@click.argument("artifact", type=_PATH)
+@click.option("--data", type=_PATH, required=True, help="The data set.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
+@click.option("--run", "folder", type=_PATH, help="A run whose ledger notes this reading of the split.")
+@verb
+def measure(session: Session, artifact: Path, data: Path, split: str, folder: Path | None) -> None:
+    """Measure quality, bytes and latency of an artifact from its file, or of the dense model of a run."""
+    raise NotImplementedError
+
+
+@app.command()
+@click.argument("artifact", type=_PATH)
+@click.option("--user", required=True, help="Raw id of the user.")
+@click.option("-k", type=click.IntRange(min=1), default=20, show_default=True, help="How many items.")
+@click.option("--exclude", default="", help="Raw ids of items to leave out, comma-separated.")
+@verb
+def recommend(session: Session, artifact: Path, user: str, k: int, exclude: str) -> None:
+    """Recommend the k best items for a user, from the file alone."""
+    raise NotImplementedError
+
+
+@app.command()
+@click.argument("path", type=_PATH)
+@click.option("--verify", is_flag=True, help="Also check every byte.")
+@verb
+def inspect(session: Session, path: Path, verify: bool) -> None:
+    """Show what a data set, a run or an artifact is."""
+    document = _inspected(path, verify)
+    session.show(document, lambda: shown.pairs(document))
+
+
+def _inspected(path: Path, verify: bool) -> Document:
+    """What lies at ``path``, by what is in it."""
+    if (path / "dataset.json").is_file():
+        from pocketrec.dataset import Dataset
+
+        return {"kind": "dataset", **Dataset.open(path, verify=verify).report()}
+    if (path / "run.json").is_file():
+        return {"kind": "run", "run": str(path), **json.loads((path / "run.json").read_text(encoding="utf-8"))}
+    if path.is_dir():
+        raise DataError(f"{path}: expected a data set, a run or an artifact, but got another folder.")
+    from pocketrec.artifact import Contents
+
+    artifact = Contents.open(path)
+    if verify:
+        artifact.verify()
+    return {"kind": "artifact", "path": str(path), **artifact.describe()}
+
+
+@app.command()
+@click.option("--out", type=_PATH, default=Path("demo"), show_default=True, help="Folder of everything that is made.")
+@verb
+def demo(session: Session, out: Path) -> None:
+    """Run the main job on a synthetic click log: train, compress to a ladder of budgets, table and picture."""
+    raise NotImplementedError
+
+
+def _summary(plugin: type[Any]) -> str:
+    return (plugin.__doc__ or "").strip().split("\n")[0]

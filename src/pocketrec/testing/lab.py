@@ -1,0 +1,172 @@
+"""The laboratory: tiny data sets of its own, models on them, and the words in which a check speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import polars as pl
+import torch
+
+from pocketrec import registry
+from pocketrec.backbone import Backbone, Model
+from pocketrec.dataset import Dataset
+from pocketrec.errors import PocketRecError
+from pocketrec.randomness import generator
+from pocketrec.run import Run
+from pocketrec.schema import Task
+from pocketrec.source import Batch, Column, Scan, Source
+from pocketrec.train import Training, train
+
+ROWS = 600
+
+
+class ExamFailed(AssertionError):
+    """A plug-in breaks a law of its axis."""
+
+
+def require(passed: bool, expected: str, came: object = "") -> None:
+    """Raise :class:`ExamFailed` unless ``passed``."""
+    if not passed:
+        raise ExamFailed(f"expected {expected}" + (f", but got {came}" if came != "" else "") + ".")
+
+
+def same(name: str, one: Any, other: Any, *, within: float = 0.0) -> None:
+    """Require two arrays to have one shape and to differ by at most ``within`` everywhere."""
+    a, b = _array(one), _array(other)
+    require(a.shape == b.shape, f"{name} of shape {a.shape}", b.shape)
+    gap = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if a.size else 0.0
+    require(gap <= within, f"{name} to agree within {within:g}", f"a difference of {gap:g}")
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[list[PocketRecError]]:
+    """Require the block to raise one of PocketRec's own errors; it is appended to the list."""
+    caught: list[PocketRecError] = []
+    try:
+        yield caught
+    except PocketRecError as error:
+        require(len(str(error)) > 20, f"{what} to be refused with a message that helps", repr(str(error)))
+        caught.append(error)
+    except Exception as error:
+        raise ExamFailed(f"expected {what} to raise a PocketRecError, but got {error!r}.") from error
+    require(bool(caught), f"{what} to be refused", "no error")
+
+
+@contextlib.contextmanager
+def untouched_globals() -> Iterator[None]:
+    """Require the global random states, the default type and the thread count to be as before."""
+    before = _globals()
+    yield
+    require(_globals() == before, "global random states, default dtype and thread count to stay as they were")
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 over every parameter and buffer, by name."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Drawn(Source):
+    """A drawn log without a file: three fields of sizes 40, 7 and 1, or 30 users and 40 items."""
+
+    name: ClassVar[str] = "drawn"
+
+    kind: Literal["clicks", "visits"] = "clicks"
+
+    def scan(self, path: Path, columns: tuple[Column, ...] | None = None) -> Scan:
+        """See :meth:`Source.scan`; ``path`` is ignored."""
+        return self._visits() if self.kind == "visits" else self._clicks()
+
+    def _clicks(self) -> Scan:
+        rng = generator(0, "exam-clicks")
+        shop, day = rng.zipf(1.3, ROWS) % 40, rng.integers(0, 7, ROWS)
+        logit = rng.normal(0, 1.5, 40)[shop] + rng.normal(0, 0.7, 7)[day]
+        frame = pl.DataFrame(
+            {
+                "shop": [f"s{v}" for v in shop],
+                "day": [f"d{v}" for v in day],
+                "site": ["only"] * ROWS,
+                "label": (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(int).astype(str),
+            }
+        )
+        columns = (Column("shop"), Column("day"), Column("site"))
+        return Scan(columns, iter([Batch(frame, np.arange(1, ROWS + 1))]), label="label")
+
+    def _visits(self) -> Scan:
+        raise NotImplementedError
+
+
+class Lab:
+    """Data and models for one exam; everything lies in ``folder`` and is made once.
+
+    Args:
+        folder: where the lab works.
+        raw: a small file that the examined source reads.
+    """
+
+    def __init__(self, folder: Path, raw: Path | None = None) -> None:
+        self.folder = folder
+        self.raw = raw
+        self._models: dict[Backbone, Model] = {}
+        self._places = 0
+
+    @cached_property
+    def clicks(self) -> Dataset:
+        """A click log: 600 rows, three fields, one of them with a single value."""
+        raise NotImplementedError
+
+    @cached_property
+    def visits(self) -> Dataset:
+        """Interactions of 30 users with 40 items."""
+        raise NotImplementedError
+
+    def data(self, task: Task) -> Dataset:
+        """The data set of a task."""
+        return self.clicks if task == "ctr" else self.visits
+
+    @cached_property
+    def backbones(self) -> tuple[Backbone, ...]:
+        """Every registered backbone, as it is by default."""
+        return tuple(registry.load("backbones", name)() for name in registry.modules("backbones"))
+
+    def model(self, backbone: Backbone) -> Model:
+        """A model of this backbone after one epoch; shared, so checks that change it copy it first."""
+        if backbone not in self._models:
+            training = Training(epochs=1, batch_size=64)
+            self._models[backbone] = train(backbone, self.data(backbone.task), Run(None), training)
+        return self._models[backbone]
+
+    def place(self) -> Path:
+        """A path inside the folder that nothing has used yet."""
+        self._places += 1
+        return self.folder / f"place{self._places:04d}"
+
+
+Check = Callable[[Any, Lab], None]
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def _globals() -> tuple[Any, ...]:
+    # numpy's legacy state is read, never drawn from: the point is that nobody else draws from it either.
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return (
+        random.getstate(),
+        torch.random.get_rng_state().numpy().tobytes(),
+        numpy_state[1].tobytes(),  # type: ignore[union-attr]
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+    )
