@@ -1,0 +1,285 @@
+"""A run: a folder of finished steps. What is in it is never computed twice, and what was cut short goes on.
+
+Each step is known by the digest of its name, its configuration and its inputs, so a changed input never meets a stale
+result. ``Run(None)`` keeps everything in memory. Torch-free until something is trained.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from numpy.typing import NDArray
+
+from pocketrec.files import Journal, Lock, digest, open_arrays, save_arrays, storage_errors
+
+if TYPE_CHECKING:
+    from pocketrec.backbone import Model
+    from pocketrec.dataset import Dataset
+    from pocketrec.train import Training
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Progress(Protocol):
+    """Told how far a long step is: ``done`` of ``total`` units, and the figures of the moment."""
+
+    def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """Called at every step of the work."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to stop; everything is saved, and the same command goes on from there."""
+
+
+class Signals:
+    """SIGINT and SIGTERM as a request that is met at the next checkpoint; a second one is met at once."""
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A signal that comes inside the block reaches its handler when the block is left.
+
+        Outside the main thread nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if self.pending is not None:
+                signal.raise_signal(self.pending)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            raise Stopped
+        self.pending = number
+
+
+class Checkpoint:
+    """Where a long step leaves what it needs to go on. A step asks ``due()`` at its boundaries and then ``save``s.
+
+    Args:
+        path: the file, or ``None`` to keep nothing.
+        identity: digest of the step; a file of another step is not loaded.
+        every_seconds: least time between two saves.
+        every_calls: also due at every so many calls of ``due``; 0 for never.
+        signals: a pending one makes ``due`` true and ``save`` stop the process once the state is safe.
+    """
+
+    def __init__(
+        self, path: Path | None, identity: str, every_seconds: float, every_calls: int, signals: Signals
+    ) -> None:
+        self.path = path
+        self.identity = identity
+        self._every_seconds = every_seconds
+        self._every_calls = every_calls
+        self._signals = signals
+        self._saved_at = time.monotonic()
+        self._calls = 0
+
+    def load(self) -> Arrays | None:
+        """What was saved last, or ``None`` at a first start."""
+        if self.path is None or not self.path.exists():
+            return None
+        arrays, meta = open_arrays(self.path)
+        return arrays if meta["identity"] == self.identity else None
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        if self._signals.pending is not None:
+            return True
+        if self.path is None:
+            return False
+        self._calls += 1
+        by_calls = self._every_calls > 0 and self._calls % self._every_calls == 0
+        return by_calls or time.monotonic() - self._saved_at >= self._every_seconds
+
+    def save(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Replace what ``load`` returns; then stop, if a signal has asked for it.
+
+        Raises:
+            Stopped: a signal came; the state is saved.
+        """
+        if self.path is not None:
+            save_arrays(self.path, arrays, {"identity": self.identity})
+        self._saved_at = time.monotonic()
+        if self._signals.pending is not None:
+            raise Stopped
+
+    def clear(self) -> None:
+        """Remove the file; the step is finished."""
+        if self.path is not None:
+            with storage_errors(self.path, "remove"):
+                self.path.unlink(missing_ok=True)
+
+
+class Run:
+    """A folder in which one process at a time works.
+
+    Args:
+        path: the folder, made where it is missing; ``None`` keeps results in memory.
+        seed: from which all randomness of the run is derived.
+        threads: threads of torch while a step runs; ``None`` leaves them as they are.
+        device: where models are trained.
+        progress: told how far steps are.
+        checkpoint_seconds: least time between two checkpoints of a step.
+        checkpoint_calls: also save at every so many boundaries of a step; 0 for never.
+
+    Raises:
+        RunLocked: another living process works in the folder.
+        StorageError: the folder cannot be made or written.
+
+    Example:
+        >>> run = Run(None)
+        >>> run.once("answer", {"of": "everything"}, lambda checkpoint: {"value": np.array(42)})["value"].item()
+        42
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        checkpoint_seconds: float = 60.0,
+        checkpoint_calls: int = 0,
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.seed = seed
+        self.threads = threads
+        self.device = device
+        self.progress: Progress = progress or _silent
+        self._every = (checkpoint_seconds, checkpoint_calls)
+        self._memory: dict[str, Arrays] = {}
+        self._records: dict[str, list[dict[str, Any]]] = {}
+        self._lock: Lock | None = None
+        if self.path is not None:
+            with storage_errors(self.path, "make"):
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path / "lock").__enter__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes into the folder."""
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+            self._lock = None
+
+    def once(self, name: str, key: Any, fn: Callable[[Checkpoint], Mapping[str, NDArray[Any]]]) -> Arrays:
+        """The arrays that ``fn`` returns, computed at most once per ``(name, key, seed)`` and then read from the file.
+
+        Args:
+            name: of the step; a part of its file's name.
+            key: a JSON document that says all the result depends on: configuration and digests of the inputs.
+            fn: gets a :class:`Checkpoint`; must be a pure function of the key and the seed.
+
+        Returns:
+            Arrays by name; memory-mapped and read-only where the run has a folder.
+        """
+        identity = digest({"name": name, "key": key, "seed": self.seed})
+        if self.path is None:
+            if identity not in self._memory:
+                with self.working(None, identity) as checkpoint:
+                    self._memory[identity] = dict(fn(checkpoint))
+            return self._memory[identity]
+        folder = self.path / "steps"
+        with storage_errors(folder, "make"):
+            folder.mkdir(exist_ok=True)
+        finished = folder / f"{name}-{identity[:16]}.safetensors"
+        with self.working(finished.with_suffix(".partial"), identity) as checkpoint:
+            if not finished.exists():
+                save_arrays(finished, fn(checkpoint), {"name": name, "key": key, "seed": self.seed})
+            checkpoint.clear()
+        return open_arrays(finished)[0]
+
+    def fit(self, name: str, model: Model, data: Dataset, training: Training | None = None) -> Model:
+        """A trained copy of ``model``, from its present weights on; trained at most once per model, data and settings.
+
+        Args:
+            name: of the step.
+            model: trained are its parameters that require a gradient; it is left as it is.
+            data: the training and validation splits are read.
+            training: settings; by default those of the data's task.
+
+        Returns:
+            A copy with the weights of the best epoch on validation.
+        """
+        from pocketrec.train import fit_step
+
+        return fit_step(self, name, model, data, training)
+
+    @contextmanager
+    def working(self, partial: Path | None, identity: str) -> Iterator[Checkpoint]:
+        """The state in which a step computes: its checkpoint, deferred signals, the run's number of threads."""
+        signals = Signals()
+        with signals.deferred(), _torch_threads(self.threads):
+            yield Checkpoint(partial, identity, *self._every, signals)
+
+    def ledger(self, **record: Any) -> None:
+        """Note that a test split was read: which file, which split, which figures."""
+        self._append("ledger", record)
+
+    def reads(self) -> list[dict[str, Any]]:
+        """Every entry of the ledger, oldest first."""
+        return self._read("ledger")
+
+    def log(self, **record: Any) -> None:
+        """Note how the work went (times); no result depends on it."""
+        self._append("log", record)
+
+    def logged(self) -> list[dict[str, Any]]:
+        """Every entry of the log, oldest first."""
+        return self._read("log")
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if self.path is None:
+            self._records.setdefault(name, []).append(record)
+        else:
+            Journal(self.path / f"{name}.journal").append(record)
+
+    def _read(self, name: str) -> list[dict[str, Any]]:
+        if self.path is None:
+            return list(self._records.get(name, []))
+        return Journal(self.path / f"{name}.journal").read()
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    """Torch's number of threads inside the block; what it was before is put back."""
+    if threads is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+    """Progress that nobody watches."""

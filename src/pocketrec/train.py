@@ -1,0 +1,453 @@
+"""The only training loop, for click prediction and for ranking.
+
+Batches and noise are pure functions of ``(seed, epoch, step)``, so a killed training goes on from its last checkpoint
+and ends with the same bytes. After every epoch the model is judged on the validation split (AUC, or NDCG@20); the
+weights of the best epoch are the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pocketrec import registry
+from pocketrec.backbone import Backbone, ClickModel, Model, RankingModel, noise
+from pocketrec.dataset import Dataset, Split
+from pocketrec.errors import ArtifactError, ConfigError, DataError, DivergedError
+from pocketrec.files import atomic_write, boundary, buffer, canonical_json, digest, open_arrays, save_arrays
+from pocketrec.measure import auc, ranking, to_csr
+from pocketrec.optim import DenseAdam, LazyAdam, Optimizer
+from pocketrec.run import Arrays, Checkpoint, Run
+from pocketrec.schema import Schema, Task
+
+EVALUATION_ROWS = 8192
+"""Rows per block when a click model is judged; no figure depends on it."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the loop; the plain defaults are those of click prediction.
+
+    ``Training.default("cf")`` differs: 40 epochs, all of them run, and no weight decay (the loss has its own).
+
+    Args:
+        epochs: most passes over the training rows, at least 1.
+        batch_size: rows of a step, at least 2.
+        learning_rate: of Adam, above 0.
+        weight_decay: ``lambda`` of Adam's coupled L2 penalty on all parameters, at least 0.
+        optimizer: ``adam`` (dense, fused) or ``lazy_adam`` (only the rows of the batch, with catch-up).
+        precision: ``fp32``, or ``bf16`` for the matrix products of the loss; weights, moments, losses and every
+            evaluation stay fp32.
+        patience: epochs without a better validation figure before the loop ends, at least 1.
+        shuffle: a new order of rows in each epoch; ``False`` reads them in file order, as published runs do.
+    """
+
+    epochs: int = 15
+    batch_size: int = 2048
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-6
+    optimizer: Literal["adam", "lazy_adam"] = "adam"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    patience: int = 2
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 2), ("patience", 1), ("weight_decay", 0)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= least):
+                raise ConfigError(f"`{name}` must be at least {least}, but got {value}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"`learning_rate` must be above 0, but got {self.learning_rate}.")
+        for name, known in (("optimizer", ("adam", "lazy_adam")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
+
+    @classmethod
+    def default(cls, task: Task) -> Training:
+        """The settings that a task starts from.
+
+        Example:
+            >>> Training.default("cf").epochs
+            40
+        """
+        return cls() if task == "ctr" else cls(epochs=40, weight_decay=0.0, patience=40)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to: mean training loss, and the validation figure (``None`` where it is not defined)."""
+
+    loss: float
+    metric: float | None
+
+
+@dataclass
+class _Position:
+    """Where a training stands; with the tensors, all that its future depends on."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best: int = -1
+    history: list[Epoch] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> _Position:
+        return cls(**{**document, "history": [Epoch(**e) for e in document["history"]]})
+
+
+def train(
+    backbone: Backbone, data: Dataset, run: Run | str | Path | None = None, training: Training | None = None
+) -> Model:
+    """Train a backbone from scratch; the run's folder gets ``model.safetensors`` and ``run.json``.
+
+    The model is known by the digest of backbone, settings, data set and seed: the same training in the same folder is
+    read, not repeated. With ``POCKETREC_CACHE`` naming a folder, all runs share trained models there.
+
+    Args:
+        backbone: configuration of the recommender.
+        data: the encoded data set; its test split is not read.
+        run: a :class:`~pocketrec.run.Run`, a folder, or ``None`` to keep nothing.
+        training: settings; by default those of the backbone's task.
+
+    Returns:
+        The model with the weights of the best epoch on validation.
+
+    Raises:
+        ConfigError: the backbone is made for another task.
+        DataError: the training split is empty.
+        DivergedError: a loss or gradient is not finite; the last checkpoint stays.
+        RunLocked: another process works in the folder.
+
+    Example:
+        >>> model = train(DeepFM(dim=16), Dataset.open("data/criteo"), "runs/base")  # doctest: +SKIP
+    """
+    if not isinstance(run, Run):
+        with Run(run) as opened:
+            return train(backbone, data, opened, training)
+    if backbone.task != data.schema.task:
+        raise ConfigError(
+            f"{type(backbone).__name__} is made for task {backbone.task!r}, but the data set is of task "
+            f"{data.schema.task!r}; choose another backbone."
+        )
+    training = training or Training.default(backbone.task)
+    key = {
+        "backbone": {"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
+        "training": asdict(training),
+        "data": data.digest,
+        "seed": run.seed,
+    }
+    model = backbone.build(data, run.seed).to(run.device)
+    _load_learned(model, _trained(run, model, data, training, key))
+    return model
+
+
+def load(path: str | Path, data: Dataset | None = None) -> tuple[Model, Dataset]:
+    """The model that :func:`train` left in a run's folder, and its data set.
+
+    Args:
+        path: the folder.
+        data: the data set; by default it is opened where it was at training.
+
+    Raises:
+        ArtifactError: the folder holds no trained model, or a damaged one.
+        DataError: the data set is not the one of the training.
+    """
+    document = _run_document(Path(path))
+    key = document["training"]
+    if data is None:
+        data = Dataset.open(document["dataset"])
+    if data.digest != key["data"]:
+        raise DataError(
+            f"{path} was trained on the data set {key['data'][:12]}, but {data.path} is {data.digest[:12]}."
+        )
+    backbone = registry.load("backbones", key["backbone"]["name"])(**key["backbone"]["config"])
+    model = backbone.build(data, key["seed"])
+    arrays, meta = open_arrays(Path(path) / "model.safetensors")
+    if meta["training"] != key:
+        raise ArtifactError(f"{path}: model.safetensors and run.json are of different trainings; train again.")
+    _load_learned(model, arrays)
+    return model, data
+
+
+def history(path: str | Path) -> list[Epoch]:
+    """The epochs of the training in a run's folder."""
+    return [Epoch(**e) for e in _run_document(Path(path))["history"]]
+
+
+def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Training | None) -> Model:
+    """See :meth:`pocketrec.run.Run.fit`."""
+    training = training or Training.default(data.schema.task)
+    key = {"model": fingerprint(model), "training": asdict(training), "data": data.digest}
+
+    def compute(checkpoint: Checkpoint) -> Arrays:
+        return _fit(run, name, deepcopy(model), data, training, checkpoint)
+
+    fitted = deepcopy(model)
+    _load_learned(fitted, run.once(name, key, compute))
+    return fitted
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 over the configuration and every tensor of a model."""
+    state = sha256(canonical_json([type(model).__name__, repr(model.backbone), type(model.table).__name__]))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        state.update(f"{name}{tuple(tensor.shape)}{tensor.requires_grad}".encode())
+        state.update(buffer(tensor.detach().cpu().numpy()))
+    return state.hexdigest()
+
+
+def validate(model: Model, split: Split) -> float | None:
+    """AUC of a click model, NDCG@20 of a ranking model; ``None`` where the split is empty or has one class."""
+    if len(split) == 0:
+        return None
+    if isinstance(model, ClickModel):
+        return auc(split.labels, logits(model, split))
+    if isinstance(model, RankingModel):
+        return _ndcg(model, split)
+    raise ConfigError(f"A model must be a ClickModel or a RankingModel, but got {type(model).__name__}.")
+
+
+@torch.no_grad()
+def logits(model: ClickModel, split: Split) -> NDArray[np.float32]:
+    """Logits of every row of a split, ``(N,)``, in evaluation mode."""
+    device = next(model.parameters()).device
+    blocks = [
+        model(torch.from_numpy(split.ids[start : start + EVALUATION_ROWS].copy()).to(device)).cpu().numpy()
+        for start in range(0, len(split), EVALUATION_ROWS)
+    ]
+    return np.concatenate(blocks)
+
+
+@torch.no_grad()
+def _ndcg(model: RankingModel, split: Split) -> float | None:
+    """Mean NDCG@20 over users with a validation item; training items are not ranked."""
+    schema = split.dataset.schema
+    vectors = model.propagate(model.table.weight()).cpu().numpy()
+    users = schema.fields[0].size
+    quality = ranking(
+        vectors[:users], vectors[users:], _interactions(split.dataset.train, schema), _interactions(split, schema)
+    ).quality()
+    return quality["ndcg@20"]
+
+
+def _interactions(split: Split, schema: Schema) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Items per user as a CSR pattern."""
+    users = schema.fields[0].size
+    return to_csr(split.ids[:, 0], split.ids[:, 1] - users, users)
+
+
+def _trained(run: Run, model: Model, data: Dataset, training: Training, key: dict[str, Any]) -> Arrays:
+    """Learned tensors of a training: from the run's folder, from the shared cache, or computed now."""
+    places = _places(run, key)
+    known = next((arrays for place in places if (arrays := _stored(place, key)) is not None), None)
+    partial = None if run.path is None else run.path / "training.partial"
+    with run.working(partial, digest(key)) as checkpoint:
+        arrays = known or _fit(run, "train", model, data, training, checkpoint)
+        for place in places:
+            if _stored(place, key) is None:
+                save_arrays(place, arrays, {"training": key})
+        if run.path is not None:
+            epochs = [asdict(e) for e in _epochs(arrays["history"])]
+            document = {"training": key, "dataset": str(data.path.resolve()), "history": epochs}
+            atomic_write(run.path / "run.json", canonical_json(document) + b"\n")
+        checkpoint.clear()
+    return arrays
+
+
+def _places(run: Run, key: dict[str, Any]) -> list[Path]:
+    """Where a trained model is kept: the run's folder, and the folder that ``POCKETREC_CACHE`` names."""
+    cache = os.environ.get("POCKETREC_CACHE")
+    places = [] if run.path is None else [run.path / "model.safetensors"]
+    return [*places, Path(cache) / f"{digest(key)}.safetensors"] if cache else places
+
+
+def _stored(place: Path, key: dict[str, Any]) -> Arrays | None:
+    """The arrays at a place, if they are of this training."""
+    if not place.exists():
+        return None
+    arrays, meta = open_arrays(place)
+    return arrays if meta["training"] == json.loads(canonical_json(key)) else None
+
+
+def _run_document(path: Path) -> dict[str, Any]:
+    """The ``run.json`` of a run's folder."""
+    file = path / "run.json"
+    if not file.is_file():
+        raise ArtifactError(f"{path} holds no trained model; expected {file.name}. Train one with this folder as run.")
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{file} is damaged ({error}); train again with this folder as run.") from error
+
+
+def _fit(run: Run, stage: str, model: Model, data: Dataset, training: Training, checkpoint: Checkpoint) -> Arrays:
+    """Train ``model`` in place; its best learned tensors by name, and ``history (epochs, 2)`` of loss and metric."""
+    if len(data.train) == 0:
+        raise DataError("Training needs at least one training row, but the split is empty; encode more rows.")
+    loop = _Loop(run, stage, model, data, training, checkpoint)
+    loop.resume()
+    while not loop.finished():
+        loop.epoch()
+    return loop.result()
+
+
+class _Loop:
+    """One training under way."""
+
+    def __init__(
+        self, run: Run, stage: str, model: Model, data: Dataset, training: Training, checkpoint: Checkpoint
+    ) -> None:
+        self.run = run
+        self.stage = stage
+        self.model = model
+        self.data = data
+        self.training = training
+        self.checkpoint = checkpoint
+        self.at = _Position()
+        self.optimizer = _optimizer(model, training)
+        self.best: dict[str, Tensor] = {}
+
+    def finished(self) -> bool:
+        """Whether all epochs are run, or patience is at its end."""
+        stale = self.at.epoch - 1 - self.at.best
+        return self.at.epoch >= self.training.epochs or (self.at.best >= 0 and stale >= self.training.patience)
+
+    def epoch(self) -> None:
+        """The rest of the present epoch, its verdict, and a checkpoint."""
+        started = time.monotonic()
+        batches = self.model.batches(
+            self.data, self.training.batch_size, self.run.seed, self.at.epoch, shuffle=self.training.shuffle
+        )
+        for batch in islice(batches, self.at.step, None):
+            self._step(tuple(t.to(self.run.device) for t in batch))
+        self.optimizer.synchronise()
+        self._judge(time.monotonic() - started)
+        self.save()
+
+    def _step(self, batch: tuple[Tensor, ...]) -> None:
+        """One update, and a checkpoint where it is due."""
+        at = self.at
+        with _precision(self.training.precision, self.run.device):
+            loss = self.optimizer.model.loss(batch, noise(self.run.seed, "noise", at.epoch, at.step))
+        value = float(loss.detach())
+        self._require_finite("loss", value)
+        loss.backward()
+        for name, gradient in self.optimizer.gradients():
+            self._require_finite(f"gradient of {name}", float(gradient.sum()))
+        self.optimizer.step()
+        at.loss_sum += value
+        at.step += 1
+        boundary("step")
+        if self.checkpoint.due():
+            self.save()
+        self._report(value)
+
+    def _report(self, loss: float) -> None:
+        per_epoch = max(1, math.ceil(len(self.data.train) / self.training.batch_size))
+        done = self.at.epoch * per_epoch + min(self.at.step, per_epoch)
+        self.run.progress(
+            self.stage, done, self.training.epochs * per_epoch, {"epoch": self.at.epoch + 1, "loss": loss}
+        )
+
+    def _judge(self, seconds: float) -> None:
+        """Measure the epoch on the validation split and keep its weights if they are the best so far."""
+        at = self.at
+        metric = validate(self.model, self.data.valid)
+        epoch = Epoch(at.loss_sum / max(1, at.step), metric)
+        best = at.history[at.best].metric if at.best >= 0 else None
+        at.history.append(epoch)
+        if metric is None or best is None or metric > best:
+            at.best = at.epoch
+            self.best = {name: t.detach().clone() for name, t in _learned(self.model).items()}
+        self.run.log(stage=self.stage, epoch=at.epoch, seconds=seconds, **asdict(epoch))
+        at.epoch, at.step, at.loss_sum = at.epoch + 1, 0, 0.0
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            broken = [name for name, t in _learned(self.model).items() if not torch.isfinite(t).all()]
+            raise DivergedError(
+                f"Training diverged at epoch {self.at.epoch + 1}, step {self.at.step + 1}: the {what} is not finite"
+                + (f", nor is {broken[0]}" if broken else "")
+                + "; lower the learning rate, or look for damaged input."
+            )
+
+    def save(self) -> None:
+        """Checkpoint: weights, optimiser, best weights, position."""
+        groups = {"model": _learned(self.model), "optimizer": self.optimizer.state(), "best": self.best}
+        arrays = {f"{group}.{name}": _array(t) for group, tensors in groups.items() for name, t in tensors.items()}
+        arrays["position"] = np.frombuffer(canonical_json(self.at.to_json()), dtype=np.uint8)
+        self.checkpoint.save(arrays)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        arrays = self.checkpoint.load()
+        if arrays is None:
+            return
+        self.at = _Position.from_json(json.loads(arrays["position"].tobytes()))
+        _load_learned(self.model, _group(arrays, "model"))
+        self.optimizer.restore({k: torch.from_numpy(a.copy()) for k, a in _group(arrays, "optimizer").items()})
+        self.best = {k: torch.from_numpy(a.copy()) for k, a in _group(arrays, "best").items()}
+
+    def result(self) -> Arrays:
+        """Best weights by name, and the history."""
+        figures = [(e.loss, math.nan if e.metric is None else e.metric) for e in self.at.history]
+        return {name: _array(t) for name, t in self.best.items()} | {"history": np.array(figures, dtype=np.float64)}
+
+
+def _optimizer(model: Model, training: Training) -> Optimizer:
+    kind = LazyAdam if training.optimizer == "lazy_adam" else DenseAdam
+    return kind(model, training.learning_rate, training.weight_decay)
+
+
+def _precision(precision: str, device: str) -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16 inside the block, or nothing."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _learned(model: Model) -> dict[str, Tensor]:
+    """Every tensor that training changes: trainable parameters, and buffers of the head (running statistics)."""
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if (tensor.requires_grad if isinstance(tensor, nn.Parameter) else not name.startswith("table."))
+    }
+
+
+@torch.no_grad()
+def _load_learned(model: Model, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Copy learned tensors into a model."""
+    for name, tensor in _learned(model).items():
+        tensor.copy_(torch.from_numpy(np.array(arrays[name])))
+
+
+def _epochs(history: NDArray[np.float64]) -> list[Epoch]:
+    """The history as it was, from its array."""
+    return [Epoch(loss, None if math.isnan(metric) else metric) for loss, metric in history.tolist()]
+
+
+def _group(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays of one group, without the group's name."""
+    return {name.removeprefix(f"{prefix}."): a for name, a in arrays.items() if name.startswith(f"{prefix}.")}
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().cpu().numpy()
