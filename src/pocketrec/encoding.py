@@ -240,7 +240,8 @@ def _splits(batch: Batch, scan: Scan, part: Part) -> NDArray[np.uint8]:
     if codes.null_count():
         row = int(codes.is_null().arg_max() or 0)
         raise DataError(
-            f"{part.path}:{batch.lines[row]}: column {scan.split!r} must say train, valid or test, but got {cells[row]!r}."
+            f"{part.path}:{batch.lines[row]}: column {scan.split!r} must say train, valid or test, "
+            f"but got {cells[row]!r}."
         )
     return codes.to_numpy()
 
@@ -436,11 +437,11 @@ def write_interactions(
         "user": _size("users", users, [int(p["user"].max()) for p in pairs.values() if len(p)]),
         "item": _size("items", items, [int(p["item"].max()) for p in pairs.values() if len(p)]),
     }
-    schema = Schema("cf", (
-        Field("user", sizes["user"], 0, "dense", oov=False), Field("item", sizes["item"], sizes["user"], "dense", oov=False)
-    ))  # fmt: skip
+    user = Field("user", sizes["user"], 0, "dense", oov=False)
+    item = Field("item", sizes["item"], user.stop, "dense", oov=False)
+    schema = Schema("cf", (user, item))
     for name in splits.NAMES:
-        ids = np.stack([pairs[name]["user"], pairs[name]["item"] + sizes["user"]], axis=1).astype(np.int32)
+        ids = np.stack([pairs[name]["user"], pairs[name]["item"] + item.offset], axis=1).astype(np.int32)
         save_array(folder / f"{name}.ids.npy", ids)
         save_array(folder / f"{name}.rows.npy", pairs[name]["line"])
         if name == "train":

@@ -59,7 +59,7 @@ def permutation(rows: int, seed: int) -> Callable[[NDArray[np.int64]], NDArray[n
     def network(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = x >> half, x & mask
         for key in keys:
-            left, right = right, left ^ (_scramble(right ^ key) & mask)
+            left, right = right, left ^ (scramble(right ^ key) & mask)
         return (left << half) | right
 
     def permute(positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -71,7 +71,7 @@ def permutation(rows: int, seed: int) -> Callable[[NDArray[np.int64]], NDArray[n
     return permute
 
 
-def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The 64-bit finaliser of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX[0]
     x = (x ^ (x >> np.uint64(27))) * _MIX[1]
