@@ -76,7 +76,31 @@ struct Propagation {
   const float *left;       // (rows), or null
   const float *right;      // (columns), or null
   const int64_t *subset;   // (count), or null for all rows
+  const void *add;         // (count, width) of out's type, or null
   int64_t count, width;
+};
+
+// One block of a packed table; a null pointer is an array that the layout leaves out.
+struct Block {
+  int64_t start, stop, present, values_count;
+  int32_t left, width, number, stride;
+  const uint8_t *presence;
+  const uint8_t *rank;     // uint32, perhaps unaligned in the file
+  const uint8_t *masks;
+  const uint8_t *offsets;  // uint32
+  const uint8_t *values;
+  const uint8_t *scale;    // float (fields, width)
+};
+
+struct Lookup {
+  const Block *blocks;
+  int64_t block_count;
+  const float *fill, *absent;  // (field_count, width)
+  int64_t field_count, width;
+  const int64_t *rows;         // (count), column after column of one sample, then the next sample
+  const int32_t *fields;       // (columns)
+  int64_t count, columns;
+  float *out;                  // (count, width)
 };
 
 struct TopK {
@@ -164,13 +188,21 @@ std::atomic<int> level{detect()};
 POCKETREC_EXPORT int pocketrec_level() { return level.load(); }
 POCKETREC_EXPORT void pocketrec_limit(int most) { level.store(std::min<int>(most, detect())); }
 
-// out[i] = left[r] * sum over neighbours j of r of right[j] * x[j], with r = subset[i] (or i).
+// out[i] = add[i] + left[r] * sum over neighbours j of r of right[j] * x[j], with r = subset[i] (or i).
 POCKETREC_EXPORT int pocketrec_spmm(const int64_t *indptr, const int32_t *indices, int64_t rows, int64_t columns,
                                     int64_t entries, const void *x, int x_number, void *out, int out_number,
-                                    const float *left, const float *right, const int64_t *subset, int64_t count,
-                                    int64_t width, int threads) {
-  const Propagation task{{indptr, indices, rows, columns, entries}, x, out, left, right, subset, count, width};
+                                    const float *left, const float *right, const int64_t *subset, const void *add,
+                                    int64_t count, int64_t width, int threads) {
+  const Propagation task{{indptr, indices, rows, columns, entries}, x, out, left, right, subset, add, count, width};
   POCKETREC_DISPATCH(spmm, task, x_number, out_number, threads)
+}
+
+// Packed look-up: out (count, width). Rows out of range are absent; a field out of range is an error.
+POCKETREC_EXPORT int pocketrec_lookup(const Block *blocks, int64_t block_count, const float *fill, const float *absent,
+                                      int64_t field_count, int64_t width, const int64_t *rows, const int32_t *fields,
+                                      int64_t count, int64_t columns, float *out, int threads) {
+  const Lookup task{blocks, block_count, fill, absent, field_count, width, rows, fields, count, columns, out};
+  POCKETREC_DISPATCH(lookup, task, threads)
 }
 
 // The k best items per user by inner product, without the seen ones; ties go to the smaller id; -1 where none is left.
@@ -183,6 +215,10 @@ POCKETREC_EXPORT int pocketrec_topk(const float *users, int64_t user_count, cons
 }
 
 #else  // POCKETREC_ISA: one instruction set
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // from inside the compiler's own intrinsics
+#endif
 
 namespace {
 namespace POCKETREC_ISA {
@@ -202,7 +238,13 @@ inline T load(const void *from) {
 inline Floats load_floats(const float *from) { return load<Floats>(from); }
 
 inline Floats load_floats(const uint16_t *from) {
+#if POCKETREC_LANES == 16
+  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#elif POCKETREC_LANES == 8
+  const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
+#else
   const Words wide = __builtin_convertvector(load<Halves>(from), Words) << 16;
+#endif
   return load<Floats>(&wide);
 }
 
@@ -225,7 +267,242 @@ inline void store_float(uint16_t *to, float value) {
 inline void store_floats(float *to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 
 inline void store_floats(uint16_t *to, Floats values) {
+#if POCKETREC_LANES == 16
+  const Words bits = load<Words>(&values);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words narrow = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
+  const __m256i halves = _mm512_cvtepi32_epi16(load<__m512i>(&narrow));
+  std::memcpy(to, &halves, sizeof(halves));
+#else
   for (int lane = 0; lane < LANES; ++lane) store_float(to + lane, values[lane]);
+#endif
+}
+
+// ---- packed look-up -------------------------------------------------------------------------------------------------
+
+constexpr int64_t CHUNK = 64;         // rows in flight between two stages
+constexpr int64_t RANK_ROWS = 1024;   // rows per entry of the rank directory
+constexpr int64_t OUTSIDE = -2;       // the block does not cover the row
+constexpr int64_t MISSING = -1;       // it does, but stores nothing of it
+
+// Bits set in the first `count` bytes.
+inline int64_t count_bits(const uint8_t *bytes, int64_t count) {
+#if POCKETREC_LANES == 16
+  const auto piece = [&](int64_t i) {
+    const uint64_t lanes = count - i >= 64 ? ~uint64_t{0} : _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(std::max<int64_t>(count - i, 0)));
+    return _mm512_popcnt_epi64(_mm512_maskz_loadu_epi8(lanes, bytes + i));
+  };
+  __m512i sums = _mm512_add_epi64(piece(0), piece(64));
+  for (int64_t i = 128; i < count; i += 64) sums = _mm512_add_epi64(sums, piece(i));
+  return _mm512_reduce_add_epi64(sums);
+#else
+  int64_t sum = 0, i = 0;
+  for (; i + 8 <= count; i += 8) sum += __builtin_popcountll(load<uint64_t>(bytes + i));
+  uint64_t rest = 0;
+  for (int64_t shift = 0; i < count; ++i, shift += 8) rest |= static_cast<uint64_t>(bytes[i]) << shift;
+  return sum + __builtin_popcountll(rest);
+#endif
+}
+
+inline int64_t mask_bytes(const Block &block) { return (block.width + 7) / 8; }
+
+// Columns [column, column + 16) of a row mask.
+inline uint32_t mask_bits(const Block &block, const uint8_t *mask, int64_t column) {
+  const int64_t left = block.width - column;
+  if (mask == nullptr) return left >= 16 ? 0xffffu : (1u << left) - 1u;
+  return left > 8 ? load<uint16_t>(mask + column / 8) : mask[column / 8];
+}
+
+// Index of a row among the block's present rows, MISSING or OUTSIDE.
+inline int64_t locate(const Block &block, int64_t row) {
+  if (row < block.start || row >= block.stop) return OUTSIDE;
+  const int64_t local = row - block.start;
+  if (block.presence == nullptr) return local;
+  const uint32_t byte = block.presence[local / 8], bit = 1u << (local % 8);
+  if ((byte & bit) == 0) return MISSING;
+  const int64_t group = local / RANK_ROWS;
+  const int64_t before = count_bits(block.presence + group * (RANK_ROWS / 8), local % RANK_ROWS / 8);
+  const int64_t position = load<uint32_t>(block.rank + 4 * group) + before + __builtin_popcount(byte & (bit - 1));
+  return position < block.present ? position : MISSING;
+}
+
+inline void prefetch_mask(const Block &block, int64_t position) {
+  if (block.masks == nullptr) return;
+  const int64_t first = position - position % block.stride;
+  __builtin_prefetch(block.offsets + 4 * (position / block.stride));
+  const uint8_t *masks = block.masks + first * mask_bytes(block);
+  const int64_t bytes = (position % block.stride + 1) * mask_bytes(block);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(masks + i);
+}
+
+template <class Value>
+struct Reader {
+  const Block &block;
+
+  const uint8_t *mask(int64_t position) const {
+    return block.masks == nullptr ? nullptr : block.masks + position * mask_bytes(block);
+  }
+
+  // Index of the row's first value, MISSING if the file's directory points outside the values.
+  int64_t first_value(int64_t position) const {
+    int64_t first = position * block.width, count = block.width;
+    if (block.masks != nullptr) {
+      const int64_t begin = position - position % block.stride, bytes = mask_bytes(block);
+      first = load<uint32_t>(block.offsets + 4 * (position / block.stride)) +
+              count_bits(block.masks + begin * bytes, (position - begin) * bytes);
+      count = 0;
+      for (int64_t column = 0; column < block.width; column += 16)
+        count += __builtin_popcount(mask_bits(block, mask(position), column));
+    }
+    return first + count <= block.values_count ? first : MISSING;
+  }
+
+  void prefetch(int64_t first) const {
+    __builtin_prefetch(block.values + first * sizeof(Value));
+    __builtin_prefetch(block.values + (first + std::min(block.width, 16)) * sizeof(Value));
+  }
+
+  // out[c] = the c-th kept value where the mask has a bit, else base[c].
+  void expand(int64_t position, int64_t first, const float *base, int64_t field, float *out) const {
+    const uint8_t *values = block.values + first * sizeof(Value);
+    const float *scale = reinterpret_cast<const float *>(block.scale) + field * block.width;
+    for (int64_t column = 0; column < block.width; column += 16) {
+      const uint32_t bits = mask_bits(block, mask(position), column);
+      const int64_t columns = std::min<int64_t>(block.width - column, 16);
+      expand_columns(values, bits, columns, base + column, scale + column, out + column);
+      values += __builtin_popcount(bits) * sizeof(Value);
+    }
+  }
+
+#if POCKETREC_LANES == 16
+  static __m512 load_values(const uint8_t *values, uint32_t lanes) {
+    const __mmask16 mask = static_cast<__mmask16>(lanes);
+    if constexpr (sizeof(Value) == 4) return _mm512_maskz_loadu_ps(mask, values);
+    if constexpr (sizeof(Value) == 2) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, values));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, values)));
+  }
+
+  static void expand_columns(const uint8_t *values, uint32_t bits, int64_t columns, const float *base,
+                             const float *scale, float *out) {
+    const __mmask16 all = static_cast<__mmask16>((1u << columns) - 1u), kept = static_cast<__mmask16>(bits);
+    const __m512 found = load_values(values, (1u << __builtin_popcount(bits)) - 1u);
+    const __m512 under = _mm512_maskz_loadu_ps(all, base);
+    __m512 result;
+    if constexpr (sizeof(Value) == 1)
+      result = _mm512_mask_mul_ps(under, kept, _mm512_maskz_expand_ps(kept, found), _mm512_maskz_loadu_ps(all, scale));
+    else
+      result = _mm512_mask_expand_ps(under, kept, found);
+    _mm512_mask_storeu_ps(out, all, result);
+  }
+#else
+  static float value(const uint8_t *from, const float *scale) {
+    if constexpr (sizeof(Value) == 4) return load<float>(from);
+    if constexpr (sizeof(Value) == 1) return static_cast<float>(load<int8_t>(from)) * *scale;
+    const uint32_t half = load<uint16_t>(from);
+    const uint32_t shifted = (half & 0x7fffu) << 13, rebias = 0x77800000u;  // 2 ^ 112
+    const float magnitude = load<float>(&shifted) * load<float>(&rebias);
+    const uint32_t infinite = (half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+    const uint32_t bits = load<uint32_t>(&magnitude) | infinite | (half & 0x8000u) << 16;
+    return load<float>(&bits);
+  }
+
+  static void expand_columns(const uint8_t *values, uint32_t bits, int64_t columns, const float *base,
+                             const float *scale, float *out) {
+    if (bits == (1u << columns) - 1u) {
+      for (int64_t c = 0; c < columns; ++c) out[c] = value(values + c * sizeof(Value), scale + c);
+      return;
+    }
+    std::memcpy(out, base, columns * sizeof(float));
+    for (; bits != 0; bits &= bits - 1, values += sizeof(Value)) {
+      const int c = __builtin_ctz(bits);
+      out[c] = value(values, scale + c);
+    }
+  }
+#endif
+};
+
+template <class Visit>
+inline void with_reader(const Block &block, const Visit &visit) {
+  if (block.number == FP32) return visit(Reader<float>{block});
+  if (block.number == FP16) return visit(Reader<uint16_t>{block});
+  return visit(Reader<int8_t>{block});
+}
+
+// One chunk of at most CHUNK rows in three passes, each prefetching what the next one reads.
+struct Chunk {
+  const Lookup &task;
+  int64_t begin, count;
+  int64_t *positions, *firsts;  // (block_count, CHUNK)
+  int32_t fields[CHUNK];
+  const float *base[CHUNK];     // the row that shows where nothing is kept
+  bool written[CHUNK];          // nothing is left to write
+
+  void find_rows() {
+    int64_t column = begin % task.columns;
+    for (int64_t i = 0; i < count; ++i) {
+      fields[i] = task.fields[column];
+      if (++column == task.columns) column = 0;
+      bool stored = false;
+      int64_t covered = 0;
+      for (int64_t b = 0; b < task.block_count; ++b) {
+        const int64_t position = locate(task.blocks[b], task.rows[begin + i]);
+        positions[b * CHUNK + i] = position;
+        stored |= position >= 0;
+        covered += position == OUTSIDE ? 0 : task.blocks[b].width;
+        if (position >= 0) prefetch_mask(task.blocks[b], position);
+      }
+      base[i] = (stored ? task.fill : task.absent) + fields[i] * task.width;
+      written[i] = !stored;
+      if (!stored || covered < task.width)
+        std::memcpy(task.out + (begin + i) * task.width, base[i], task.width * sizeof(float));
+    }
+  }
+
+  void find_values() {
+    for (int64_t b = 0; b < task.block_count; ++b)
+      with_reader(task.blocks[b], [&](const auto &reader) {
+        for (int64_t i = 0; i < count; ++i) {
+          int64_t &position = positions[b * CHUNK + i];
+          if (position < 0) continue;
+          const int64_t first = reader.first_value(position);
+          firsts[b * CHUNK + i] = first;
+          if (first < 0) position = MISSING;
+          else reader.prefetch(first);
+        }
+      });
+  }
+
+  void write() {
+    for (int64_t b = 0; b < task.block_count; ++b)
+      with_reader(task.blocks[b], [&](const auto &reader) {
+        const Block &block = reader.block;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t position = positions[b * CHUNK + i];
+          float *out = task.out + (begin + i) * task.width + block.left;
+          if (position >= 0)
+            reader.expand(position, firsts[b * CHUNK + i], base[i] + block.left, fields[i], out);
+          else if (position == MISSING && !written[i])
+            std::memcpy(out, base[i] + block.left, block.width * sizeof(float));
+        }
+      });
+  }
+};
+
+int lookup(const Lookup &task, int threads) {
+  for (int64_t c = 0; c < task.columns; ++c)
+    if (task.fields[c] < 0 || task.fields[c] >= task.field_count) return BAD_INDEX;
+  std::atomic<int> status{OK};
+  parallel(threads, task.count, 64 * CHUNK, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<int64_t[]> found(new (std::nothrow) int64_t[2 * CHUNK * task.block_count + 1]);
+    if (found == nullptr) return status.store(NO_MEMORY);
+    for (int64_t i = begin; i < end; i += CHUNK) {
+      Chunk chunk{task, i, std::min(CHUNK, end - i), found.get(), found.get() + CHUNK * task.block_count, {}, {}, {}};
+      chunk.find_rows();
+      chunk.find_values();
+      chunk.write();
+    }
+  });
+  return status.load();
 }
 
 // ---- propagation ----------------------------------------------------------------------------------------------------
@@ -234,7 +511,8 @@ constexpr int64_t AHEAD = 12;  // edges between a prefetch and its use
 
 // Sums VECTORS * LANES columns, starting at `column`, over the edges [begin, end).
 template <int VECTORS, class In, class Out>
-inline void sum_columns(const Propagation &task, int64_t begin, int64_t end, int64_t column, float scale, Out *out) {
+inline void sum_columns(const Propagation &task, int64_t begin, int64_t end, int64_t column, float scale,
+                        const Out *add, Out *out) {
   const In *x = static_cast<const In *>(task.x) + column;
   const int32_t *indices = task.graph.indices;
   Floats sums[VECTORS] = {};
@@ -253,18 +531,22 @@ inline void sum_columns(const Propagation &task, int64_t begin, int64_t end, int
       for (int v = 0; v < VECTORS; ++v) sums[v] += load_floats(from + v * LANES) * task.right[j];
     }
   }
-  for (int v = 0; v < VECTORS; ++v) store_floats(out + column + v * LANES, sums[v] * scale);
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t at = column + v * LANES;
+    store_floats(out + at, add == nullptr ? sums[v] * scale : sums[v] * scale + load_floats(add + at));
+  }
 }
 
 template <class In, class Out>
-inline void sum_column(const Propagation &task, int64_t begin, int64_t end, int64_t column, float scale, Out *out) {
+inline void sum_column(const Propagation &task, int64_t begin, int64_t end, int64_t column, float scale,
+                       const Out *add, Out *out) {
   float sum = 0;
   for (int64_t e = begin; e < end; ++e) {
     const int64_t j = task.graph.indices[e];
     const float value = load_float(static_cast<const In *>(task.x) + j * task.width + column);
     sum += task.right == nullptr ? value : value * task.right[j];
   }
-  store_float(out + column, sum * scale);
+  store_float(out + column, add == nullptr ? sum * scale : sum * scale + load_float(add + column));
 }
 
 template <class In, class Out>
@@ -278,12 +560,13 @@ bool sum_row(const Propagation &task, int64_t i) {
   }
   const float scale = task.left == nullptr ? 1.0f : task.left[r];
   Out *out = static_cast<Out *>(task.out) + i * task.width;
+  const Out *add = task.add == nullptr ? nullptr : static_cast<const Out *>(task.add) + i * task.width;
   constexpr int TILE = 64 / LANES;
   int64_t column = 0;
   for (; column + TILE * LANES <= task.width; column += TILE * LANES)
-    sum_columns<TILE, In>(task, begin, end, column, scale, out);
-  for (; column + LANES <= task.width; column += LANES) sum_columns<1, In>(task, begin, end, column, scale, out);
-  for (; column < task.width; ++column) sum_column<In>(task, begin, end, column, scale, out);
+    sum_columns<TILE, In>(task, begin, end, column, scale, add, out);
+  for (; column + LANES <= task.width; column += LANES) sum_columns<1, In>(task, begin, end, column, scale, add, out);
+  for (; column < task.width; ++column) sum_column<In>(task, begin, end, column, scale, add, out);
   return true;
 }
 

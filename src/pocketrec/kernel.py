@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,13 +28,26 @@ _BAD_INDEX, _NO_MEMORY = 1, 2
 _CHUNK_ENTRIES = 1 << 16
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES: dict[str, list[Any]] = {
+    "pocketrec_lookup": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER,
+                         _INT],
     "pocketrec_spmm": [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER,
-                       _POINTER, _LONG, _LONG, _INT],
+                       _POINTER, _POINTER, _LONG, _LONG, _INT],
     "pocketrec_topk": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
                        _INT],
     "pocketrec_level": [],
     "pocketrec_limit": [_INT],
 }  # fmt: skip
+
+
+class BlockView(ctypes.Structure):
+    """One block of a packed table as the library sees it; null where the layout leaves an array out."""
+
+    _fields_ = (
+        ("start", _LONG), ("stop", _LONG), ("present", _LONG), ("values_count", _LONG),
+        ("left", ctypes.c_int32), ("width", ctypes.c_int32), ("number", ctypes.c_int32), ("stride", ctypes.c_int32),
+        ("presence", _POINTER), ("rank", _POINTER), ("masks", _POINTER), ("offsets", _POINTER),
+        ("values", _POINTER), ("scale", _POINTER),
+    )  # fmt: skip
 
 
 @cache
@@ -90,6 +104,41 @@ def _check_array(name: str, array: NDArray[Any], shape: tuple[int, ...], *dtypes
         )
 
 
+def block_view(
+    start: int, stop: int, left: int, width: int, present: int, stride: int, arrays: Mapping[str, NDArray[Any]]
+) -> BlockView:
+    """Describe one packed block to the library; the caller keeps ``arrays`` alive and has checked their shapes."""
+    values = arrays["values"]
+    names = ("presence", "rank", "masks", "offsets", "values", "scale")
+    pointers = [_pointer(arrays.get(name)) for name in names]
+    return BlockView(start, stop, present, values.size, left, width, _NUMBERS[values.dtype], stride, *pointers)
+
+
+def lookup(
+    blocks: ctypes.Array[BlockView],
+    fill: NDArray[np.float32],
+    absent: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    fields: NDArray[np.int32],
+    out: NDArray[np.float32],
+    threads: int = 1,
+) -> None:
+    """Packed look-up ``rows (B, C) -> out (B, C, D)`` by the compiled library, which must be available.
+
+    :meth:`pocketrec.packed.Packed.lookup` is the public form, and its ``lookup_numpy`` the reference.
+    """
+    library = _library()
+    if library is None:
+        raise ConfigError("The compiled kernel is not available; use `Packed.lookup`, which falls back to numpy.")
+    status = library.pocketrec_lookup(
+        ctypes.addressof(blocks), len(blocks), _pointer(fill), _pointer(absent), len(fill), fill.shape[1],
+        _pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads,
+    )  # fmt: skip
+    if status == _BAD_INDEX:
+        raise ConfigError(f"`fields` must lie in [0, {len(fill)}), but got {np.unique(fields).tolist()}.")
+    _check_status(status, "`rows`")
+
+
 def bf16_to_fp32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """Bfloat16 bit patterns -> float32, exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -110,10 +159,11 @@ def spmm(
     left: NDArray[np.float32] | None = None,
     right: NDArray[np.float32] | None = None,
     rows: NDArray[np.int64] | None = None,
+    add: NDArray[Any] | None = None,
     out: NDArray[Any] | None = None,
     threads: int = 1,
 ) -> NDArray[Any]:
-    """Multiply an unweighted sparse matrix, scaled on both sides: ``out[i] = left[r] * sum_j right[j] * x[j]``.
+    """Multiply an unweighted sparse matrix and add: ``out[i] = left[r] * sum_j right[j] * x[j] + add[i]``.
 
     ``r = rows[i]`` (or ``i``), ``j`` runs over the neighbours of ``r``. With ``left = right = degree ** -0.5`` this is
     LightGCN's propagation. Sums are float32; the result does not depend on ``threads`` or ``rows``.
@@ -125,6 +175,7 @@ def spmm(
         left: ``(n,)``; default ones.
         right: ``(m,)``; default ones.
         rows: Rows to compute, ``(c,)``; default all.
+        add: ``(c, d)``, of ``out``'s type; default zeros.
         out: Where to write, ``(c, d)``, float32 or uint16 (bfloat16 bits); default a new array of ``x``'s type.
         threads: Threads, at least 1.
 
@@ -153,13 +204,16 @@ def spmm(
         _check_array("right", right, (len(x),), np.float32)
     if rows is not None:
         _check_array("rows", rows, (count,), np.int64)
+    if add is not None:
+        _check_array("add", add, (count, width), out.dtype.type)
     library = _library()
     if library is None:
-        _spmm_numpy(indptr, indices, x, left, right, rows, out)
+        _spmm_numpy(indptr, indices, x, left, right, rows, add, out)
         return out
     status = library.pocketrec_spmm(
         _pointer(indptr), _pointer(indices), len(indptr) - 1, len(x), len(indices), _pointer(x), _NUMBERS[x.dtype],
-        _pointer(out), _NUMBERS[out.dtype], _pointer(left), _pointer(right), _pointer(rows), count, width, threads,
+        _pointer(out), _NUMBERS[out.dtype], _pointer(left), _pointer(right), _pointer(rows), _pointer(add), count, width,
+        threads,
     )  # fmt: skip
     _check_status(status, "`indptr`, `indices` and `rows`")
     return out
@@ -179,6 +233,7 @@ def _spmm_numpy(
     left: NDArray[np.float32] | None,
     right: NDArray[np.float32] | None,
     rows: NDArray[np.int64] | None,
+    add: NDArray[Any] | None,
     out: NDArray[Any],
 ) -> None:
     _check_csr(indptr, indices, len(x))
@@ -201,6 +256,8 @@ def _spmm_numpy(
             sums[filled] = np.add.reduceat(values, (ends - length)[filled], axis=0)
         if left is not None:
             sums *= left[rows[part], None]
+        if add is not None:
+            sums += bf16_to_fp32(add[part]) if add.dtype == np.uint16 else add[part]
         out[part] = fp32_to_bf16(sums) if out.dtype == np.uint16 else sums
 
 
