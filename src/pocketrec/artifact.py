@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, get_args
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import ArtifactError, PocketRecError
