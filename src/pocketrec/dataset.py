@@ -142,7 +142,7 @@ class Dataset:
             "digest": self.digest,
             "rows": {name: len(split) for name, split in self.splits.items()},
             "dropped": self.dropped,
-            "fields": [{"name": f.name, "cardinality": f.size} for f in self.schema.fields],
+            "fields": [{"name": f.name, "cardinality": f.size, "keys": f.keys} for f in self.schema.fields],
             "notes": self.document["notes"],
         }
 
@@ -286,6 +286,10 @@ def _check(source: Source, options: Mapping[str, Any], **files: str | Path | Non
         raise ConfigError(f"`max_bad` must be in [0, 1], but got {options['max_bad']}.")
     if options["seed"] < 0:
         raise ConfigError(f"`seed` must be at least 0, but got {options['seed']}.")
+    foreign = [("threshold", 1)] if source.task == "cf" else [("users", None), ("items", None)]
+    for name, default in foreign:
+        if options[name] != default:
+            raise ConfigError(f"`{name}` has no meaning for task {source.task!r}, but got {options[name]!r}.")
     if files["raw"] is None and not source.generates:
         raise ConfigError(f"Source {source.name!r} needs a raw file, but got None.")
     if files["valid"] is not None and options["valid_fraction"] is not None:
@@ -335,8 +339,8 @@ def _held_out(split: str, parts: list[Part], valid_fraction: float | None) -> di
 
 
 def _finished(out: Path, recipe: Mapping[str, Any]) -> Dataset | None:
-    """The data set in ``out`` if the same call made it; ``None`` if there is nothing."""
-    if not out.exists():
+    """The data set in ``out`` if the same call made it; ``None`` if there is nothing or an empty folder."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if (out / DOCUMENT).is_file() and _read_document(out)["recipe"] == json.loads(canonical_json(recipe)):
         return Dataset.open(out)

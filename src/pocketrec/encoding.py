@@ -61,13 +61,14 @@ class Tally:
 
     def batches(self, path: Path, scan: Scan) -> Iterator[Batch]:
         """The batches of one file, counted; too many bad rows raise :class:`DataError` with the first of them."""
-        rows = bad = 0
+        rows = bad = blank = 0
         first: BadRow | None = None
         for batch in scan.batches:
             rows += batch.frame.height + len(batch.bad)
             self.dropped.update(b.reason for b in batch.bad)
             faults = [b for b in batch.bad if b.reason != "blank line"]
             bad += len(faults)
+            blank += len(batch.bad) - len(faults)
             first = first or min(faults, key=lambda b: b.line, default=None)
             if first and bad == rows:
                 self._refuse(path, bad, rows, first)
@@ -75,8 +76,8 @@ class Tally:
                 yield batch
         if first and bad > self._most_bad * rows:
             self._refuse(path, bad, rows, first)
-        if rows == self.dropped["blank line"]:
-            raise DataError(f"{path}: expected rows, but there are none after the header.")
+        if rows == blank:
+            raise DataError(f"{path}: expected rows, but there are none.")
         self.rows_in += rows
 
     def _refuse(self, path: Path, bad: int, rows: int, first: BadRow) -> None:
@@ -389,7 +390,8 @@ def _write_splits(
 
 
 def _remarks(counts: Counts) -> list[str]:
-    return [
+    empty = [f"the {name} split is empty" for name, rows in zip(splits.NAMES, counts.rows, strict=True) if not rows]
+    return empty + [
         f"every label of the {name} split is {'1' if positives else '0'}"
         for name, rows, positives in zip(splits.NAMES, counts.rows, counts.positives, strict=True)
         if rows and positives in (0, rows)

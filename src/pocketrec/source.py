@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pocketrec.errors import DataError
+from pocketrec.files import storage_errors
 from pocketrec.schema import Task
 
 Kind = Literal["category", "integer", "dense", "number"]
 
 BLOCK_BYTES = 1 << 22
+LINE_BYTES = 1 << 26
 BATCH_ROWS = 1 << 16
 
 
@@ -126,18 +129,21 @@ def read_lines(path: Path) -> Iterator[Lines]:
             if whole:
                 yield _decode(whole, first)
                 first += len(whole)
+            if len(rest) > LINE_BYTES:
+                raise DataError(f"{path}:{first}: expected a text file, but got a line of over {LINE_BYTES:,} bytes.")
     if rest:
         yield _decode([rest], first)
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    with storage_errors(path, "read"):
+        return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def _read(stream: BinaryIO, path: Path) -> bytes:
     try:
         return stream.read(BLOCK_BYTES)
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: expected a whole readable file, but got: {error}; fetch it again.") from error
 
 
@@ -167,21 +173,18 @@ def read_delimited(path: Path, names: Sequence[str], separator: str, *, header: 
     ``header``: the first line is skipped. ``quotes``: a cell may stand in double quotes, on one line (RFC 4180).
     """
     for lines in read_lines(path):
-        texts, numbers = lines.texts, lines.numbers
-        if header and numbers and numbers[0] == 1:
-            texts, numbers = texts[1:], numbers[1:]
-        if quotes and any('"' in text for text in texts):
-            yield _quoted_batch(texts, numbers, lines.bad, names, separator)
-        else:
-            yield _plain_batch(texts, numbers, lines.bad, names, separator)
+        if header and lines.numbers and lines.numbers[0] == 1:
+            lines = Lines(lines.texts[1:], lines.numbers[1:], lines.bad)
+        quoted = quotes and any('"' in text for text in lines.texts)
+        yield _delimit_quoted(lines, names, separator) if quoted else delimit(lines, names, separator)
 
 
-def _plain_batch(
-    texts: list[str], numbers: list[int], bad: list[BadRow], names: Sequence[str], separator: str
-) -> Batch:
+def delimit(lines: Lines, names: Sequence[str], separator: str) -> Batch:
+    """The string columns ``names`` of lines without quotes; a line with another number of columns is bad."""
+    texts, numbers, bad = lines.texts, lines.numbers, lines.bad
     counts = [text.count(separator) + 1 for text in texts]
-    good = [i for i, count in enumerate(counts) if count == len(names)]
-    if len(good) < len(texts):
+    if any(count != len(names) for count in counts):
+        good = [i for i, count in enumerate(counts) if count == len(names)]
         bad = bad + [_ragged(n, c, len(names)) for n, c in zip(numbers, counts, strict=True) if c != len(names)]
         texts, numbers = [texts[i] for i in good], [numbers[i] for i in good]
     return Batch(_frame(texts, names, separator), np.array(numbers, np.int64), bad)
@@ -197,15 +200,12 @@ def _frame(texts: list[str], names: Sequence[str], separator: str) -> pl.DataFra
         separator=separator,
         quote_char=None,
         infer_schema=False,
-        missing_utf8_is_empty_string=True,
-    )
+    ).fill_null("")
 
 
-def _quoted_batch(
-    texts: list[str], numbers: list[int], bad: list[BadRow], names: Sequence[str], separator: str
-) -> Batch:
-    rows, kept, bad = [], [], list(bad)
-    for text, number in zip(texts, numbers, strict=True):
+def _delimit_quoted(lines: Lines, names: Sequence[str], separator: str) -> Batch:
+    rows, numbers, bad = [], [], list(lines.bad)
+    for text, number in zip(lines.texts, lines.numbers, strict=True):
         try:
             cells = split_quoted(text, separator)
         except csv.Error:
@@ -213,11 +213,11 @@ def _quoted_batch(
             continue
         if len(cells) == len(names):
             rows.append(cells)
-            kept.append(number)
+            numbers.append(number)
         else:
             bad.append(_ragged(number, len(cells), len(names)))
     frame = pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
-    return Batch(frame, np.array(kept, np.int64), bad)
+    return Batch(frame, np.array(numbers, np.int64), bad)
 
 
 def split_quoted(text: str, separator: str) -> list[str]:

@@ -18,9 +18,10 @@ from pocketrec.source import Batch, Column, Kind, Scan, Source, reject
 class Table(Source):
     """Every column but the label is one categorical feature; kinds are guessed from the first rows unless given.
 
-    A column whose cells are all whole numbers is ``integer``; one whose cells are all numbers, some of them not whole,
-    is ``number``: its values are rounded to ``digits`` significant digits, which gives at most ``9 * 10^(digits - 1)``
-    values per decade and sign whatever the unit. Every other column is ``category``. An empty cell is a value.
+    A column whose cells are all whole numbers is ``integer``; one whose cells are all numbers, some of them with a
+    fraction, is ``number``: its values are rounded to ``digits`` significant digits, which gives at most
+    ``9 * 10^(digits - 1)`` values per decade and sign whatever the unit, and the rounded text is what a model file
+    knows. Every other column is ``category``. An empty cell is a value.
 
     Args:
         label: name of the label column (0/1, 0.0/1.0, false/true).
@@ -77,8 +78,8 @@ class Table(Source):
             **dict.fromkeys(self.dense, "dense"),
             **dict.fromkeys(self.number, "number"),
         }
-        sample = next(table.batches()).frame
-        return tuple(Column(n, given[n] if n in given else guess(sample[n])) for n in names)
+        first = next(table.batches(), None)
+        return tuple(Column(n, given.get(n) or (guess(first.frame[n]) if first else "category")) for n in names)
 
     def _batches(self, table: TableFile, columns: tuple[Column, ...], special: list[str]) -> Iterator[Batch]:
         names = {kind: [c.name for c in columns if c.kind == kind] for kind in ("number", "dense")}
@@ -101,8 +102,9 @@ def guess(cells: pl.Series) -> Kind:
         return "category"
     if (cells.cast(pl.Int64, strict=False).cast(pl.String) == cells).fill_null(False).all():
         return "integer"
-    finite = cells.cast(pl.Float64, strict=False).is_finite().fill_null(False).all()
-    return "number" if finite else "category"
+    numbers = cells.cast(pl.Float64, strict=False)
+    measured = numbers.is_finite().fill_null(False).all() and (numbers != numbers.floor()).any()
+    return "number" if measured else "category"
 
 
 def _all(frame: pl.DataFrame, conditions: list[pl.Expr]) -> pl.Series:
