@@ -289,7 +289,8 @@ constexpr int64_t MISSING = -1;       // it does, but stores nothing of it
 inline int64_t count_bits(const uint8_t *bytes, int64_t count) {
 #if POCKETREC_LANES == 16
   const auto piece = [&](int64_t i) {
-    const uint64_t lanes = count - i >= 64 ? ~uint64_t{0} : _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(std::max<int64_t>(count - i, 0)));
+    const int64_t left = std::min<int64_t>(std::max<int64_t>(count - i, 0), 64);
+    const uint64_t lanes = _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(left));
     return _mm512_popcnt_epi64(_mm512_maskz_loadu_epi8(lanes, bytes + i));
   };
   __m512i sums = _mm512_add_epi64(piece(0), piece(64));
@@ -309,8 +310,9 @@ inline int64_t mask_bytes(const Block &block) { return (block.width + 7) / 8; }
 // Columns [column, column + 16) of a row mask.
 inline uint32_t mask_bits(const Block &block, const uint8_t *mask, int64_t column) {
   const int64_t left = block.width - column;
-  if (mask == nullptr) return left >= 16 ? 0xffffu : (1u << left) - 1u;
-  return left > 8 ? load<uint16_t>(mask + column / 8) : mask[column / 8];
+  const uint32_t all = left >= 16 ? 0xffffu : (1u << left) - 1u;
+  if (mask == nullptr) return all;
+  return all & (left > 8 ? load<uint16_t>(mask + column / 8) : mask[column / 8]);
 }
 
 // Index of a row among the block's present rows, MISSING or OUTSIDE.

@@ -212,8 +212,8 @@ def spmm(
         return out
     status = library.pocketrec_spmm(
         _pointer(indptr), _pointer(indices), len(indptr) - 1, len(x), len(indices), _pointer(x), _NUMBERS[x.dtype],
-        _pointer(out), _NUMBERS[out.dtype], _pointer(left), _pointer(right), _pointer(rows), _pointer(add), count, width,
-        threads,
+        _pointer(out), _NUMBERS[out.dtype], _pointer(left), _pointer(right), _pointer(rows), _pointer(add), count,
+        width, threads,
     )  # fmt: skip
     _check_status(status, "`indptr`, `indices` and `rows`")
     return out

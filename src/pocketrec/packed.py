@@ -20,6 +20,7 @@ stored in some block reads ``fill`` wherever it keeps nothing.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketrec import kernel
 from pocketrec.errors import ArtifactError, ConfigError, DivergedError
 
 Storage = Literal["fp32", "fp16", "int8"]
@@ -307,18 +309,50 @@ class Packed:
         packed = tuple(_encode_block(table, b) for b in blocks)
         return cls(count, packed, np.array(fill, np.float32), np.array(absent, np.float32))
 
-    def lookup(self, rows: NDArray[np.integer], fields: NDArray[np.integer], threads: int = 1) -> NDArray[np.float32]:
-        """Read vectors.
+    def lookup(
+        self,
+        rows: NDArray[np.integer],
+        fields: NDArray[np.integer],
+        *,
+        out: NDArray[np.float32] | None = None,
+        threads: int = 1,
+    ) -> NDArray[np.float32]:
+        """Read vectors, by the compiled kernel where there is one.
 
         Args:
             rows: File rows ``(B, C)``; -1, or anything out of range, is absent.
             fields: Field of each column, ``(C,)``, in ``[0, F)``.
+            out: Where to write, float32 ``(B, C, D)``, contiguous; default a new array.
             threads: Threads for the compiled kernel.
 
         Returns:
             Float32 ``(B, C, D)``.
+
+        Raises:
+            ConfigError: A field out of range, or shapes that do not fit.
         """
-        return self.lookup_numpy(rows, fields)
+        rows = np.ascontiguousarray(rows, dtype=np.int64)
+        fields = np.ascontiguousarray(fields, dtype=np.int32)
+        if rows.ndim != 2 or fields.shape != rows.shape[1:]:
+            raise ConfigError(f"`rows` must be (B, C) and `fields` (C,), but got {rows.shape} and {fields.shape}.")
+        shape = (*rows.shape, self.width)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+            raise ConfigError(f"`out` must be contiguous float32 {shape}, but got {out.dtype} {out.shape}.")
+        if kernel.available():
+            kernel.lookup(self._views, self.fill, self.absent, rows, fields, out, threads)
+        else:
+            out[...] = self.lookup_numpy(rows, fields)
+        return out
+
+    @cached_property
+    def _views(self) -> ctypes.Array[kernel.BlockView]:
+        """The blocks as the compiled kernel sees them."""
+        views = [
+            kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays) for b in self.blocks
+        ]
+        return (kernel.BlockView * len(views))(*views)
 
     def lookup_numpy(self, rows: NDArray[np.integer], fields: NDArray[np.integer]) -> NDArray[np.float32]:
         """What ``lookup`` computes, in numpy alone: the reference for the compiled kernel."""
@@ -384,9 +418,9 @@ class PackedRange:
 def _read_absent(fill: NDArray[np.float32], arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     if "absent" not in arrays:
         return fill
-    rows, own = arrays["absent"], arrays.get("absent_fields")
-    known = own is not None and (own.size == 0 or 0 <= own.min() <= own.max() < len(fill))
-    if own is None or not known or rows.shape != (own.size, fill.shape[1]):
+    rows, own = arrays["absent"], arrays.get("absent_fields", np.empty(0, np.int32))
+    typed = own.dtype == np.int32 and rows.dtype == np.float32 and rows.shape == (own.size, fill.shape[1])
+    if not typed or own.size == 0 or not 0 <= own.min() <= own.max() < len(fill):
         raise ArtifactError(
             f"Arrays 'absent' and 'absent_fields' must name fields in [0, {len(fill)}) with a row each."
         )
