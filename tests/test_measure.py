@@ -1,178 +1,243 @@
-"""Metrics against scikit-learn, brute force and closed forms."""
+"""What is exported is what is measured: files against the models they were made from."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import polars as pl
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.special import log_expit
-from sklearn.metrics import log_loss, roc_auc_score
+import torch
 
-from pocketrec.errors import DataError, DivergedError
-from pocketrec.measure import auc, logloss, ranking, take_rows, to_csr
-
-seeds = st.integers(0, 2**32 - 1)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(st.integers(0, 30), st.integers(1, 12), seeds)
-def test_auc_agrees_with_scikit_learn_with_ties(n, levels, seed):
-    rng = np.random.default_rng(seed)
-    labels = np.r_[0, 1, rng.integers(0, 2, n)]
-    scores = rng.integers(-levels, levels, n + 2) / 7
-    assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+from pocketrec import sources
+from pocketrec.artifact import Contents
+from pocketrec.backbone import Backbone, RankingModel
+from pocketrec.backbones import DeepFM
+from pocketrec.dataset import encode
+from pocketrec.errors import ArtifactError, ConfigError, DataError, UnsupportedOp
+from pocketrec.measure import CALLS, interactions, measure
+from pocketrec.metrics import auc, logloss, ranking
+from pocketrec.program import Op, Program
+from pocketrec.run import Run
+from pocketrec.table import Block, DenseTable, PrunedTable
+from pocketrec.vocabulary import Vocabulary
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.floats(allow_nan=False)), max_size=12))
-def test_auc_counts_pairs(rows):
-    positive = [s for y, s in rows if y]
-    negative = [s for y, s in rows if not y]
-    pairs = [1.0 if p > q else 0.5 if p == q else 0.0 for p in positive for q in negative]
-    got = auc([float(y) for y, _ in rows], [s for _, s in rows])
-    assert got is None if not pairs else got == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+@dataclass(frozen=True)
+class Scaled(Backbone):
+    """A ranking model whose propagation multiplies by a factor."""
+
+    name: ClassVar[str] = "scaled"
+    task: ClassVar[str] = "cf"
+    factor: float = 2.0
+
+    def blocks(self, schema):
+        return tuple(Block(f.name, f.offset, f.stop, 0, 4) for f in schema.fields)
+
+    def build(self, data, seed):
+        weight = torch.empty(data.schema.rows, 4).normal_(generator=torch.Generator().manual_seed(seed))
+        return ScaledModel(self, DenseTable(data.schema, self.blocks(data.schema), weight))
 
 
-def test_auc_of_one_class_or_nothing_is_none():
-    assert auc([1, 1], [0.1, 0.2]) is None
-    assert auc([0.0], [3.0]) is None
-    assert auc([], []) is None
+class ScaledModel(RankingModel):
+    def __init__(self, backbone, table):
+        super().__init__()
+        self.backbone, self.table, self.schema = backbone, table, table.schema
+
+    def batches(self, data, batch_size, seed, epoch, *, shuffle=True):
+        raise UnsupportedOp("This model is not trained.")
+
+    def loss(self, batch, noise):
+        raise UnsupportedOp("This model is not trained.")
+
+    def propagate(self, weight):
+        return weight * self.backbone.factor
+
+    def scores(self, users, items):
+        return users @ items.T
+
+    def lower(self):
+        return Program((Op("dot", ("vectors",), "score"),))
 
 
-@settings(max_examples=1000, deadline=None)
-@given(st.integers(1, 30), seeds)
-def test_logloss_agrees_with_scikit_learn(n, seed):
-    rng = np.random.default_rng(seed)
-    labels, logits = rng.integers(0, 2, n), rng.normal(0, 1.5, n)
-    expected = log_loss(labels, 1 / (1 + np.exp(-logits)), labels=[0, 1])
-    assert logloss(labels, logits) == pytest.approx(expected, abs=1e-12)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.floats(-700, 700)), min_size=1, max_size=12))
-def test_logloss_of_extreme_logits_keeps_every_digit(rows):
-    expected = -np.mean([log_expit(z if y else -z) for y, z in rows])
-    assert logloss([float(y) for y, _ in rows], [z for _, z in rows]) == pytest.approx(expected, rel=1e-12)
-
-
-def test_logloss_at_probabilities_zero_and_one():
-    assert logloss([0, 1], [-math.inf, math.inf]) == 0
-    assert logloss([1, 1], [-math.inf, 0]) == math.inf
-    assert logloss([1], [-1000.0]) == 1000.0
-
-
-@pytest.mark.parametrize("metric", [auc, logloss])
-def test_metrics_refuse_bad_labels_shapes_and_nan(metric):
-    with pytest.raises(DataError, match="0 or 1"):
-        metric([0, 2], [0.1, 0.2])
-    with pytest.raises(DataError, match="0 or 1"):
-        metric([0, math.nan], [0.1, 0.2])
-    with pytest.raises(DataError, match=r"\(n,\)"):
-        metric([0, 1], [0.1])
-    with pytest.raises(DivergedError, match="row 1"):
-        metric([0, 1], [0.1, math.nan])
-
-
-def interactions(rng, users, items, share):
-    return [np.flatnonzero(rng.random(items) < share) for _ in range(users)]
-
-
-def pattern(rows):
-    owner = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-    return to_csr(owner, np.concatenate(rows).astype(np.int64), len(rows))
-
-
-def brute_force(user_vectors, item_vectors, seen, truth, k):
-    """Per-user figures in plain python; ties by item id."""
-    figures = {}
-    for u, wanted in enumerate(truth):
-        if not len(wanted):
-            continue
-        scores = {i: float(user_vectors[u] @ v) for i, v in enumerate(item_vectors) if i not in set(seen[u])}
-        listed = sorted(scores, key=lambda i: (-scores[i], i))[:k]
-        gain = sum(1 / math.log2(r + 2) for r, i in enumerate(listed) if i in set(wanted))
-        ideal = sum(1 / math.log2(r + 2) for r in range(min(len(wanted), k)))
-        hits = len(set(listed) & set(wanted))
-        figures[u] = (gain / ideal, hits / len(wanted), hits / min(len(wanted), k))
-    return figures
-
-
-@settings(max_examples=150, deadline=None)
-@given(seeds, st.integers(1, 8), st.integers(1, 25))
-def test_ranking_agrees_with_brute_force(seed, users, k):
-    """Small integer vectors make many exact ties; lists may be longer than what is left to rank."""
-    rng = np.random.default_rng(seed)
-    user_vectors = rng.integers(-1, 2, (users, 3)).astype(np.float32)
-    item_vectors = rng.integers(-1, 2, (20, 3)).astype(np.float32)
-    seen, truth = interactions(rng, users, 20, 0.3), interactions(rng, users, 20, 0.2)
-    expected = brute_force(user_vectors, item_vectors, seen, truth, k)
-    got = ranking(user_vectors, item_vectors, pattern(seen), pattern(truth), k)
-    assert got.users.tolist() == list(expected)
-    np.testing.assert_allclose(
-        np.c_[got.ndcg, got.recall, got.recall_capped], list(expected.values()) or np.zeros((0, 3)), atol=1e-12
-    )
-    assert (got.recall_capped >= got.recall).all()
-
-
-def test_perfect_lists_score_one_even_when_truth_is_longer_than_k():
-    user_vectors = np.eye(3, dtype=np.float32)
-    truth = [np.arange(0, 30), np.arange(30, 32), np.arange(32, 52)]
-    item_vectors = np.zeros((60, 3), dtype=np.float32)
-    for u, items in enumerate(truth):
-        item_vectors[items, u] = 1
-    got = ranking(user_vectors, item_vectors, pattern([np.zeros(0, np.int64)] * 3), pattern(truth), 20)
-    assert got.ndcg.tolist() == [1.0, 1.0, 1.0]
-    assert got.recall_capped.tolist() == [1.0, 1.0, 1.0]
-    assert got.recall.tolist() == [20 / 30, 1.0, 1.0]
-
-
-def test_ranking_does_not_depend_on_the_block():
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory):
+    """Two string fields and a dense one; some test values are unseen in training."""
+    folder = tmp_path_factory.mktemp("clicks")
     rng = np.random.default_rng(0)
-    user_vectors = rng.normal(size=(500, 16)).astype(np.float32)
-    item_vectors = rng.normal(size=(700, 16)).astype(np.float32)
-    seen, truth = pattern(interactions(rng, 500, 700, 0.05)), pattern(interactions(rng, 500, 700, 0.004))
-    results = [ranking(user_vectors, item_vectors, seen, truth, block=b) for b in (1, 64, 100, 512, 10_000)]
-    for other in results[1:]:
-        assert (results[0].ndcg == other.ndcg).all()
-        assert (results[0].recall == other.recall).all()
+    n = 6000
+    frame = pl.DataFrame(
+        {
+            "label": rng.integers(0, 2, n),
+            "shop": [f"s{v}" for v in rng.zipf(1.5, n) % 400],
+            "site": [f"p{v}" for v in rng.integers(0, 30, n)],
+            "hour": rng.integers(0, 24, n),
+        }
+    )
+    frame.write_parquet(folder / "log.parquet")
+    return encode(sources.Table(dense=("hour",)), folder / "log.parquet", folder / "data")
 
 
-def test_seen_items_are_never_recommended():
-    """Every seen item is in the truth set, and nothing else: no list may hit it."""
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("visits")
     rng = np.random.default_rng(1)
-    seen = pattern(interactions(rng, 50, 30, 0.5))
-    got = ranking(rng.normal(size=(50, 4)).astype("f"), rng.normal(size=(30, 4)).astype("f"), seen, seen, 20)
-    assert not got.recall.any()
-    assert not got.ndcg.any()
+    pairs = np.unique(rng.integers(0, (60, 90), (3000, 2)), axis=0)
+    pl.DataFrame({"user": pairs[:, 0], "item": pairs[:, 1]}).write_parquet(folder / "pairs.parquet")
+    return encode(sources.Interactions(), folder / "pairs.parquet", folder / "data", users=60, items=90)
 
 
-def test_no_user_with_truth_gives_null():
-    empty = pattern([np.zeros(0, np.int64)] * 4)
-    got = ranking(np.ones((4, 2), np.float32), np.ones((5, 2), np.float32), empty, empty)
-    assert got.quality() == {"ndcg@20": None, "recall@20": None, "recall_capped@20": None}
+@pytest.fixture(scope="module")
+def model(clicks):
+    built = DeepFM(dim=8, hidden=(16,)).build(clicks, 0)
+    built.table.matrix.data.normal_(generator=torch.Generator().manual_seed(3))
+    return built
 
 
-def test_ranking_refuses_what_does_not_fit():
-    vectors, two = np.ones((2, 3), np.float32), pattern([np.array([0]), np.array([1])])
-    with pytest.raises(DataError, match="one d"):
-        ranking(vectors, np.ones((2, 4), np.float32), two, two)
-    with pytest.raises(DataError, match="one per user"):
-        ranking(vectors, vectors, pattern([np.array([0])]), two)
-    with pytest.raises(DataError, match="item ids"):
-        ranking(vectors, vectors, two, pattern([np.array([7]), np.array([0])]))
-    with pytest.raises(DataError, match="k=0"):
-        ranking(vectors, vectors, two, two, 0)
-    with pytest.raises(DivergedError, match="item"):
-        ranking(vectors, np.full((2, 3), np.nan, np.float32), two, two)
+def pruned(model, data, share):
+    rng = np.random.default_rng(2)
+    table = model.table
+    keep = torch.from_numpy(rng.random(tuple(table.matrix.shape)) < share)
+    keep[rng.random(data.schema.rows) < 0.5] = False
+    fill = torch.from_numpy(rng.normal(size=(data.schema.width, table.width)).astype(np.float32))
+    return model.with_table(PrunedTable(data.schema, table.blocks, table.matrix.data, keep, fill, fill * 0.5))
 
 
-def test_csr_helpers_sort_deduplicate_and_take_rows():
-    indptr, indices = to_csr(np.array([2, 0, 2, 2, 0]), np.array([5, 1, 3, 5, 0]), 4)
-    assert indptr.tolist() == [0, 2, 2, 4, 4]
-    assert indices.tolist() == [0, 1, 3, 5]
-    taken = take_rows((indptr, indices), np.array([2, 1, 0]))
-    assert taken[0].tolist() == [0, 2, 2, 4]
-    assert taken[1].tolist() == [3, 5, 0, 1]
+def write(model, data, path, kind="ctr", storage="fp32", info=None):
+    stored = model.table.stored().numpy()
+    vocabulary, rows = Vocabulary.build(data.schema, stored, data.hashes)
+    packed = model.table.pack(storage, rows)
+    Contents(kind, data.schema, vocabulary, packed, model.lower(), info or {}).write(path)
+    return path
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.05])
+def test_a_file_measures_as_its_model(clicks, model, tmp_path, share):
+    small = pruned(model, clicks, share)
+    path = write(small, clicks, tmp_path / "m.safetensors")
+    from_file = measure(path, clicks.test, latency=False, predictions=True)
+    from_model = measure(small, clicks.test, latency=False, predictions=True)
+    np.testing.assert_allclose(from_file.logits, from_model.logits, rtol=2e-5, atol=2e-5)
+    assert from_file.quality["auc"] == pytest.approx(from_model.quality["auc"], abs=1e-6)
+
+
+def test_figures_are_the_metrics_of_the_logits(clicks, model):
+    result = measure(model, clicks.valid, latency=False, predictions=True)
+    labels = clicks.valid.labels
+    assert result.quality == {"auc": auc(labels, result.logits), "logloss": logloss(labels, result.logits)}
+    assert measure(model, clicks.valid, latency=False).logits is None
+
+
+def test_bytes_of_a_file_sum_to_its_size(clicks, model, tmp_path):
+    path = write(model, clicks, tmp_path / "m.safetensors")
+    sizes = measure(path, clicks.test, latency=False).bytes
+    assert sizes["file"] == path.stat().st_size
+    assert sizes["file"] == sum(sizes[part] for part in ("table", "vocabulary", "head", "header"))
+    dense = measure(model, clicks.test, latency=False).bytes
+    assert dense["table"] == clicks.schema.rows * 9 * 4
+    assert dense["file"] == sum(dense[part] for part in ("table", "vocabulary", "head", "header"))
+
+
+def test_a_file_resolves_ids_of_another_encoding_by_value(clicks, model, tmp_path):
+    """The same log encoded in another order of ids measures the same, through the file's vocabulary."""
+    path = write(model, clicks, tmp_path / "m.safetensors")
+    raw = clicks.path.parent / "log.parquet"
+    other = encode(sources.Table(dense=("hour",)), raw, tmp_path / "data", order="count")
+    assert (other.test.ids != clicks.test.ids).any()
+    expected = measure(path, clicks.test, latency=False, predictions=True)
+    assert (measure(path, other.test, latency=False, predictions=True).logits == expected.logits).all()
+
+
+def test_latency_states_its_calls(clicks, model, tmp_path):
+    path = write(model, clicks, tmp_path / "m.safetensors")
+    timed = measure(path, clicks.valid).latency_us
+    assert set(timed) == {"batch_1", "batch_64"}
+    for figures in timed.values():
+        assert figures["calls"] == CALLS >= 1000
+        assert 0 < figures["p50"] <= figures["p99"]
+
+
+def test_only_reads_of_a_test_split_are_noted(clicks, model, tmp_path):
+    run = Run(None)
+    path = write(model, clicks, tmp_path / "m.safetensors")
+    for split in (clicks.valid, clicks.test, clicks.test):
+        result = measure(path, split, latency=False, ledger=run.ledger)
+    assert [r["split"] for r in run.reads()] == ["test", "test"]
+    assert run.reads()[0] == {
+        "reader": "measure",
+        "digest": result.digest,
+        "data": clicks.digest,
+        "split": "test",
+        "rows": len(clicks.test),
+    }
+
+
+def test_to_json_is_the_documented_document(clicks, model):
+    document = measure(model, clicks.test, latency=False, predictions=True).to_json()
+    assert set(document) == {"quality", "bytes", "latency_us"}
+    assert set(document["bytes"]) == {"file", "table", "vocabulary", "head", "header"}
+
+
+def test_model_digests_follow_the_weights(clicks, model):
+    digest = measure(model, clicks.test, latency=False).digest
+    assert digest == measure(model, clicks.test, latency=False).digest
+    assert digest != measure(pruned(model, clicks, 0.5), clicks.test, latency=False).digest
+
+
+def test_a_ranking_model_is_ranked_by_its_final_vectors(visits):
+    model = Scaled().build(visits, 0)
+    result = measure(model, visits.test, k=10)
+    final = model.table.matrix.detach().numpy() * 2
+    expected = ranking(final[:60], final[60:], interactions(visits.train), interactions(visits.test), 10)
+    assert result.quality == expected.quality()
+    assert (result.ranking.ndcg == expected.ndcg).all()
+    assert set(result.latency_us) == {"batch_1"}
+
+
+def test_validation_items_are_left_out_only_on_request(visits):
+    model = Scaled().build(visits, 0)
+    final = model.table.matrix.detach().numpy()
+    both = ranking(
+        final[:60], final[60:], interactions(visits.train, visits.valid), interactions(visits.test), 20
+    ).quality()
+    published = measure(model, visits.test, latency=False).quality
+    assert measure(model, visits.test, latency=False, mask_valid=True).quality == both
+    assert published["ndcg@20"] < both["ndcg@20"]
+
+
+def test_a_baked_file_measures_as_its_model(visits, tmp_path):
+    model = Scaled(factor=1.0).build(visits, 0)
+    path = write(model, visits, tmp_path / "baked.safetensors", kind="baked")
+    assert measure(path, visits.test, latency=False).quality == measure(model, visits.test, latency=False).quality
+    assert "graph" not in measure(path, visits.test, latency=False).bytes
+
+
+def test_an_ego_file_is_propagated_by_its_backbone(visits, tmp_path, monkeypatch):
+    monkeypatch.setattr("pocketrec.registry.load", lambda axis, name: {"scaled": Scaled}[name])
+    model = Scaled(factor=3.0).build(visits, 0)
+    info = {"backbone": {"name": "scaled", "factor": 3.0}}
+    path = write(model, visits, tmp_path / "ego.safetensors", kind="ego", info=info)
+    result = measure(path, visits.test, latency=False)
+    assert result.quality == measure(model, visits.test, latency=False).quality
+    assert result.bytes["graph"] >= 8 * len(visits.train)
+    nameless = write(model, visits, tmp_path / "nameless.safetensors", kind="ego")
+    with pytest.raises(ArtifactError, match="backbone"):
+        measure(nameless, visits.test)
+
+
+def test_what_does_not_fit_is_refused(clicks, visits, model, tmp_path):
+    path = write(model, clicks, tmp_path / "m.safetensors")
+    with pytest.raises(DataError, match="measure on its own data"):
+        measure(path, visits.test)
+    with pytest.raises(ConfigError, match="k=0"):
+        measure(path, clicks.test, k=0)
+    with pytest.raises(UnsupportedOp):
+        measure(Scaled().build(visits, 0), clicks.test)
+    with pytest.raises(UnsupportedOp):
+        measure(model, visits.test)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ArtifactError, match="damaged"):
+        measure(path, clicks.test)

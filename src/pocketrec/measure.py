@@ -1,247 +1,326 @@
-"""Quality and cost: the metrics themselves, and ``measure``, which reads them off a file or a trained model.
+"""Quality and cost of a file, or of a trained model as the reference: what is exported is what is measured.
 
-Metrics are pure functions on numpy arrays, exact where the definition is exact (AUC counts pairs in integers), and
-stable (log-loss comes from logits). Ranking is full ranking over all items, in blocks of users: memory is bounded by
-the block, and no figure depends on it.
+A file is read as a device reads it: ids are resolved through the file's own vocabulary, vectors come from its packed
+table, logits from its head. Scores are streamed in batches; a split is never held in memory but for its scores.
 """
 
 from __future__ import annotations
 
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from pocketrec.errors import DataError, DivergedError
+from pocketrec import registry, runtime
+from pocketrec.artifact import Artifact
+from pocketrec.errors import ArtifactError, ConfigError, DataError, UnsupportedOp
+from pocketrec.metrics import Csr, Ranking, auc, logloss, ranking, to_csr
+from pocketrec.program import Program
 
-Csr = tuple[NDArray[np.int64], NDArray[np.int32]]
-"""``(indptr (rows + 1,), indices (nnz,))``: the columns of row ``r`` are ``indices[indptr[r]:indptr[r + 1]]``."""
+if TYPE_CHECKING:
+    from pocketrec.backbone import Backbone, Model
+    from pocketrec.dataset import Dataset, Split
 
-TILE = 64
-"""Users per tile of the score matrix: 64 rows of fp32 scores stay in cache, and every block is whole tiles."""
+BATCH = 4096
+"""Rows per batch of a stream."""
 
+CALLS = 1000
+"""Timed calls per latency figure."""
 
-def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
-    """Area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counting one half.
-
-    ``AUC = sum_g p_g (2 N_<g + n_g) / (2 P N)`` over groups ``g`` of equal score, with ``p_g``/``n_g`` positives and
-    negatives in the group and ``N_<g`` negatives below it: counted in integers, so the rank statistic is exact.
-
-    Args:
-        labels: ``(n,)``, 0 or 1.
-        scores: ``(n,)``, any increasing function of the click probability; infinite values are allowed.
-
-    Returns:
-        A number in [0, 1], or ``None`` where only one class is present.
-
-    Raises:
-        DataError: shapes differ, or a label is neither 0 nor 1.
-        DivergedError: a score is not a number.
-
-    Example:
-        >>> auc([0, 1, 1, 0], [0.1, 0.9, 0.4, 0.4])
-        0.875
-    """
-    truth, values = _pair(labels, scores)
-    order = np.argsort(values, kind="stable")
-    ranked = values[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, np.int64)
-    sizes = np.diff(np.r_[starts, len(ranked)])
-    positives = np.add.reduceat(truth[order].astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
-    negatives = sizes - positives
-    pairs = int(positives.sum()) * int(negatives.sum())
-    if pairs == 0:
-        return None
-    below = np.cumsum(negatives) - negatives
-    return int((positives * (2 * below + negatives)).sum()) / (2 * pairs)
-
-
-def logloss(labels: ArrayLike, logits: ArrayLike) -> float:
-    """Mean binary cross-entropy in nats, from logits: ``mean log(1 + exp(-(2y - 1) z))``.
-
-    Nothing is clipped: an infinite logit on the right side costs 0, on the wrong side infinity.
-
-    Args:
-        labels: ``(n,)``, 0 or 1.
-        logits: ``(n,)``, log-odds of a click.
-
-    Raises:
-        DataError: shapes differ, nothing is there, or a label is neither 0 nor 1.
-        DivergedError: a logit is not a number.
-
-    Example:
-        >>> round(logloss([1, 0], [0.0, 0.0]), 6)
-        0.693147
-    """
-    truth, values = _pair(labels, logits)
-    if not len(truth):
-        raise DataError("Log-loss needs at least one row, but got none; measure a split that has rows.")
-    return float(np.logaddexp(0.0, np.where(truth, -values, values)).mean())
-
-
-def _pair(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Checked labels as booleans and scores as float64, both ``(n,)``."""
-    truth = np.asarray(labels)
-    values = np.asarray(scores, dtype=np.float64)
-    if truth.shape != values.shape or truth.ndim != 1:
-        raise DataError(f"Labels and scores must both be (n,), but got {truth.shape} and {values.shape}.")
-    if not np.isin(truth, (0, 1)).all():
-        raise DataError("Labels must be 0 or 1, but other values came; encode the label column first.")
-    if np.isnan(values).any():
-        row = int(np.flatnonzero(np.isnan(values))[0])
-        raise DivergedError(f"Scores must be numbers, but row {row} is NaN; the model or its table diverged.")
-    return truth == 1, values
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Ledger = Callable[..., None]
+"""Takes the fields of one record as keywords, for instance ``Run.ledger``."""
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """Per-user figures of a full ranking, over the users with a non-empty truth set.
+class Measurement:
+    """What came out.
 
-    ``hits_r`` is 1 where the item at rank ``r`` is in the user's truth set ``T``:
-    ``ndcg = sum_{r<=k} hits_r / log2(r + 1)  /  sum_{r<=min(|T|,k)} 1 / log2(r + 1)``;
-    ``recall = |hits| / |T|``; ``recall_capped = |hits| / min(|T|, k)``.
+    Attributes:
+        quality: ``auc`` and ``logloss``, or ``ndcg@k``, ``recall@k`` and ``recall_capped@k``; ``None`` where undefined.
+        bytes: the file and its parts, which sum to ``file``; ``graph`` on top where the data set's graph is needed.
+        latency_us: per batch size, median ``p50`` and ``p99`` of ``calls`` timed calls, in microseconds.
+        digest: SHA-256 that names what was measured.
+        logits: ``(N,)`` per row of the split, where predictions were asked for.
+        ranking: figures per user, for ranking data.
     """
 
-    k: int
-    users: NDArray[np.int64]
-    ndcg: NDArray[np.float64]
-    recall: NDArray[np.float64]
-    recall_capped: NDArray[np.float64]
+    quality: Mapping[str, float | None]
+    bytes: Mapping[str, int]
+    latency_us: Mapping[str, Mapping[str, float]]
+    digest: str
+    logits: Floats | None = None
+    ranking: Ranking | None = None
 
-    def quality(self) -> dict[str, float | None]:
-        """Means over users: ``ndcg@k``, ``recall@k``, ``recall_capped@k``; ``None`` where no user has a truth set."""
-        return {
-            f"{name}@{self.k}": float(values.mean()) if len(values) else None
-            for name, values in (("ndcg", self.ndcg), ("recall", self.recall), ("recall_capped", self.recall_capped))
-        }
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``pocketrec measure --json``."""
+        latency = {batch: dict(figures) for batch, figures in self.latency_us.items()}
+        return {"quality": dict(self.quality), "bytes": dict(self.bytes), "latency_us": latency}
 
 
-def ranking(
-    user_vectors: NDArray[np.float32],
-    item_vectors: NDArray[np.float32],
-    seen: Csr,
-    truth: Csr,
-    k: int = 20,
+def measure(
+    target: str | Path | Model,
+    split: Split,
     *,
-    block: int = 4096,
+    k: int = 20,
     threads: int = 1,
-) -> Ranking:
-    """Rank all items for every user with a truth set and score the first ``k``.
-
-    Scores are inner products; items in ``seen`` are left out; equal scores rank by item id. Memory is
-    ``O(block * k + threads * TILE * I)``, and the result does not depend on ``block``.
+    ledger: Ledger | None = None,
+    latency: bool = True,
+    predictions: bool = False,
+    mask_valid: bool = False,
+) -> Measurement:
+    """Quality, bytes and latency of an artifact file or of a trained model on one split.
 
     Args:
-        user_vectors: ``(U, d)`` float32.
-        item_vectors: ``(I, d)`` float32.
-        seen: training items per user, sorted, never ranked.
-        truth: the items to find per user.
-        k: length of the list, at least 1.
-        block: users per block, rounded up to whole tiles.
-        threads: threads of the scoring kernel.
+        target: path of an artifact, every byte of which is verified first, or a model in memory.
+        split: rows to score (click data), or the interactions to find (ranking data).
+        k: length of a recommendation list, at least 1.
+        threads: threads of look-ups and ranking, at least 1.
+        ledger: told of every read of a test split, before it happens.
+        latency: time the target too.
+        predictions: keep the logit of every row.
+        mask_valid: also leave validation items out of the lists; the published protocol leaves out training items only.
 
     Raises:
-        DataError: the shapes do not belong together, or ``k`` is below 1.
-        DivergedError: a vector is not finite.
+        ArtifactError: the file is damaged or not an artifact.
+        ConfigError: ``k`` or ``threads`` is below 1.
+        DataError: the split is empty, or its fields are not those of the target.
+
+    Example:
+        >>> measure("deepfm.safetensors", data.test).quality  # doctest: +SKIP
+        {'auc': 0.8072, 'logloss': 0.5241}
     """
-    _check_ranking(user_vectors, item_vectors, seen, truth, k)
-    sizes = np.diff(truth[0])
-    users = np.flatnonzero(sizes)
-    step = -(-block // TILE) * TILE
-    blocks = [
-        _relevance(user_vectors, item_vectors, seen, truth, users[start : start + step], k, threads)
-        for start in range(0, len(users), step)
-    ]
-    relevance = np.concatenate(blocks) if blocks else np.zeros((0, k), np.bool_)
-    return _score_lists(users, relevance, sizes[users], k)
+    if k < 1 or threads < 1:
+        raise ConfigError(f"`k` and `threads` must be at least 1, but got k={k}, threads={threads}.")
+    if not len(split):
+        raise DataError(f"The {split.name} split has no rows; measure another split, or encode with one.")
+    subject = _subject(target, split.dataset, threads)
+    if ledger is not None and split.name == "test":
+        ledger(reader="measure", digest=subject.digest, data=split.dataset.digest, split=split.name, rows=len(split))
+    if split.dataset.schema.task == "ctr":
+        return _measure_clicks(subject, split, latency=latency, predictions=predictions)
+    return _measure_ranking(subject, split, k, threads, latency=latency, mask_valid=mask_valid)
 
 
-def _score_lists(users: NDArray[np.int64], relevance: NDArray[np.bool_], sizes: NDArray[np.int64], k: int) -> Ranking:
-    """The three figures from relevance flags ``(U', k)`` and truth-set sizes ``(U',)``."""
-    discount = 1.0 / np.log2(np.arange(2, k + 2))
-    gains = np.cumsum(relevance * discount, axis=1)[:, -1]
-    ideal = np.cumsum(discount)[np.minimum(sizes, k) - 1]
-    hits = relevance.sum(axis=1)
-    return Ranking(k, users, gains / ideal, hits / sizes, hits / np.minimum(sizes, k))
+@dataclass(frozen=True)
+class _Subject:
+    """One target, opened: click models have ``logits`` and ``score``, ranking models ``vectors``.
+
+    Attributes:
+        digest: names the contents.
+        bytes: of the file and its parts.
+        logits: ids ``(B, F)`` -> ``(B,)``; equal rows get equal logits wherever they stand, so ties stay ties.
+        score: the same as fast as the target can, to be timed.
+        vectors: final vectors ``(U, d), (I, d)``.
+    """
+
+    digest: str
+    bytes: Mapping[str, int]
+    logits: Callable[[Ids], Floats]
+    score: Callable[[Ids], Floats]
+    vectors: Callable[[], tuple[Floats, Floats]]
 
 
-def _relevance(
-    user_vectors: NDArray[np.float32],
-    item_vectors: NDArray[np.float32],
-    seen: Csr,
-    truth: Csr,
-    users: NDArray[np.int64],
-    k: int,
-    threads: int,
-) -> NDArray[np.bool_]:
-    """For the listed users, whether the item at each rank is in the truth set: ``(len(users), k)``."""
-    width = len(item_vectors)
-    ids = _top_k(user_vectors[users], item_vectors, take_rows(seen, users), k, threads)
-    indptr, indices = take_rows(truth, users)
-    owner = np.repeat(np.arange(len(users)), np.diff(indptr))
-    wanted = np.sort(owner * width + indices)
-    keys = np.arange(len(users))[:, None] * width + ids
-    position = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
-    return (wanted[position] == keys) & (ids >= 0)
+def _measure_clicks(subject: _Subject, split: Split, *, latency: bool, predictions: bool) -> Measurement:
+    """AUC and log-loss of all rows at once, from streamed logits."""
+    labels = split.labels
+    if labels is None:
+        raise DataError("Click data needs labels, but the split has none; encode it with a label column.")
+    logits = np.concatenate([subject.logits(ids) for ids in _batches(split.ids)])
+    quality = {"auc": auc(labels, logits), "logloss": logloss(labels, logits)}
+    timed: dict[str, dict[str, float]] = {}
+    if latency:
+        sample = next(_batches(split.ids))
+        for size in (1, 64):
+            timed[f"batch_{size}"] = _time(
+                lambda i, n=size: subject.logits(sample.take(range(i, i + n), 0, mode="wrap"))
+            )
+    return Measurement(quality, subject.bytes, timed, subject.digest, logits=logits if predictions else None)
 
 
-def _top_k(
-    users: NDArray[np.float32], items: NDArray[np.float32], seen: Csr, k: int, threads: int
-) -> NDArray[np.int64]:
-    """Ids of the ``k`` best unseen items per user, best first, ties by id, ``-1`` where there are none left."""
-    found = np.full((len(users), k), -1, dtype=np.int64)
-    for start in range(0, len(users), TILE):
-        tile = np.zeros((TILE, users.shape[1]), dtype=np.float32)
-        rows = users[start : start + TILE]
-        tile[: len(rows)] = rows
-        scores = (tile @ items.T)[: len(rows)]
-        indptr, indices = take_rows(seen, np.arange(start, start + len(rows)))
-        scores[np.repeat(np.arange(len(rows)), np.diff(indptr)), indices] = -np.inf
-        kept = min(k, len(items))
-        bar = np.partition(scores, len(items) - kept, axis=1)[:, len(items) - kept]
-        for i, row in enumerate(scores):
-            candidates = np.flatnonzero((row >= bar[i]) & (row > -np.inf))
-            best = candidates[np.argsort(-row[candidates], kind="stable")][:kept]
-            found[start + i, : len(best)] = best
-    return found
+def _measure_ranking(
+    subject: _Subject, split: Split, k: int, threads: int, *, latency: bool, mask_valid: bool
+) -> Measurement:
+    """Full ranking of all items for every user of the split."""
+    users, items = subject.vectors()
+    data = split.dataset
+    hidden = [data.train, data.valid] if mask_valid and split.name == "test" else [data.train]
+    seen = interactions(*hidden)
+    result = ranking(users, items, seen, interactions(split), k, threads=threads)
+    timed = {"batch_1": _time(lambda i: _recommend(users[[i % len(users)]], items, k))} if latency else {}
+    return Measurement(result.quality(), subject.bytes, timed, subject.digest, ranking=result)
 
 
-def take_rows(matrix: Csr, rows: NDArray[np.int64]) -> Csr:
-    """The listed rows of a CSR pattern, in the listed order."""
-    indptr, indices = matrix
-    sizes = indptr[rows + 1] - indptr[rows]
-    taken = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(sizes, out=taken[1:])
-    source = np.arange(taken[-1]) + np.repeat(indptr[rows] - taken[:-1], sizes)
-    return taken, indices[source]
+def _recommend(user: Floats, items: Floats, k: int) -> NDArray[np.int64]:
+    """Positions of the best ``k`` items for one user ``(1, d)``, as a device would find them."""
+    scores = (user @ items.T)[0]
+    return np.argpartition(-scores, min(k, len(scores)) - 1)[:k]
 
 
-def to_csr(rows: NDArray[np.integer[Any]], columns: NDArray[np.integer[Any]], height: int) -> Csr:
-    """Pairs -> CSR pattern of ``height`` rows, columns sorted and unique within a row."""
-    order = np.lexsort((columns, rows))
-    r, c = rows[order], columns[order]
-    fresh = np.ones(len(r), dtype=np.bool_)
-    fresh[1:] = (r[1:] != r[:-1]) | (c[1:] != c[:-1])
-    indptr = np.zeros(height + 1, dtype=np.int64)
-    np.cumsum(np.bincount(r[fresh], minlength=height), out=indptr[1:])
-    return indptr, c[fresh].astype(np.int32)
+def interactions(*splits: Split) -> Csr:
+    """The items of each user in the splits of one ranking data set, as a CSR pattern of local item ids."""
+    users, items = splits[0].dataset.schema.fields
+    pairs = np.concatenate([np.asarray(s.ids) for s in splits])
+    return to_csr(pairs[:, 0], pairs[:, 1] - items.offset, users.size)
 
 
-def _check_ranking(
-    user_vectors: NDArray[np.float32], item_vectors: NDArray[np.float32], seen: Csr, truth: Csr, k: int
-) -> None:
-    if k < 1:
-        raise DataError(f"`k` must be at least 1, but got k={k}.")
-    if user_vectors.ndim != 2 or item_vectors.ndim != 2 or user_vectors.shape[1] != item_vectors.shape[1]:
+def _batches(ids: Ids) -> Iterator[Ids]:
+    for start in range(0, len(ids), BATCH):
+        yield np.array(ids[start : start + BATCH])
+
+
+def _time(call: Callable[[int], object]) -> dict[str, float]:
+    """Microseconds per call: median and 99th percentile of ``CALLS`` calls after a tenth of them as warm-up."""
+    for i in range(CALLS // 10):
+        call(i)
+    nanoseconds = np.empty(CALLS)
+    for i in range(CALLS):
+        start = time.perf_counter_ns()
+        call(i)
+        nanoseconds[i] = time.perf_counter_ns() - start
+    p50, p99 = np.quantile(nanoseconds, (0.5, 0.99)) / 1000
+    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3), "calls": CALLS}
+
+
+def _subject(target: str | Path | Model, data: Dataset, threads: int) -> _Subject:
+    if isinstance(target, str | Path):
+        return _file_subject(runtime.open(target), data, threads)
+    return _model_subject(target, data)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _file_subject(recommender: runtime.Recommender, data: Dataset, threads: int) -> _Subject:
+    """A file, every byte of it verified, and how the data set's ids read it."""
+    artifact = recommender.artifact
+    artifact.verify()
+    rows = _file_rows(artifact, data)
+
+    fields = np.arange(data.schema.width)
+
+    def logits(ids: Ids) -> Floats:
+        exact: Any = artifact.packed.lookup(rows[ids], fields, threads=threads).astype(np.float64)
+        return artifact.program(exact).astype(np.float32)
+
+    def score(ids: Ids) -> Floats:
+        return recommender.logits(rows[ids])
+
+    def vectors() -> tuple[Floats, Floats]:
+        _require_dot(artifact.program)
+        parts = [rows[f.offset : f.stop, None] for f in data.schema.fields]
+        found = [artifact.packed.lookup(part, np.array([i]), threads=threads)[:, 0] for i, part in enumerate(parts)]
+        table = np.concatenate(found)
+        return _split_vectors(_propagate(artifact, data, table) if artifact.kind == "ego" else table, data)
+
+    graph = {"graph": _graph_bytes(data)} if artifact.kind == "ego" else {}
+    return _Subject(artifact.digest, {**artifact.sizes(), **graph}, logits, score, vectors)
+
+
+def _file_rows(artifact: Artifact, data: Dataset) -> NDArray[np.int64]:
+    """File row of each id of the data set, through the file's vocabulary; ``-1`` for absent ones."""
+    names = [f.name for f in artifact.schema.fields]
+    if artifact.schema.task != data.schema.task or names != [f.name for f in data.schema.fields]:
         raise DataError(
-            f"Vectors must be (U, d) and (I, d) with one d, but got {user_vectors.shape} and {item_vectors.shape}."
+            f"The file was made for {artifact.schema.task!r} data with fields {', '.join(names)}, but this data is "
+            f"{data.schema.task!r} with {', '.join(f.name for f in data.schema.fields)}; measure on its own data."
         )
-    for name, (indptr, indices) in (("seen", seen), ("truth", truth)):
-        if len(indptr) != len(user_vectors) + 1:
-            raise DataError(f"`{name}` must have {len(user_vectors)} rows, one per user, but has {len(indptr) - 1}.")
-        if len(indices) and not (indices.min() >= 0 and indices.max() < len(item_vectors)):
-            raise DataError(f"`{name}` must hold item ids in [0, {len(item_vectors)}), but others came.")
-    for name, vectors in (("user", user_vectors), ("item", item_vectors)):
-        if not np.isfinite(vectors).all():
-            raise DivergedError(f"The {name} vectors must be finite, but some are not; the model diverged.")
+    rows = np.full(data.schema.rows, -1, dtype=np.int64)
+    for i, field in enumerate(data.schema.fields):
+        named = field.size - field.oov
+        if field.keys == "hashed":
+            found = artifact.vocabulary.lookup_hashes(i, data.hashes(i))
+        else:
+            found = artifact.vocabulary.lookup(i, np.arange(field.first, field.first + named))
+        rows[field.offset : field.offset + named] = found
+    return rows
+
+
+def _propagate(artifact: Artifact, data: Dataset, table: Floats) -> Floats:
+    """Final vectors of an ego file: its backbone is rebuilt, the graph comes from the data set."""
+    import torch
+
+    from pocketrec.backbone import RankingModel
+
+    model = _backbone(artifact.info).build(data, 0)
+    if not isinstance(model, RankingModel):
+        raise ArtifactError("An ego file must name a ranking backbone, but this one does not; compress it again.")
+    with torch.inference_mode():
+        return model.propagate(torch.from_numpy(table)).numpy()
+
+
+def _backbone(info: Mapping[str, Any]) -> Backbone:
+    """The backbone that a file's ``info`` names."""
+    try:
+        settings = dict(info["backbone"])
+        name = settings.pop("name")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError("An ego file must name its backbone, but this one does not; compress it again.") from error
+    return registry.load("backbones", name)(**settings)
+
+
+def _graph_bytes(data: Dataset) -> int:
+    """Bytes of the training interactions as a symmetric adjacency: int32 columns and row pointers, fp32 row scales."""
+    return 4 * (2 * len(data.train) + 2 * data.schema.rows + 1)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def _model_subject(model: Model, data: Dataset) -> _Subject:
+    """A trained model in memory: the dense reference."""
+    import torch
+
+    from pocketrec.backbone import ClickModel, RankingModel
+
+    def logits(ids: Ids) -> Floats:
+        if not isinstance(model, ClickModel):
+            raise UnsupportedOp("Click data needs a click model, but this one ranks.")
+        with torch.inference_mode():
+            return model(torch.from_numpy(ids)).numpy()
+
+    def vectors() -> tuple[Floats, Floats]:
+        if not isinstance(model, RankingModel):
+            raise UnsupportedOp("Ranking data needs a ranking model, but this one predicts clicks.")
+        _require_dot(model.lower())
+        with torch.inference_mode():
+            return _split_vectors(model.propagate(model.table.weight()).numpy(), data)
+
+    return _Subject(_model_digest(model), _model_bytes(model), logits, logits, vectors)
+
+
+def _model_digest(model: Model) -> str:
+    """SHA-256 over the names and values of all weights."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(name.encode())
+        hasher.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
+    return hasher.hexdigest()
+
+
+def _model_bytes(model: Model) -> dict[str, int]:
+    """Bytes that the model would take as a file without vocabulary; a dense table counts as plain fp32."""
+    from pocketrec.table import DenseTable
+
+    table = model.table
+    size = table.schema.rows * table.width * 4 if isinstance(table, DenseTable) else table.pack().size_bytes
+    head = sum(t.nbytes for t in model.lower().tensors().values())
+    return {"file": size + head, "table": size, "vocabulary": 0, "head": head, "header": 0}
+
+
+def _split_vectors(table: Floats, data: Dataset) -> tuple[Floats, Floats]:
+    users, items = data.schema.fields
+    return table[: users.size], table[items.offset : items.stop]
+
+
+def _require_dot(program: Program) -> None:
+    """Full ranking is by inner product of final vectors."""
+    kinds = [op.kind for op in program.ops]
+    if kinds != ["dot"]:
+        raise UnsupportedOp(f"Full ranking needs a head that is one `dot`, but this head is {', '.join(kinds)}.")

@@ -1,0 +1,227 @@
+"""AUC, log-loss, NDCG and recall: pure functions on numpy arrays. Torch-free.
+
+They are exact where the definition is exact (AUC counts pairs in integers) and stable where it is not (log-loss comes
+from logits). Ranking is full ranking over all items, in blocks of users: memory is bounded by the block, and no figure
+depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pocketrec import kernel
+from pocketrec.errors import DataError, DivergedError
+
+Csr = tuple[NDArray[np.int64], NDArray[np.int32]]
+"""``(indptr (rows + 1,), indices (nnz,))``: the columns of row ``r`` are ``indices[indptr[r]:indptr[r + 1]]``."""
+
+TILE = 64
+"""Users that share a tile of scores: blocks are whole tiles, so each user's scores are the same in all of them."""
+
+
+def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
+    """Area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counting one half.
+
+    ``AUC = sum_g p_g (2 N_<g + n_g) / (2 P N)`` over groups ``g`` of equal score, with ``p_g``/``n_g`` positives and
+    negatives in the group and ``N_<g`` negatives below it: counted in integers, so the rank statistic is exact.
+
+    Args:
+        labels: ``(n,)``, 0 or 1.
+        scores: ``(n,)``, any increasing function of the click probability; infinite values are allowed.
+
+    Returns:
+        A number in [0, 1], or ``None`` where only one class is present.
+
+    Raises:
+        DataError: shapes differ, or a label is neither 0 nor 1.
+        DivergedError: a score is not a number.
+
+    Example:
+        >>> auc([0, 1, 1, 0], [0.1, 0.9, 0.4, 0.4])
+        0.875
+    """
+    truth, values = _pair(labels, scores)
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(ranked) else np.zeros(0, np.int64)
+    sizes = np.diff(np.r_[starts, len(ranked)])
+    positives = np.add.reduceat(truth[order].astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
+    negatives = sizes - positives
+    pairs = int(positives.sum()) * int(negatives.sum())
+    if pairs == 0:
+        return None
+    below = np.cumsum(negatives) - negatives
+    return int((positives * (2 * below + negatives)).sum()) / (2 * pairs)
+
+
+def logloss(labels: ArrayLike, logits: ArrayLike) -> float:
+    """Mean binary cross-entropy in nats, from logits: ``mean log(1 + exp(-(2y - 1) z))``.
+
+    Nothing is clipped: an infinite logit on the right side costs 0, on the wrong side infinity.
+
+    Args:
+        labels: ``(n,)``, 0 or 1.
+        logits: ``(n,)``, log-odds of a click.
+
+    Raises:
+        DataError: shapes differ, nothing is there, or a label is neither 0 nor 1.
+        DivergedError: a logit is not a number.
+
+    Example:
+        >>> round(logloss([1, 0], [0.0, 0.0]), 6)
+        0.693147
+    """
+    truth, values = _pair(labels, logits)
+    if not len(truth):
+        raise DataError("Log-loss needs at least one row, but got none; measure a split that has rows.")
+    return float(np.logaddexp(0.0, np.where(truth, -values, values)).mean())
+
+
+def _pair(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Checked labels as booleans and scores as float64, both ``(n,)``."""
+    truth = np.asarray(labels)
+    values = np.asarray(scores, dtype=np.float64)
+    if truth.shape != values.shape or truth.ndim != 1:
+        raise DataError(f"Labels and scores must both be (n,), but got {truth.shape} and {values.shape}.")
+    if not np.isin(truth, (0, 1)).all():
+        raise DataError("Labels must be 0 or 1, but other values came; encode the label column first.")
+    if np.isnan(values).any():
+        row = int(np.flatnonzero(np.isnan(values))[0])
+        raise DivergedError(f"Scores must be numbers, but row {row} is NaN; the model or its table diverged.")
+    return truth == 1, values
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Per-user figures of a full ranking, over the users with a non-empty truth set.
+
+    ``hits_r`` is 1 where the item at rank ``r`` is in the user's truth set ``T``:
+    ``ndcg = sum_{r<=k} hits_r / log2(r + 1)  /  sum_{r<=min(|T|,k)} 1 / log2(r + 1)``;
+    ``recall = |hits| / |T|``; ``recall_capped = |hits| / min(|T|, k)``.
+    """
+
+    k: int
+    users: NDArray[np.int64]
+    ndcg: NDArray[np.float64]
+    recall: NDArray[np.float64]
+    recall_capped: NDArray[np.float64]
+
+    def quality(self) -> dict[str, float | None]:
+        """Means over users: ``ndcg@k``, ``recall@k``, ``recall_capped@k``; ``None`` where no user has a truth set."""
+        return {
+            f"{name}@{self.k}": float(values.mean()) if len(values) else None
+            for name, values in (("ndcg", self.ndcg), ("recall", self.recall), ("recall_capped", self.recall_capped))
+        }
+
+
+def ranking(
+    user_vectors: NDArray[np.float32],
+    item_vectors: NDArray[np.float32],
+    seen: Csr,
+    truth: Csr,
+    k: int = 20,
+    *,
+    block: int = 4096,
+    threads: int = 1,
+) -> Ranking:
+    """Rank all items for every user with a truth set and score the first ``k``.
+
+    Scores are inner products; items in ``seen`` are left out; equal scores rank by item id. Memory is
+    ``O(block * k)`` on top of that of :func:`~pocketrec.kernel.topk`, and the result does not depend on ``block``.
+
+    Args:
+        user_vectors: ``(U, d)`` float32.
+        item_vectors: ``(I, d)`` float32.
+        seen: training items per user, sorted, never ranked.
+        truth: the items to find per user.
+        k: length of the list, at least 1.
+        block: users per block, rounded up to whole tiles.
+        threads: threads of the scoring kernel.
+
+    Raises:
+        DataError: the shapes do not belong together, or ``k`` is below 1.
+        DivergedError: a vector is not finite.
+    """
+    _check_ranking(user_vectors, item_vectors, seen, truth, k)
+    sizes = np.diff(truth[0])
+    users = np.flatnonzero(sizes)
+    step = -(-block // TILE) * TILE
+    blocks = [
+        _relevance(user_vectors, item_vectors, seen, truth, users[start : start + step], k, threads)
+        for start in range(0, len(users), step)
+    ]
+    relevance = np.concatenate(blocks) if blocks else np.zeros((0, k), np.bool_)
+    return _score_lists(users, relevance, sizes[users], k)
+
+
+def _score_lists(users: NDArray[np.int64], relevance: NDArray[np.bool_], sizes: NDArray[np.int64], k: int) -> Ranking:
+    """The three figures from relevance flags ``(U', k)`` and truth-set sizes ``(U',)``."""
+    discount = 1.0 / np.log2(np.arange(2, k + 2))
+    gains = np.cumsum(relevance * discount, axis=1)[:, -1]
+    ideal = np.cumsum(discount)[np.minimum(sizes, k) - 1]
+    hits = relevance.sum(axis=1)
+    return Ranking(k, users, gains / ideal, hits / sizes, hits / np.minimum(sizes, k))
+
+
+def _relevance(
+    user_vectors: NDArray[np.float32],
+    item_vectors: NDArray[np.float32],
+    seen: Csr,
+    truth: Csr,
+    users: NDArray[np.int64],
+    k: int,
+    threads: int,
+) -> NDArray[np.bool_]:
+    """For the listed users, whether the item at each rank is in the truth set: ``(len(users), k)``."""
+    width = len(item_vectors)
+    ids, _ = kernel.topk(user_vectors[users], item_vectors, *take_rows(seen, users), k, threads=threads)
+    indptr, indices = take_rows(truth, users)
+    owner = np.repeat(np.arange(len(users)), np.diff(indptr))
+    wanted = np.sort(owner * width + indices)
+    keys = np.arange(len(users))[:, None] * width + ids.astype(np.int64)
+    position = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+    return (wanted[position] == keys) & (ids >= 0)
+
+
+def take_rows(matrix: Csr, rows: NDArray[np.int64]) -> Csr:
+    """The listed rows of a CSR pattern, in the listed order."""
+    indptr, indices = matrix
+    sizes = indptr[rows + 1] - indptr[rows]
+    taken = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=taken[1:])
+    source = np.arange(taken[-1]) + np.repeat(indptr[rows] - taken[:-1], sizes)
+    return taken, indices[source]
+
+
+def to_csr(rows: NDArray[np.integer[Any]], columns: NDArray[np.integer[Any]], height: int) -> Csr:
+    """Pairs -> CSR pattern of ``height`` rows, columns sorted and unique within a row."""
+    order = np.lexsort((columns, rows))
+    r, c = rows[order], columns[order]
+    fresh = np.ones(len(r), dtype=np.bool_)
+    fresh[1:] = (r[1:] != r[:-1]) | (c[1:] != c[:-1])
+    indptr = np.zeros(height + 1, dtype=np.int64)
+    np.cumsum(np.bincount(r[fresh], minlength=height), out=indptr[1:])
+    return indptr, c[fresh].astype(np.int32)
+
+
+def _check_ranking(
+    user_vectors: NDArray[np.float32], item_vectors: NDArray[np.float32], seen: Csr, truth: Csr, k: int
+) -> None:
+    if k < 1:
+        raise DataError(f"`k` must be at least 1, but got k={k}.")
+    if user_vectors.ndim != 2 or item_vectors.ndim != 2 or user_vectors.shape[1] != item_vectors.shape[1]:
+        raise DataError(
+            f"Vectors must be (U, d) and (I, d) with one d, but got {user_vectors.shape} and {item_vectors.shape}."
+        )
+    for name, (indptr, indices) in (("seen", seen), ("truth", truth)):
+        if len(indptr) != len(user_vectors) + 1:
+            raise DataError(f"`{name}` must have {len(user_vectors)} rows, one per user, but has {len(indptr) - 1}.")
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(item_vectors)):
+            raise DataError(f"`{name}` must hold item ids in [0, {len(item_vectors)}), but others came.")
+    for name, vectors in (("user", user_vectors), ("item", item_vectors)):
+        if not np.isfinite(vectors).all():
+            raise DivergedError(f"The {name} vectors must be finite, but some are not; the model diverged.")
