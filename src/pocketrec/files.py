@@ -112,8 +112,10 @@ def _claim(path: Path, *, wait: bool) -> int | None:
         except BlockingIOError:
             os.close(fd)
             return None
-        except BaseException:
+        except BaseException as error:
             os.close(fd)
+            if isinstance(error, OSError):
+                path.unlink(missing_ok=True)
             raise
         os.close(fd)
 
@@ -201,9 +203,8 @@ class Lock:
         with storage_errors(self.path, "lock"):
             fd = _claim(self.path, wait=False)
             if fd is None:
-                holder = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
                 raise RunLocked(
-                    f"{self.path.parent} is in use by another process ({holder.strip() or 'unknown'}); "
+                    f"{self.path.parent} is in use by another process{self._holder()}; "
                     "wait for it, stop it, or choose another folder."
                 )
             os.ftruncate(fd, 0)
@@ -219,6 +220,13 @@ class Lock:
                 self.path.unlink()
             os.close(self._fd)
             self._fd = None
+
+    def _holder(self) -> str:
+        """Who holds the lock, as far as its file tells."""
+        try:
+            return f" ({self.path.read_text(encoding='utf-8').strip()})"
+        except OSError:
+            return ""
 
 
 class Journal:
