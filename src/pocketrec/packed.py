@@ -480,8 +480,10 @@ def _encode_block(table: _Source, block: BlockRange) -> PackedBlock:
         chunk = slice(begin, end) if table.rows is None else table.rows[begin:end]
         kept = table.kept(chunk, columns)
         masks = np.packbits(kept, axis=1, bitorder="little")
-        present = masks.any(axis=1)
-        row, column = np.nonzero(kept)
+        present = masks.any(axis=1) if masks.shape[1] > 1 else masks[:, 0] > 0
+        stored = np.flatnonzero(present)
+        row, column = np.nonzero(kept[stored])
+        row = stored[row]
         found.present.append(present)
         found.masks.append(masks[present])
         found.values.append(table.weight[chunk, columns][row, column])
