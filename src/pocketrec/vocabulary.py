@@ -259,14 +259,25 @@ def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.cumsum(counts) - counts
 
 
+def size_for(schema: Schema, keys: Sequence[int]) -> int:
+    """Bytes of the arrays in the file, from the number of stored keys of each field, ``(F,)``.
+
+    Example:
+        >>> size_for(Schema("ctr", (Field("city", size=100, offset=0),)), [60])
+        276
+    """
+    hashed = [n for n, field in zip(keys, schema.fields, strict=True) if field.keys == "hashed"]
+    return 4 * sum(hashed) + 4 * (sum(1 << _bucket_bits(n) for n in hashed) + 1) if hashed else 0
+
+
 def _bucket_bits(keys: int) -> int:
     """``ceil(log2(keys / KEYS_PER_BUCKET))``, at least 0."""
     return max(-(-keys // KEYS_PER_BUCKET) - 1, 0).bit_length()
 
 
 def _mix(hashes: NDArray[np.uint64], attempt: int) -> NDArray[np.uint64]:
-    """Fingerprints: an odd multiplier permutes the 64-bit words, and each of their top bits depends on all bits."""
-    return hashes * np.uint64((2 * attempt + 1) * _GOLDEN % 2**64)
+    """Fingerprints: an odd multiplier permutes the 64-bit words; powers spread close words differently each attempt."""
+    return hashes * np.uint64(pow(_GOLDEN, attempt + 1, 2**64))
 
 
 def _bucket(fingerprint: NDArray[np.uint64], bits: NDArray[np.uint64] | np.uint64) -> NDArray[np.int64]:
