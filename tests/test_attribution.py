@@ -291,6 +291,9 @@ class Memory:
         self.lives = lives
         self.state: dict[str, np.ndarray] | None = None
 
+    def due(self) -> bool:
+        return True
+
     def load(self) -> dict[str, np.ndarray] | None:
         return self.state
 
@@ -301,9 +304,8 @@ class Memory:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("lives", [1, 2, 4])
-def test_interrupted_scoring_ends_with_the_same_bytes(monkeypatch: pytest.MonkeyPatch, lives: int) -> None:
-    monkeypatch.setattr("pocketrec.attribution.CHECKPOINT_EVERY", 250)
+@pytest.mark.parametrize("lives", [1, 6, 7, 8, 14])
+def test_interrupted_scoring_ends_with_the_same_bytes(lives: int) -> None:
     game, weight, fill, rows = click_problem()
     settings = {"batch_size": 100, "passes": 2, "tolerance": 0.0}
     whole = attribute(game, weight, fill, rows, Owen(), **settings)

@@ -32,7 +32,6 @@ from pocketrec.gradient import Head
 from pocketrec.walk import Walk
 
 AUDIT_EVERY = 16
-CHECKPOINT_EVERY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -259,11 +258,19 @@ class Scores:
 
 
 class Checkpoint(Protocol):
-    """Where a long step keeps its state."""
+    """Where a long step keeps its state; see :class:`pocketrec.run.Checkpoint`."""
 
-    def load(self) -> dict[str, NDArray[Any]] | None: ...
+    def load(self) -> dict[str, NDArray[Any]] | None:
+        """The last state, or ``None``."""
+        ...
 
-    def save(self, arrays: dict[str, NDArray[Any]]) -> None: ...
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        ...
+
+    def save(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Replace the state."""
+        ...
 
 
 class _Tally:
@@ -274,11 +281,10 @@ class _Tally:
         stored = checkpoint.load() if checkpoint is not None else None
         if stored is None:
             self.total, self.square = torch.zeros(shape), torch.zeros(shape)
-            self.audit, self.samples, self.saved = np.zeros(3), 0, 0
+            self.audit, self.samples = np.zeros(3), 0
         else:
             self.total, self.square = (torch.from_numpy(np.array(stored[k])) for k in ("total", "square"))
             self.audit, self.samples = np.array(stored["audit"]), int(stored["samples"][0])
-            self.saved = self.samples
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Scatter one batch: ``rows (B, P)``, ``values (B, P, D)``."""
@@ -290,10 +296,9 @@ class _Tally:
         self.samples += len(rows)
 
     def save(self) -> None:
-        """Store the state once enough samples have passed since the last time."""
-        if self.checkpoint is None or self.samples - self.saved < CHECKPOINT_EVERY:
+        """Store the state if it is time to."""
+        if self.checkpoint is None or not self.checkpoint.due():
             return
-        self.saved = self.samples
         self.checkpoint.save(
             {
                 "total": self.total.numpy(),

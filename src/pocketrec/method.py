@@ -1,20 +1,30 @@
-"""How a smaller table is found: ``prepare`` once, budget-free; ``at(budget)`` as often as you like."""
+"""How a smaller table is found: ``prepare`` once, budget-free; a table for any budget as often as you like.
+
+:func:`compress` is the verb: it prepares a method once, makes a table for each budget, and wraps it as a
+:class:`Small` that can be saved as one file.
+"""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
-from pocketrec.backbone import Model
-from pocketrec.errors import ConfigError
+from pocketrec.artifact import Contents, Kind
+from pocketrec.backbone import Model, RankingModel
+from pocketrec.baked import BakedModel
+from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.packed import Storage
+from pocketrec.run import Run
 from pocketrec.table import Table
+from pocketrec.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pocketrec.dataset import Dataset
-    from pocketrec.run import Run
 
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -56,8 +66,11 @@ class Ladder(ABC):
         """The table that keeps at most ``values`` counted scalars (linear weights untouched)."""
 
     @abstractmethod
-    def at_bytes(self, size_bytes: int, storage: Storage) -> Table:
-        """The best table whose packed form (all blocks, side arrays included) takes at most ``size_bytes``."""
+    def at_bytes(self, size_bytes: int, storage: Storage, *, vocabulary: bool = False) -> Table:
+        """The best table whose packed form (all blocks, side arrays included) takes at most ``size_bytes``.
+
+        With ``vocabulary``, the keys of the stored rows have to fit in, too.
+        """
 
 
 class Method(ABC):
@@ -68,3 +81,206 @@ class Method(ABC):
     @abstractmethod
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """The expensive, budget-free part; long steps go through ``run.once`` / ``run.fit`` and so resume."""
+
+    def config(self) -> dict[str, Any]:
+        """Name and settings, ready for JSON."""
+        return {"name": self.name, **asdict(self)}  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class Small:
+    """A compressed model: the same head around a smaller table.
+
+    Attributes:
+        model: the model, with ``model.table`` the smaller table.
+        data: the data set that it was trained on; its vocabulary goes into the file.
+        method: how the table was found.
+        budget: what was asked for.
+        storage: how kept values are stored in the file.
+    """
+
+    model: Model
+    data: Dataset
+    method: Method
+    budget: Budget
+    storage: Storage
+
+    @property
+    def table(self) -> Table:
+        """The smaller table."""
+        return self.model.table
+
+    @property
+    def values(self) -> int:
+        """Learned scalars that survive."""
+        return self.table.values()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of counted scalars that were removed."""
+        return 1 - self.values / _counted(self.table)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the file and its parts, before it is written."""
+        return self.contents.sizes()
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What goes into the file."""
+        stored = self.table.stored().numpy()
+        vocabulary, rows = Vocabulary.build(self.data.schema, stored, self.data.hashes)
+        info = {
+            "method": self.method.config(),
+            "budget": asdict(self.budget),
+            "storage": self.storage,
+            "values": self.values,
+            "sparsity": self.sparsity,
+            "data": self.data.digest,
+        }
+        packed = self.table.pack(self.storage, rows)
+        return Contents(_kind(self.model), self.data.schema, vocabulary, packed, self.model.lower(), info)
+
+    def save(self, path: str | Path) -> dict[str, int]:
+        """Write the file atomically; bytes of the file and its parts."""
+        return self.contents.write(path)
+
+
+@overload
+def compress(
+    model: Model,
+    data: Dataset,
+    method: Method,
+    budget: str | Budget,
+    *,
+    run: Run | str | Path | None = None,
+    storage: Storage | None = None,
+    bake: bool = False,
+) -> Small: ...
+
+
+@overload
+def compress(
+    model: Model,
+    data: Dataset,
+    method: Method,
+    budget: Sequence[str | Budget],
+    *,
+    run: Run | str | Path | None = None,
+    storage: Storage | None = None,
+    bake: bool = False,
+) -> list[Small]: ...
+
+
+def compress(
+    model: Model,
+    data: Dataset,
+    method: Method,
+    budget: str | Budget | Sequence[str | Budget],
+    *,
+    run: Run | str | Path | None = None,
+    storage: Storage | None = None,
+    bake: bool = False,
+) -> Small | list[Small]:
+    """Fit the model's table into a budget, or into each of several with one preparation.
+
+    Args:
+        model: A trained model with a dense table; it is left as it is.
+        data: The data set of its training; only training rows are read.
+        method: How to find the smaller table.
+        budget: ``"sparsity=0.95"`` (share of values removed), ``"5%"`` (of the dense table's bytes) or ``"4MiB"`` (the
+            whole file), or several of them.
+        run: A folder that keeps the preparation: a later budget takes seconds.
+        storage: ``fp32``, ``fp16`` or ``int8``; by default ``fp32`` for a sparsity, ``int8`` for a budget in bytes.
+        bake: For ranking models: propagate first and compress the final vectors, as a device needs them.
+
+    Raises:
+        BudgetError: A budget cannot be reached; the error knows the least size that can.
+        ConfigError: A budget or storage that is none.
+
+    Example:
+        >>> small = compress(model, data, MagPrune(), "4MiB", run="runs/mag")  # doctest: +SKIP
+        >>> small.save("model.safetensors")["file"] <= 4 << 20  # doctest: +SKIP
+        True
+    """
+    if not isinstance(run, Run):
+        with Run(run) as opened:
+            return compress(model, data, method, budget, run=opened, storage=storage, bake=bake)
+    single = isinstance(budget, (str, Budget))
+    budgets = [Budget.parse(b) for b in ([budget] if single else budget)]
+    if bake:
+        model = BakedModel.of(model)
+    ladder = method.prepare(model, data, run)
+
+    def at(budget: Budget) -> Small:
+        chosen = storage or ("fp32" if budget.kind == "sparsity" else "int8")
+        return _at(ladder, Small(model, data, method, budget, chosen))
+
+    return at(budgets[0]) if single else [at(b) for b in budgets]
+
+
+def _at(ladder: Ladder, dense: Small) -> Small:
+    """The table for one budget, in place of the dense one."""
+    budget, table = dense.budget, dense.table
+    if budget.kind == "bytes":
+        return _fit_file(ladder, dense, int(budget.amount))
+    if budget.kind == "share":
+        dense_bytes = 4 * sum(b.values for b in table.blocks)
+        return _with(dense, ladder.at_bytes(int(budget.amount * dense_bytes), dense.storage))
+    values = _counted(table)
+    return _with(dense, ladder.at_values(values - int(values * budget.amount)))
+
+
+FILE_TRIALS = 8
+"""Most tables made for one file budget."""
+
+
+def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
+    """The largest table whose whole file takes at most ``limit`` bytes, to 0.1 %.
+
+    Head and header hardly depend on the table: what is left beside them goes to table and vocabulary, and the slack of
+    one trial corrects the next.
+    """
+    head = sum(t.nbytes for t in dense.model.lower().tensors().values())
+    room, best, tried = limit - head - 4096, None, set[int]()
+    while room not in tried and len(tried) < FILE_TRIALS:
+        tried.add(room)
+        try:
+            small = _with(dense, ladder.at_bytes(room, dense.storage, vocabulary=True))
+        except BudgetError as error:
+            small = _with(dense, _least(ladder, dense.storage, error))
+            if (least := small.sizes["file"]) > limit:
+                raise BudgetError(
+                    f"Budget {limit:,} B is below the {least:,} B of the smallest file that {dense.method.name} can "
+                    "make of this model; raise the budget or choose a smaller head.",
+                    least_bytes=least,
+                ) from error
+        slack = limit - small.sizes["file"]
+        if slack >= 0 and (best is None or small.sizes["file"] > best.sizes["file"]):
+            best = small
+        if 0 <= slack <= limit // 1000:
+            break
+        room += slack
+    return best if best is not None else _with(dense, ladder.at_bytes(min(tried), dense.storage, vocabulary=True))
+
+
+def _least(ladder: Ladder, storage: Storage, error: BudgetError) -> Table:
+    """The smallest table there is, from the error that named its size."""
+    if error.least_bytes is None:
+        raise error
+    return ladder.at_bytes(error.least_bytes, storage, vocabulary=True)
+
+
+def _with(small: Small, table: Table) -> Small:
+    return Small(small.model.with_table(table), small.data, small.method, small.budget, small.storage)
+
+
+def _counted(table: Table) -> int:
+    """Scalars of the counted blocks of the dense table."""
+    return sum(b.values for b in table.blocks if b.counted)
+
+
+def _kind(model: Model) -> Kind:
+    if isinstance(model, BakedModel):
+        return "baked"
+    return "ego" if isinstance(model, RankingModel) else "ctr"

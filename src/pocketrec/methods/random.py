@@ -1,0 +1,37 @@
+"""Random pruning: the control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pocketrec.backbone import Model
+from pocketrec.dataset import Dataset
+from pocketrec.method import Method
+from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
+from pocketrec.randomness import generator
+from pocketrec.run import Run
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep entries drawn uniformly: what any score has to beat.
+
+    Args:
+        fill: What removed entries read: ``zero``, the frequency-weighted field mean (``codebook``) or the ``plain`` one.
+        scope: ``joint`` draws from all counted blocks together, ``block`` from each the same share.
+    """
+
+    name: ClassVar[str] = "random"
+
+    fill: Fill = "zero"
+    scope: Scope = "joint"
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> PruningLadder:
+        """Rank by uniform draws from the run's seed."""
+        weight = model.table.weight().detach().numpy()
+        scores = generator(run.seed, "random pruning").random(weight.shape, dtype=np.float32)
+        fill = fill_rows(self.fill, weight, data.schema, data.counts)
+        return PruningLadder(model.table, scores, fill, data.counts, self.scope)
