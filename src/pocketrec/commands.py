@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Document = Mapping[str, Any]
 _PATH = click.Path(path_type=Path)
+_STORAGE = "How kept values are stored.  [default: fp32 for a sparsity, else int8]"
 
 
 def run(arguments: list[str]) -> None:
@@ -107,11 +110,10 @@ def encode_command(source: type[Any]) -> click.Command:
 
     settings = options.fields(source)
     more = options.keywords(encode_log, skip={"seed", "progress", *(s.name for s in settings)})
-    generated = {"seed"} & {s.name for s in settings}
 
     @verb
-    def command(session: Session, raw: Path | None, out: Path, **flags: Any) -> None:
-        plugin = options.build(source, flags | dict.fromkeys(generated, session.seed))
+    def command(session: Session, out: Path, raw: Path | None = None, **flags: Any) -> None:
+        plugin = options.build(source, flags)
         with Watcher() as watcher:
             given = options.given(flags, more)
             data = encode_log(plugin, raw, out, seed=session.seed, progress=watcher.rows, **given)
@@ -121,7 +123,7 @@ def encode_command(source: type[Any]) -> click.Command:
     made.params = [
         *([] if source.generates else [click.Argument(["raw"], type=_PATH)]),
         click.Argument(["out"], type=_PATH),
-        *(s.option() for s in (*settings, *more) if s.name != "seed"),
+        *(s.option() for s in (*settings, *more)),
         *made.params,
     ]
     return made
@@ -164,30 +166,67 @@ def train(session: Session, data: Path, backbone: str, folder: Path, **flags: An
 )
 @click.option("--budget", "budgets", multiple=True, required=True, help="sparsity=0.95, 5% or 4MiB; may be repeated.")
 @click.option("--out", type=_PATH, required=True, help="Folder of the artifacts, one file for each budget.")
-@click.option(
-    "--storage",
-    type=click.Choice(["fp32", "fp16", "int8"]),
-    help="How kept values are stored.  [default: chosen by the budget]",
-)
+@click.option("--storage", type=click.Choice(["fp32", "fp16", "int8"]), help=_STORAGE)
+@click.option("--bake", is_flag=True, help="Ranking models: propagate first, and compress what a device needs.")
 @click.option("--data", type=_PATH, help="The data set.  [default: where it was at training]")
 @verb
 def compress(
-    session: Session, folder: Path, method: str, budgets: tuple[str, ...], out: Path, storage: str | None,
-    data: Path | None, **flags: Any,
-) -> None:  # fmt: skip
+    session: Session, folder: Path, method: str, budgets: tuple[str, ...], out: Path, data: Path | None, **flags: Any
+) -> None:
     """Compress the model of a run to each budget and write one file for each."""
-    raise NotImplementedError
+    from pocketrec.dataset import Dataset
+    from pocketrec.method import compress as compress_model
+    from pocketrec.train import load
+
+    plugin = options.build(registry.load("methods", method), flags)
+    model, dataset = load(folder, Dataset.open(data) if data else None)
+    how = {"storage": flags["storage"], "bake": flags["bake"]}
+    artifacts = []
+    out.mkdir(parents=True, exist_ok=True)
+    with Watcher() as watcher, session.run(folder, watcher) as run:
+        for budget in budgets:
+            started = time.monotonic()
+            small = compress_model(model, dataset, plugin, budget, run=run, **how)
+            path = out / artifact_name(method, budget)
+            sizes = small.save(path)
+            seconds = time.monotonic() - started
+            artifacts.append({"budget": budget, "path": str(path), "bytes": sizes, "values": small.values,
+                              "sparsity": small.sparsity, "seconds": seconds})  # fmt: skip
+    session.show({"artifacts": artifacts}, lambda: shown.artifacts(artifacts))
+
+
+def artifact_name(method: str, budget: str) -> str:
+    """``shaver-5pct.safetensors``: a plain file name for a method and a budget."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", budget.replace("%", "pct").replace(" ", ""))
+    return f"{method}-{plain}.safetensors"
 
 
 @app.command()
-@click.argument("artifact", type=_PATH)
+@click.argument("target", metavar="ARTIFACT|RUN", type=_PATH)
 @click.option("--data", type=_PATH, required=True, help="The data set.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test", show_default=True)
-@click.option("--run", "folder", type=_PATH, help="A run whose ledger notes this reading of the split.")
+@click.option("-k", type=click.IntRange(min=1), default=20, show_default=True, help="Length of a recommendation list.")
+@click.option("--run", "folder", type=_PATH, help="Where the ledger of test reads lies.  [default: beside ARTIFACT]")
 @verb
-def measure(session: Session, artifact: Path, data: Path, split: str, folder: Path | None) -> None:
+def measure(session: Session, target: Path, data: Path, split: str, k: int, folder: Path | None) -> None:
     """Measure quality, bytes and latency of an artifact from its file, or of the dense model of a run."""
-    raise NotImplementedError
+    from pocketrec.dataset import Dataset
+    from pocketrec.files import Journal
+    from pocketrec.measure import measure as measure_target
+    from pocketrec.train import load
+
+    dataset = Dataset.open(data)
+    trained = (target / "run.json").is_file()
+    ledger = Journal((folder or (target if trained else target.parent)) / "ledger.journal")
+    measured = measure_target(
+        load(target, dataset)[0] if trained else target,
+        dataset.splits[split],
+        k=k,
+        threads=session.threads or 1,
+        ledger=lambda **record: ledger.append(record),
+    )
+    document = measured.to_json()
+    session.show(document, lambda: shown.pairs(document))
 
 
 @app.command()
@@ -198,7 +237,12 @@ def measure(session: Session, artifact: Path, data: Path, split: str, folder: Pa
 @verb
 def recommend(session: Session, artifact: Path, user: str, k: int, exclude: str) -> None:
     """Recommend the k best items for a user, from the file alone."""
-    raise NotImplementedError
+    from pocketrec import runtime
+
+    left_out = [item.strip() for item in exclude.split(",") if item.strip()]
+    found = runtime.open(artifact).recommend(user, k, left_out)
+    document = {"user": user, "items": [{"item": item, "score": score} for item, score in found]}
+    session.show(document, lambda: shown.pairs(document))
 
 
 @app.command()
@@ -234,7 +278,11 @@ def _inspected(path: Path, verify: bool) -> Document:
 @verb
 def demo(session: Session, out: Path) -> None:
     """Run the main job on a synthetic click log: train, compress to a ladder of budgets, table and picture."""
-    raise NotImplementedError
+    from pocketrec import demo as main_job
+
+    with Watcher() as watcher:
+        report = main_job.run(out, seed=session.seed, threads=session.threads, watcher=watcher)
+    session.show(report.to_json(), report.to_text)
 
 
 def _summary(plugin: type[Any]) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+PARTS = ("file", "table", "vocabulary", "head", "header")
+"""Parts of a file, as documents name them."""
+
 
 def pairs(document: Mapping[str, Any]) -> str:
     """One ``name  value`` line for each entry; nested documents are indented."""
@@ -22,6 +25,16 @@ def dataset(report: Mapping[str, Any]) -> str:
     fields = table(("field", "cardinality"), [(f["name"], f"{f['cardinality']:,}") for f in report["fields"]])
     notes = [f"note: {note}" for note in report["notes"]]
     return "\n".join([f"{report['dataset']}: {rows}", f"dropped rows: {dropped}", fields, *notes])
+
+
+def artifacts(documents: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each artifact that was written."""
+    rows = [
+        (d["path"], d["budget"], *(f"{d['bytes'][part]:,}" for part in PARTS), f"{d['values']:,}",
+         f"{d['sparsity']:.2%}", f"{d['seconds']:.1f} s")
+        for d in documents
+    ]  # fmt: skip
+    return table(("artifact", "budget", *(f"{part} B" for part in PARTS), "values", "sparsity", "took"), rows)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,0 +1,164 @@
+"""The main job on the embedded default: a click log with a known teacher, one training, a ladder of budgets.
+
+Synthetic log -> encode -> train DeepFM -> one scoring pass -> five budgets for each of three methods -> one file each
+-> each measured from its file -> a table and a picture. Everything lies in one folder; run again, it goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pocketrec import registry, shown
+from pocketrec.dataset import Dataset, encode
+from pocketrec.errors import BudgetError
+from pocketrec.files import atomic_write
+from pocketrec.measure import measure
+from pocketrec.method import Method, compress
+from pocketrec.metrics import auc
+from pocketrec.picture import Chart, Point, page, png, size, summary
+from pocketrec.run import Run
+from pocketrec.train import Training, train
+
+if TYPE_CHECKING:
+    from pocketrec.backbone import Model
+
+BUDGETS = ("50%", "20%", "10%", "5%", "1%")
+METHODS = ("shaver", "mag_prune", "frequency_distance")
+CARDINALITIES = (10_000, 10_000, 6_000, 6_000, 3_000, 2_000, 1_000, 500)
+ROWS = 1_000_000
+
+
+class Watching(Protocol):
+    """Told how far the work is; see :class:`pocketrec.progress.Watcher`."""
+
+    def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """``done`` of ``total`` units of ``stage``."""
+        ...
+
+    def rows(self, stage: str, done: int) -> None:
+        """``done`` rows of ``stage``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out, and where it lies.
+
+    Attributes:
+        out: the folder.
+        chart: every point of the picture.
+    """
+
+    out: Path
+    chart: Chart
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``pocketrec demo --json``."""
+        return {
+            "out": str(self.out),
+            "picture": str(self.out / "demo.png"),
+            "page": str(self.out / "demo.html"),
+            "teacher_auc": self.chart.ceiling,
+            "dense": asdict(self.chart.dense),
+            "curves": {name: [asdict(point) for point in points] for name, points in self.chart.curves.items()},
+        }
+
+    def to_text(self) -> str:
+        """The table, one line for each file."""
+        dense = self.chart.dense
+        rows = [("teacher (ceiling)", "", "", "", "", f"{self.chart.ceiling:.4f}", ""), _row("dense", dense, dense)]
+        rows += [_row(name, point, dense) for name, points in self.chart.curves.items() for point in points]
+        header = ("method", "budget", "table", "file", "values", "AUC", "against dense")
+        places = f"picture: {self.out / 'demo.png'}\npage:    {self.out / 'demo.html'}"
+        return f"{shown.table(header, rows)}\n\n{self.chart.title}\n{places}"
+
+
+def run(out: Path, *, seed: int, threads: int | None, watcher: Watching, rows: int = ROWS) -> Report:
+    """Do the whole job in the folder ``out``.
+
+    Args:
+        out: folder of data set, run, artifacts, table and picture.
+        seed: of log, training, scoring.
+        threads: threads of torch and of the kernel; ``None``: as they are.
+        watcher: told how far the work is.
+        rows: rows of the log.
+
+    Raises:
+        RunLocked: another demo works in the folder.
+    """
+    source = registry.load("sources", "synthetic")(
+        rows=rows, cardinalities=CARDINALITIES, exponent=0.9, interaction=0.2, generator_seed=seed
+    )
+    data = encode(source, None, out / "data", seed=seed, progress=watcher.rows)
+    backbone = registry.load("backbones", "deepfm")(dim=16, hidden=(64, 64))
+    with Run(out / "run", seed=seed, threads=threads, progress=watcher) as run:
+        model = train(backbone, data, run, Training(epochs=2, weight_decay=1e-5))
+        dense = _dense(model, data, run)
+        methods = [registry.load("methods", name)() for name in METHODS]
+        curves = {type(m).__name__: _ladder(m, model, data, run, out / "artifacts") for m in methods}
+    report = Report(out, _chart(data, dense, curves, out, seed))
+    atomic_write(out / "demo.png", png(report.chart))
+    atomic_write(out / "demo.html", page(report.chart).encode())
+    return report
+
+
+def _dense(model: Model, data: Dataset, run: Run) -> Point:
+    measured = measure(model, data.test, ledger=run.ledger, latency=False)
+    values = sum(b.values for b in model.table.blocks if b.counted)
+    return Point("100%", measured.bytes["table"], measured.bytes["file"], values, measured.quality["auc"])
+
+
+def _ladder(method: Method, model: Model, data: Dataset, run: Run, folder: Path) -> tuple[Point, ...]:
+    """One file for each budget within reach, each measured from the file alone."""
+    folder.mkdir(exist_ok=True)
+    points = []
+    for i, budget in enumerate(BUDGETS):
+        run.progress(type(method).__name__, i, len(BUDGETS), {})
+        points.append(_point(method, budget, model, data, run, folder))
+    run.progress(type(method).__name__, len(BUDGETS), len(BUDGETS), {})
+    return tuple(points)
+
+
+def _point(method: Method, budget: str, model: Model, data: Dataset, run: Run, folder: Path) -> Point:
+    try:
+        small = compress(model, data, method, budget, run=run)
+    except BudgetError as error:
+        least = f"at least {size(error.least_bytes)}" if error.least_bytes else ""
+        return Point(budget, 0, 0, 0, None, note=f"out of reach {least}".strip())
+    path = folder / f"{method.name}-{budget.replace('%', 'pct')}.safetensors"
+    small.save(path)
+    measured = measure(path, data.test, ledger=run.ledger, latency=False)
+    return Point(budget, measured.bytes["table"], measured.bytes["file"], small.values, measured.quality["auc"])
+
+
+def _chart(data: Dataset, dense: Point, curves: dict[str, tuple[Point, ...]], out: Path, seed: int) -> Chart:
+    ceiling = auc(data.test.labels, data.test.teacher)
+    rows = sum(len(split) for split in data.splits.values())
+    return Chart(
+        title=summary(next(iter(curves.values())), dense),
+        subtitle=f"Synthetic click log of {rows:,} rows; DeepFM; every point is one file, measured from the file",
+        curves=curves,
+        dense=dense,
+        ceiling=ceiling,
+        command=f"pocketrec demo --seed {seed} --out {shlex.quote(out.name)}",
+    )
+
+
+def _row(name: str, point: Point, dense: Point) -> tuple[str, ...]:
+    if point.auc is None or dense.auc is None:
+        return (name, point.budget, point.note, "", "", "", "")
+    lost = "" if point is dense else f"{point.auc - dense.auc:+.4f}"
+    return (
+        name,
+        point.budget,
+        size(point.table_bytes),
+        size(point.file_bytes),
+        f"{point.values:,}",
+        f"{point.auc:.4f}",
+        lost,
+    )
