@@ -125,14 +125,15 @@ def read_lines(path: Path) -> Iterator[Lines]:
     first, rest = 1, b""
     with _open(require_file(path)) as stream:
         while block := _read(stream, path):
-            *whole, rest = (rest + block).split(b"\n")
-            if whole:
-                yield _decode(whole, first)
-                first += len(whole)
+            whole, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                lines = _decode(whole, first)
+                yield lines
+                first += len(lines.texts) + len(lines.bad)
             if len(rest) > LINE_BYTES:
                 raise DataError(f"{path}:{first}: expected a text file, but got a line of over {LINE_BYTES:,} bytes.")
     if rest:
-        yield _decode([rest], first)
+        yield _decode(rest, first)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -147,12 +148,24 @@ def _read(stream: BinaryIO, path: Path) -> bytes:
         raise DataError(f"{path}: expected a whole readable file, but got: {error}; fetch it again.") from error
 
 
-def _decode(raw: list[bytes], first: int) -> Lines:
+def _decode(block: bytes, first: int) -> Lines:
+    """The lines of a block, the first of which has number ``first``; line by line only where one of them is bad."""
     if first == 1:
-        raw[0] = raw[0].removeprefix(b"\xef\xbb\xbf")
+        block = block.removeprefix(b"\xef\xbb\xbf")
+    block = block.replace(b"\r\n", b"\n").removesuffix(b"\r")
+    raw = block.split(b"\n")
+    if b"" in raw or b"\0" in block:
+        return _decode_each(raw, first)
+    try:
+        texts = block.decode().split("\n")
+    except UnicodeDecodeError:
+        return _decode_each(raw, first)
+    return Lines(texts, list(range(first, first + len(texts))), [])
+
+
+def _decode_each(raw: list[bytes], first: int) -> Lines:
     lines = Lines([], [], [])
     for number, line in enumerate(raw, first):
-        line = line.removesuffix(b"\r")
         if not line:
             lines.bad.append(BadRow(number, "blank line"))
         elif b"\0" in line:

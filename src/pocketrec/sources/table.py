@@ -121,4 +121,5 @@ def _is_number_or_empty(name: str) -> pl.Expr:
 
 def _rounded(name: str, digits: int) -> pl.Expr:
     number = pl.col(name).cast(pl.Float64, strict=False).round_sig_figs(digits)
-    return (number + 0.0).cast(pl.String).fill_null("").alias(name)
+    unsigned_zero = pl.when(number == 0).then(0.0).otherwise(number)
+    return unsigned_zero.cast(pl.String).fill_null("").alias(name)
