@@ -22,7 +22,7 @@ from pocketrec.errors import ArtifactError, PocketRecError
 from pocketrec.files import Extent, atomic_write, buffer, header, map_file, parse_header, view_arrays
 from pocketrec.packed import Packed
 from pocketrec.program import Program
-from pocketrec.schema import Field, Keys, Schema, Task
+from pocketrec.schema import Field, Keys, Schema
 from pocketrec.vocabulary import Vocabulary
 
 Kind = Literal["ctr", "baked", "ego"]
@@ -217,6 +217,7 @@ class Artifact:
             set(meta) == _KEYS
             and all(isinstance(meta[key], kind) for key, kind in types.items())
             and meta["kind"] in get_args(Kind)
+            and meta["schema"].get("task") == ("ctr" if meta["kind"] == "ctr" else "cf")
             and len(meta["chunks"]) == 64 * chunks
             and all(name.partition(".")[0] in _PARTS for name in self._extents)
         )
@@ -289,7 +290,6 @@ def _schema(document: Mapping[str, Any], path: Path) -> Schema:
         fields = [Field(**f) for f in document["fields"]]
         sound = (
             set(document) == {"task", "fields"}
-            and document["task"] in get_args(Task)
             and all(_sound(f) for f in fields)
             and len({f.name for f in fields}) == len(fields)
             and sum(f.size for f in fields) < 2**48

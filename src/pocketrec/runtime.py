@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -92,7 +93,7 @@ class Recommender:
         out = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), BATCH_ROWS):
             part = rows[start : start + BATCH_ROWS]
-            out[start : start + len(part)] = self._head(self._lookup(part, np.arange(self.schema.width)))
+            out[start : start + len(part)] = self._run(part)
         return out
 
     def recommend(self, user: Any, k: int = 20, exclude: Iterable[Any] = ()) -> list[tuple[int, float]]:
@@ -130,15 +131,26 @@ class Recommender:
         """The head, once it is known to fit the table and the vocabulary."""
         program, packed, width = self.artifact.program, self.artifact.packed, self.schema.width
         fits = packed.rows == self.artifact.vocabulary.rows and len(packed.fill) == width
-        try:
+        with self._damage():
             fits = fits and np.shape(program(np.zeros((1, width, packed.width), np.float32))) == (1,)
-        except (ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{self.artifact.path} has a head that cannot run: {error!r}.") from error
         if not fits:
-            raise ArtifactError(
-                f"{self.artifact.path} has a table, a vocabulary and a head that do not fit each other."
-            )
+            raise ArtifactError(f"{self.artifact.path} has a table, vocabulary and head that do not fit each other.")
         return program
+
+    def _run(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the head says of the vectors of file rows ``(B, F)``, shape ``(B,)``."""
+        head = self._head
+        with self._damage():
+            return head(self.artifact.packed.lookup(rows, np.arange(self.schema.width)))
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Errors of the arithmetic on what a file holds are errors of the file; overflows are numbers like others."""
+        try:
+            with np.errstate(all="ignore"):
+                yield
+        except (ArithmeticError, DataError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{self.artifact.path} has a table or a head that cannot run: {error!r}.") from error
 
     @property
     def _first_item(self) -> int:
@@ -147,19 +159,14 @@ class Recommender:
 
     def _item_scores(self, user: Any) -> NDArray[np.float32]:
         """Scores of all items for one user, shape ``(items,)``, block by block."""
-        head = self._head
         first, count = self._first_item, self.artifact.vocabulary.keys[1]
         row = self.artifact.vocabulary.lookup(0, [user])
         scores = np.empty(count, dtype=np.float32)
         for start in range(0, count, BATCH_ROWS):
             block = np.arange(first + start, first + min(start + BATCH_ROWS, count))
             pairs = np.stack([np.broadcast_to(row, block.shape), block], axis=1)
-            scores[start : start + len(block)] = head(self._lookup(pairs, np.arange(2)))
+            scores[start : start + len(block)] = self._run(pairs)
         return scores
-
-    def _lookup(self, rows: NDArray[np.int64], fields: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors ``(B, F, D)`` of file rows ``(B, F)``."""
-        return self.artifact.packed.lookup(rows, fields)
 
     def _link(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
         """Logits -> probabilities for a click model; ranking scores as they are."""
