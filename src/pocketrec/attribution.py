@@ -87,12 +87,15 @@ class ClickGame(Game):
     head: Head
 
     def value(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """Log-likelihood of the labels, ``(B,)``."""
         return _log_likelihood(self.head.logits(vectors), labels)
 
     def gradient(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """``(y - sigmoid(logit))`` pulled back through the head."""
         return self.head.pull(labels - self.head.logits(vectors).sigmoid())
 
     def walk(self, vectors: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """As the plain walk, but only what a change reaches is computed again."""
         walk = Walk(self.head, vectors)
         return lambda player, new: _log_likelihood(walk.set(player, new), labels)
 
@@ -108,9 +111,11 @@ class RankingGame(Game):
         return positive - negative
 
     def value(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """Log-likelihood of the labels, ``(B,)``."""
         return _log_likelihood(self._margin(vectors), labels)
 
     def gradient(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """The two pairs share the user: its gradients add up."""
         slope = labels - self._margin(vectors).sigmoid()
         positive, negative = self.head.pull(torch.cat((slope, -slope))).view(2, len(vectors), 2, -1)
         return torch.stack((positive[:, 0] + negative[:, 0], positive[:, 1], negative[:, 1]), dim=1)
@@ -154,6 +159,7 @@ class Owen:
     def estimate(
         self, game: Game, vectors: Tensor, placeholder: Tensor, labels: Tensor, stream: Stream, position: int
     ) -> Tensor:
+        """See :class:`Estimator`."""
         samples, players = len(vectors), placeholder.numel()
         difference = vectors - placeholder
         kept, point = torch.empty_like(vectors), torch.empty_like(vectors)
@@ -185,6 +191,7 @@ class Permutation:
     def estimate(
         self, game: Game, vectors: Tensor, placeholder: Tensor, labels: Tensor, stream: Stream, position: int
     ) -> Tensor:
+        """See :class:`Estimator`."""
         samples, players = len(vectors), placeholder.numel()
         empty = placeholder.reshape(-1)
         total = torch.zeros(samples, players)
@@ -273,7 +280,7 @@ class Checkpoint(Protocol):
         ...
 
 
-class _Tally:
+class Tally:
     """Running sums of a scoring run: two score tables and a few scalars; can be stored and taken up again."""
 
     def __init__(self, shape: tuple[int, int], checkpoint: Checkpoint | None) -> None:
@@ -295,6 +302,14 @@ class _Tally:
         self.square.index_add_(0, rows.reshape(-1), flat.square_())
         self.samples += len(rows)
 
+    def add_table(self, values: Tensor) -> None:
+        """One game whose players are all entries: ``values (n, D)``."""
+        if not torch.isfinite(values.sum()):
+            raise DivergedError(f"Shapley values must be finite, but are not in game {self.samples}.")
+        self.total += values
+        self.square += values.square_()
+        self.samples += 1
+
     def save(self) -> None:
         """Store the state if it is time to."""
         if self.checkpoint is None or not self.checkpoint.due():
@@ -315,6 +330,7 @@ class _Tally:
         return bool(variance.max().sqrt() < tolerance * (mean.max() - mean.min()))
 
     def scores(self) -> Scores:
+        """The means; ends the run."""
         count = max(self.audit[2], 1.0)
         return Scores(
             self.total.div_(self.samples).numpy(),
@@ -359,7 +375,7 @@ def attribute(
     """
     if batch_size < 1 or passes < 1:
         raise ConfigError(f"`batch_size` and `passes` must be at least 1, but got {batch_size} and {passes}.")
-    tally = _Tally((weight.shape[0], weight.shape[1]), checkpoint)
+    tally = Tally((weight.shape[0], weight.shape[1]), checkpoint)
     placeholder = fill[samples.fields]
     for pass_index in range(tally.samples // len(samples), passes):
         if pass_index and tally.converged(tolerance):

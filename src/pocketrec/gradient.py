@@ -35,9 +35,11 @@ class Node:
         return self.value(*inputs)
 
     def value(self, *inputs: Tensor) -> Tensor:
+        """The mathematics of ``run``, without keeping the inputs."""
         raise UnsupportedOp(f"Head op {self.op.kind!r} has no torch form; add it to pocketrec.gradient.")
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
+        """From the output's gradient, one gradient per input."""
         raise UnsupportedOp(f"Head op {self.op.kind!r} has no gradient; add it to pocketrec.gradient.")
 
 

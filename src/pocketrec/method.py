@@ -31,7 +31,7 @@ _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**
 
 @dataclass(frozen=True)
 class Budget:
-    """How small: ``sparsity`` (share of values removed), ``share`` (of dense fp32 table bytes kept), ``bytes`` (of the file).
+    """How small: ``sparsity`` (values removed), ``share`` (of dense fp32 table bytes kept), ``bytes`` (of the file).
 
     Example:
         >>> Budget.parse("sparsity=0.95"), Budget.parse("5%"), Budget.parse("4 MiB")

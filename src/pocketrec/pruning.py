@@ -144,7 +144,7 @@ class PruningLadder(Ladder):
                     "raise the budget or lower n_min.",
                     least_values=least,
                 )
-            keys = [self._keys[b.name] for b in group]
+            keys = [self._keys[b.name].reshape(-1) for b in group]
             chosen = largest(
                 keys[0].reshape(-1) if len(keys) == 1 else np.concatenate([k.reshape(-1) for k in keys]), count
             )

@@ -20,7 +20,7 @@ class Random(Method):
     """Keep entries drawn uniformly: what any score has to beat.
 
     Args:
-        fill: What removed entries read: ``zero``, the frequency-weighted field mean (``codebook``) or the ``plain`` one.
+        fill: What removed entries read: ``zero``, the frequency-weighted field mean (``codebook``), the ``plain`` mean.
         scope: ``joint`` draws from all counted blocks together, ``block`` from each the same share.
     """
 

@@ -1,0 +1,181 @@
+"""Shaver: single-shot pruning by Shapley attribution, for any budget."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pocketrec.attribution import Checkpoint, ClickGame, Owen, Permutation, RankingGame, Scores, attribute
+from pocketrec.backbone import ClickModel, Model, RankingModel
+from pocketrec.baked import BakedModel
+from pocketrec.dataset import Dataset
+from pocketrec.errors import ConfigError
+from pocketrec.gradient import Head, Precision
+from pocketrec.method import Ladder, Method
+from pocketrec.packed import Storage
+from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
+from pocketrec.run import Run
+from pocketrec.scoring import (
+    ClickSamples,
+    RankingSamples,
+    Score,
+    attribute_propagated,
+    ranking_keys,
+    training_rows,
+)
+from pocketrec.table import PrunedTable
+from pocketrec.train import Training, fingerprint
+
+
+@dataclass(frozen=True)
+class Shaver(Method):
+    """Keep the entries that the loss would miss most, judged by their Shapley values over the training rows.
+
+    One scoring run per model, fill and estimator serves every budget, score and exponent. Nothing is retrained unless
+    ``tune`` asks for it.
+
+    Args:
+        fill: What removed entries read, and the placeholder of the game: the frequency-weighted field mean
+            (``codebook``), the ``plain`` mean, ``zero``.
+        score: Ranking score: ``abs`` of the mean value, ``rms``, ``geo`` (their geometric mean), ``signed``.
+        exponent: The score is divided by the row's training count to this power.
+        estimator: ``owen`` (a few gradients per sample) or ``permutation`` (unbiased, much slower).
+        draws: Antithetic pairs per sample, at least 1.
+        samples: Training rows to score in a pass, at most; by default all.
+        passes: Most passes over them; fewer once the stop rule holds.
+        tolerance: Stop after a pass once the largest standard error is below this share of the range of values.
+        masks: Antithetic pairs of table masks, for ranking models that propagate their table.
+        batch_size: Samples at once.
+        precision: Of the matrix products while scoring, ``fp32`` or ``bf16``.
+        scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
+        tune: Train on with the mask fixed and the head frozen: ``none``, the ``table``, or table and ``codebook``.
+
+    Reference:
+        Tran et al., "On-device content-based recommendation with single-shot embedding pruning: a cooperative game
+        perspective" (Shaver), 2024. Departures: training rows only; Owen gradients instead of one permutation.
+    """
+
+    name: ClassVar[str] = "shaver"
+
+    fill: Fill = "codebook"
+    score: Score = "geo"
+    exponent: float = 0.0
+    estimator: Literal["owen", "permutation"] = "owen"
+    draws: int = 1
+    samples: int | None = None
+    passes: int = 1
+    tolerance: float = 0.01
+    masks: int = 32
+    batch_size: int = 1024
+    precision: Precision = "fp32"
+    scope: Scope = "joint"
+    tune: Literal["none", "table", "codebook"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "passes", "masks", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must be at least 1, but got {name}={getattr(self, name)}.")
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"`samples` must be at least 1, or None for all, but got samples={self.samples}.")
+        if not (np.isfinite(self.exponent) and self.tolerance >= 0):
+            raise ConfigError(
+                f"`exponent` must be finite and `tolerance` at least 0, but got {self.exponent} and {self.tolerance}."
+            )
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
+        """Score once; the run keeps the score tables."""
+        weight = model.table.weight().detach().numpy()
+        fill = fill_rows(self.fill, weight, data.schema, data.counts)
+        scores = self.scores(model, data, run)
+        keys = ranking_keys(scores, data.counts, self.score, self.exponent)
+        ladder = PruningLadder(model.table, keys, fill, data.counts, self.scope)
+        return ladder if self.tune == "none" else TunedLadder(ladder, model, data, run, self.tune == "codebook")
+
+    def scores(self, model: Model, data: Dataset, run: Run) -> Scores:
+        """Shapley values of every entry: computed at most once per run, model, data set and scoring settings."""
+        key = {"model": fingerprint(model), "data": data.digest, **self._scoring()}
+        stored = run.once("shapley", key, lambda checkpoint: self._attribute(model, data, run, checkpoint))
+        scores = Scores.from_arrays(stored)
+        run.log(stage="shapley", samples=scores.samples, efficiency_gap=scores.gap)
+        return scores
+
+    def _scoring(self) -> dict[str, Any]:
+        """The settings that the score tables depend on; ranking and tuning come later."""
+        return {k: v for k, v in asdict(self).items() if k not in ("score", "exponent", "scope", "tune")}
+
+    def _attribute(self, model: Model, data: Dataset, run: Run, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
+        split = training_rows(data.train)
+        weight = model.table.weight().detach()
+        fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
+        if isinstance(model, RankingModel) and not isinstance(model, BakedModel):
+            pairs = RankingSamples(split, self.samples, run.seed)
+            return attribute_propagated(
+                model, fill, pairs, masks=self.masks, seed=run.seed, checkpoint=checkpoint
+            ).arrays()
+        clicks = isinstance(model, ClickModel)
+        head = Head.of(model.lower(), self.precision)
+        estimator = Owen(self.draws) if self.estimator == "owen" else Permutation(self.draws)
+        samples = ClickSamples if clicks else RankingSamples
+        return attribute(
+            ClickGame(head) if clicks else RankingGame(head),
+            weight,
+            fill,
+            samples(split, self.samples, run.seed),
+            estimator,
+            seed=run.seed,
+            batch_size=self.batch_size,
+            passes=self.passes,
+            tolerance=self.tolerance,
+            checkpoint=checkpoint,
+        ).arrays()
+
+
+@dataclass(frozen=True)
+class TunedLadder(Ladder):
+    """Tables of another ladder, trained on: the mask stays, the head is frozen, early stopping on validation.
+
+    Args:
+        ladder: Where the masks come from.
+        model: The dense model.
+        data: Training and validation rows.
+        run: Keeps each tuned table.
+        codebook: Whether the fill rows are trained, too.
+    """
+
+    ladder: PruningLadder
+    model: Model
+    data: Dataset
+    run: Run
+    codebook: bool
+
+    def at_values(self, values: int) -> PrunedTable:
+        """See :class:`PruningLadder`."""
+        return self._tuned(self.ladder.at_values(values))
+
+    def at_bytes(self, size_bytes: int, storage: Storage, *, vocabulary: bool = False) -> PrunedTable:
+        """See :class:`PruningLadder`."""
+        return self._tuned(self.ladder.at_bytes(size_bytes, storage, vocabulary=vocabulary))
+
+    def _tuned(self, table: PrunedTable) -> PrunedTable:
+        base = nn.Parameter(table.base.detach().clone())
+        fill = nn.Parameter(table.fill.detach().clone()) if self.codebook else table.fill
+        start = PrunedTable(table.schema, table.blocks, base, table.keep, fill, table.absent)
+        model = deepcopy(self.model.with_table(start))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("table."))
+        tuned = self.run.fit("tune", model, self.data, Training.default(self.data.schema.task)).table
+        learned = {name: parameter.detach() for name, parameter in tuned.named_parameters()}
+        return PrunedTable.from_counts(
+            table.schema,
+            table.blocks,
+            learned["base"],
+            table.keep,
+            learned.get("fill", table.fill),
+            self.ladder.counts,
+        )

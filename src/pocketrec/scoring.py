@@ -1,0 +1,206 @@
+"""The training rows of a data set as games, and their Shapley values as ranking keys.
+
+Click models and baked ranking models look up a few rows per sample: one game per sample
+(:func:`~pocketrec.attribution.attribute`). A ranking model that propagates its table reads all of it for every sample:
+one game per batch, whose players are all entries of the table (:func:`attribute_propagated`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from pocketrec.attribution import Batch, Checkpoint, Scores, Stream, Tally
+from pocketrec.backbone import RankingModel
+from pocketrec.dataset import Split
+from pocketrec.errors import DataError
+from pocketrec.randomness import generator
+from pocketrec.sampling import triples
+
+Score = Literal["geo", "abs", "rms", "signed"]
+
+
+def training_rows(split: Split) -> Split:
+    """The split itself; anything but training rows raises :class:`~pocketrec.errors.DataError`."""
+    if split.name != "train":
+        raise DataError(
+            f"Scoring reads training rows only, but got the split {split.name!r}: scores that have seen it would make "
+            "its figures worthless; pass `data.train`."
+        )
+    if len(split) == 0:
+        raise DataError("Scoring needs at least one training row, but the split is empty; encode more rows.")
+    return split
+
+
+@dataclass(frozen=True)
+class ClickSamples:
+    """Training rows of a click log, all of them or ``cap`` drawn without replacement, in file order."""
+
+    split: Split
+    cap: int | None
+    seed: int
+
+    @property
+    def fields(self) -> Tensor:
+        """One player row per field."""
+        return torch.arange(self.split.ids.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.split) if self.cap is None else min(self.cap, len(self.split))
+
+    @cached_property
+    def _picked(self) -> NDArray[np.int64] | None:
+        if len(self) == len(self.split):
+            return None
+        return np.sort(generator(self.seed, "scoring rows").choice(len(self.split), len(self), replace=False))
+
+    def batch(self, start: int, stop: int, pass_index: int) -> Batch:
+        """Ids and labels."""
+        picked = slice(start, stop) if self._picked is None else self._picked[start:stop]
+        rows = torch.from_numpy(self.split.ids[picked].astype(np.int64))
+        labels = torch.from_numpy(np.array(self.split.labels[picked], np.float32))
+        return Batch(start, rows, labels)
+
+
+@dataclass(frozen=True)
+class RankingSamples:
+    """Training pairs with one sampled negative each; another one in every pass, and other pairs under a ``cap``."""
+
+    split: Split
+    cap: int | None
+    seed: int
+
+    @property
+    def fields(self) -> Tensor:
+        """User, positive item, negative item."""
+        return torch.tensor([0, 1, 1])
+
+    def __len__(self) -> int:
+        return len(self.split) if self.cap is None else min(self.cap, len(self.split))
+
+    def batch(self, start: int, stop: int, pass_index: int) -> Batch:
+        """Triples; their label is one: the positive wins."""
+        rows = torch.from_numpy(self._triples(pass_index)[start:stop].astype(np.int64))
+        return Batch(start, rows, torch.ones(len(rows)))
+
+    @cached_property
+    def _drawn(self) -> dict[int, NDArray[np.int64]]:
+        return {}
+
+    def _triples(self, pass_index: int) -> NDArray[np.int64]:
+        """The pass's triples ``(N, 3)``; those of one pass at a time are kept."""
+        if pass_index not in self._drawn:
+            schema = self.split.dataset.schema
+            drawn = triples(self.split.ids, schema.fields[0].size, schema.rows, self.seed, pass_index, shuffle=True)
+            self._drawn.clear()
+            self._drawn[pass_index] = drawn[: len(self)]
+        return self._drawn[pass_index]
+
+
+def attribute_propagated(
+    model: RankingModel,
+    fill: Tensor,
+    samples: RankingSamples,
+    *,
+    masks: int,
+    seed: int = 0,
+    batch_size: int = 1 << 18,
+    checkpoint: Checkpoint | None = None,
+) -> Scores:
+    """Owen estimates for a table that is propagated: each game is one batch, its players all entries of the table.
+
+    ``phi = (W - C) * mean_k [g(z_k) + g(1 - z_k)] / 2`` with ``z_k ~ Bernoulli(q_k)`` and ``g(z)`` the gradient, through
+    the propagation, of minus the BPR loss at ``C + z (W - C)``; the ``q_k`` are stratified over (0, 1/2). Each mask
+    meets the next ``batch_size`` pairs.
+
+    Args:
+        model: Propagates the table.
+        fill: Placeholder per field, ``(2, D)``.
+        samples: Training pairs.
+        masks: Antithetic pairs of masks, at least 1.
+        seed: Root of all draws.
+        batch_size: Pairs per mask.
+        checkpoint: State of an interrupted run, and where to keep it.
+    """
+    weight = model.table.weight().detach()
+    placeholder = fill[torch.from_numpy(model.schema.field_of_row.astype(np.int64))]
+    difference = weight - placeholder
+    stream = Stream(seed, "table masks")
+    tally = Tally((weight.shape[0], weight.shape[1]), checkpoint)
+    per_pass = -(-len(samples) // batch_size)
+    for mask in range(tally.samples, masks):
+        start = mask % per_pass * batch_size
+        rows = samples.batch(start, min(start + batch_size, len(samples)), mask // per_pass).rows
+        coalition = _coalition(stream, mask, masks, weight.shape)
+        full, empty = -_bpr(model.propagate(weight), rows), -_bpr(model.propagate(placeholder), rows)
+        gradient = _table_gradient(model, placeholder + difference * coalition, rows)
+        gradient += _table_gradient(model, weight - difference * coalition, rows)
+        values = gradient.mul_(difference).div_(2)
+        tally.audit += [values.sum().item(), (full - empty).item(), 1]
+        tally.add_table(values)
+        tally.save()
+    return tally.scores()
+
+
+def _coalition(stream: Stream, mask: int, masks: int, shape: torch.Size) -> Tensor:
+    """Bernoulli(q) per entry, ``q`` from the mask's stratum of (0, 1/2)."""
+    bits = stream.shorts(mask, 1, shape.numel() + 1)[0]
+    uniform = (int(bits[0]) + 2**15 + 0.5) / 2**16
+    threshold = round((mask + uniform) / (2 * masks) * 2**16) - 2**15
+    return (bits[1:] < threshold).view(shape)
+
+
+@torch.no_grad()
+def _bpr(final: Tensor, rows: Tensor) -> Tensor:
+    """Mean BPR loss of triples ``(B, 3)``."""
+    user, positive, negative = (final[rows[:, i]] for i in range(3))
+    return functional.softplus((user * (negative - positive)).sum(dim=1)).mean()
+
+
+def _table_gradient(model: RankingModel, weight: Tensor, rows: Tensor) -> Tensor:
+    """Gradient of minus the mean BPR loss with respect to the table, ``(n, D)``."""
+    weight = weight.requires_grad_()
+    with torch.enable_grad():
+        final = model.propagate(weight)
+    slope = torch.zeros_like(final)
+    values = final.detach()
+    user, positive, negative = (values[rows[:, i]] for i in range(3))
+    share = torch.sigmoid((user * (negative - positive)).sum(dim=1, keepdim=True)) / len(rows)
+    slope.index_add_(0, rows[:, 0], (positive - negative).mul_(share))
+    user.mul_(share)
+    slope.index_add_(0, rows[:, 1], user)
+    slope.index_add_(0, rows[:, 2], user, alpha=-1)
+    return torch.autograd.grad(final, weight, slope)[0]
+
+
+def ranking_keys(scores: Scores, counts: NDArray[np.int64], score: Score, exponent: float) -> NDArray[np.float32]:
+    """Scores -> the key to rank by, ``(n, D)``: the largest are kept.
+
+    ``abs``: ``|mean|``. ``rms``: ``sqrt(mean square)``. ``geo``: the geometric mean of the two. ``signed``: the mean.
+    All are divided by ``frequency^exponent``, the row's training count (at least 1).
+    """
+    keys = _UNSCALED[score](scores)
+    if exponent:
+        keys /= (np.maximum(counts, 1).astype(np.float32) ** np.float32(exponent))[:, None]
+    return keys
+
+
+def _geo(scores: Scores) -> NDArray[np.float32]:
+    keys = np.sqrt(scores.square)
+    keys *= np.abs(scores.mean)
+    return np.sqrt(keys, out=keys)
+
+
+_UNSCALED = {
+    "abs": lambda scores: np.abs(scores.mean),
+    "rms": lambda scores: np.sqrt(scores.square),
+    "geo": _geo,
+    "signed": lambda scores: np.array(scores.mean),
+}
