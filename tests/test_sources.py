@@ -263,7 +263,8 @@ def test_table_csv_and_parquet_give_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("cells", "kind"),
     [
-        (["1", "2", ""], "integer"), (["1.5", "2", ""], "number"), (["007", "1"], "category"), (["1.0", "2.0"], "category"),
+        (["1", "2", ""], "integer"), (["1.5", "2", ""], "number"), (["007", "1"], "category"),
+        (["1.0", "2.0"], "category"),
         (["a", "1"], "category"), (["", ""], "category"), (["nan", "1.5"], "category"), (["1e400", "1.5"], "category"),
         (["-3", "4"], "integer"), (["99999999999999999999", "1"], "category"),
     ],
