@@ -287,7 +287,7 @@ def test_many_batches_count_as_one(tmp_path, monkeypatch, log):
 def test_open_names_what_is_damaged(log, tmp_path):
     out = tmp_path / "out"
     encode(Table(), log, out)
-    with pytest.raises(DataError, match="there is no dataset.json"):
+    with pytest.raises(DataError, match=r"there is no dataset\.json"):
         Dataset.open(tmp_path)
     content = (out / "train.ids.npy").read_bytes()
     (out / "train.ids.npy").write_bytes(content[:-1])
