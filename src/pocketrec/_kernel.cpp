@@ -149,6 +149,15 @@ struct TopK {
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vnni,avx2,fma,f16c,popcnt,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vnni,avx2,fma,f16c,popcnt,bmi,bmi2")
+#endif
+#include "_screen.cpp"
+#if defined(__clang__)
+#pragma clang attribute pop
 #pragma GCC pop_options
 #endif
 
@@ -156,14 +165,14 @@ struct TopK {
 
 namespace {
 
-enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3 };
 
 Level detect() {
 #if POCKETREC_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vpopcntdq"))
-    return AVX512;
+    return __builtin_cpu_supports("avx512vnni") ? VNNI : AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return AVX2;
 #endif
   return PORTABLE;
@@ -177,6 +186,7 @@ std::atomic<int> level{detect()};
 #define POCKETREC_DISPATCH(function, ...)                                     \
   switch (level.load(std::memory_order_relaxed)) {                            \
     case AVX512: return avx512::function(__VA_ARGS__);                        \
+    case VNNI:                                                                \
     case AVX2: return avx2::function(__VA_ARGS__);                            \
     default: return portable::function(__VA_ARGS__);                          \
   }
@@ -184,7 +194,7 @@ std::atomic<int> level{detect()};
 #define POCKETREC_DISPATCH(function, ...) return portable::function(__VA_ARGS__);
 #endif
 
-// Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `pocketrec_limit` caps it (tests compare all of them).
+// Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI. `pocketrec_limit` caps it (for tests).
 POCKETREC_EXPORT int pocketrec_level() { return level.load(); }
 POCKETREC_EXPORT void pocketrec_limit(int most) { level.store(std::min<int>(most, detect())); }
 
@@ -212,6 +222,9 @@ POCKETREC_EXPORT int pocketrec_topk(const float *users, int64_t user_count, cons
   const Csr seen{seen_indptr, seen_indices, user_count, item_count, seen_entries};
   const TopK task{users, nullptr, user_count, item_count, width, k, seen, ids, scores};
   POCKETREC_DISPATCH(topk, task, items, threads)
+#if POCKETREC_X86
+  if (level.load(std::memory_order_relaxed) == VNNI) return vnni::topk(task, items, threads);
+#endif
 }
 
 #else  // POCKETREC_ISA: one instruction set
@@ -661,14 +674,29 @@ inline void offer_all(const TopK &task, int64_t first, Floats sums, Best *best) 
   }
 }
 
-// Best items of users [begin, end), at most USERS of them.
-inline bool topk_block(const TopK &task, int64_t begin, int64_t end) {
-  Best best[USERS];
+// Empty lists of users [begin, end).
+inline bool open_lists(const TopK &task, int64_t begin, int64_t end, Best *best) {
   for (int64_t u = begin; u < end; ++u) {
     int64_t from = 0, to = 0;
     if (task.seen.indptr != nullptr && !task.seen.row(u, &from, &to)) return false;
     const int32_t *seen = task.seen.indices;
     best[u - begin] = {task.scores + u * task.k, task.ids + u * task.k, task.k, 0, seen + from, seen + to};
+  return true;
+}
+
+// Places that no item was left for.
+inline void close_lists(Best *best, int64_t count) {
+  for (Best *b = best; b < best + count; ++b)
+    for (int64_t place = b->count; place < b->k; ++place) {
+      b->scores[place] = -std::numeric_limits<float>::infinity();
+      b->ids[place] = -1;
+    }
+}
+
+// Best items of users [begin, end), at most USERS of them.
+inline bool topk_block(const TopK &task, int64_t begin, int64_t end) {
+  Best best[USERS];
+  if (!open_lists(task, begin, end, best)) return false;
   }
   const int64_t panels = (task.item_count + PANEL - 1) / PANEL;
   for (int64_t p = 0; p < panels; ++p) {
@@ -683,11 +711,7 @@ inline bool topk_block(const TopK &task, int64_t begin, int64_t end) {
           offer_all(task, p * PANEL + half * LANES, sums[i][half], &best[g + i - begin]);
     }
   }
-  for (Best *b = best; b < best + (end - begin); ++b)
-    for (int64_t place = b->count; place < task.k; ++place) {
-      b->scores[place] = -std::numeric_limits<float>::infinity();
-      b->ids[place] = -1;
-    }
+  close_lists(best, end - begin);
   return true;
 }
 

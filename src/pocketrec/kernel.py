@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from pocketrec.errors import ConfigError, DataError, StorageError
 
-Level = Literal["portable", "avx2", "avx512"]
+Level = Literal["portable", "avx2", "avx512", "vnni"]
 
-LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512")
+LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "vnni")
 _NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 2, np.dtype(np.uint16): 3}
 _BAD_INDEX, _NO_MEMORY = 1, 2
 _CHUNK_ENTRIES = 1 << 16
@@ -77,7 +77,7 @@ def level() -> Level | None:
 
 
 def limit(most: Level) -> None:
-    """Use no instruction set above ``most``; ``avx512`` lifts every limit."""
+    """Use no instruction set above ``most``; ``vnni`` lifts every limit."""
     library = _library()
     if library is not None:
         library.pocketrec_limit(LEVELS.index(most))
@@ -272,8 +272,9 @@ def topk(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Find the ``k`` items of largest inner product for each user, without those the user has seen.
 
-    Best first; of equal scores the smaller id comes first. NaN scores never rank. Memory is ``O(I d + U k)``; no score
-    matrix is made. The result does not depend on ``threads``.
+    Best first; of equal scores the smaller id comes first. NaN scores never rank. Memory is ``O((U + I) d + U k)``; no
+    score matrix is made. The result does not depend on ``threads``. With VNNI, pairs are screened by eight-bit codes
+    and a rigorous bound first; the lists stay those of fp32.
 
     Args:
         users: ``(U, d)``.
