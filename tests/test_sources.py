@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -29,14 +27,6 @@ from pocketrec.sources.kdd12 import Kdd12
 from pocketrec.sources.libfm import Libfm
 from pocketrec.sources.synthetic import Synthetic, zipf
 from pocketrec.sources.table import Table, guess
-
-
-@pytest.fixture
-def data_folder() -> Path:
-    folder = os.environ.get("POCKETREC_DATA")
-    if not folder:
-        pytest.skip("POCKETREC_DATA does not name the data folder")
-    return Path(folder)
 
 
 def frames(source: Source, path) -> pl.DataFrame:
@@ -101,8 +91,8 @@ def render(frame: pl.DataFrame, path, separator: str, *, header: bool):
 
 @pytest.mark.realdata
 @pytest.mark.parametrize(("name", "threshold"), [("raw_first_8000", 1), ("raw_first_8000", 3), ("train", 3)])
-def test_criteo_real_rows_against_a_plain_reader(data_folder, tmp_path, name, threshold):
-    raw = pl.read_parquet(data_folder / "criteo-dac80k" / f"{name}.parquet").select("label", *INTEGERS, *CATEGORIES)
+def test_criteo_real_rows_against_a_plain_reader(real_data, tmp_path, name, threshold):
+    raw = pl.read_parquet(real_data / "criteo-dac80k" / f"{name}.parquet").select("label", *INTEGERS, *CATEGORIES)
     path = render(raw, tmp_path / "train.txt", "\t", header=False)
     data = encode(Criteo(), path, tmp_path / "out", threshold=threshold)
     assert data.rows_in == raw.height == sum(len(s) for s in data.splits.values())
@@ -128,8 +118,8 @@ def test_criteo_real_rows_against_a_plain_reader(data_folder, tmp_path, name, th
 
 
 @pytest.mark.realdata
-def test_avazu_real_rows_against_a_plain_reader(data_folder, tmp_path):
-    raw = pl.read_parquet(data_folder / "avazu-9k" / "sample.parquet").rename({"label": "click"})
+def test_avazu_real_rows_against_a_plain_reader(real_data, tmp_path):
+    raw = pl.read_parquet(real_data / "avazu-9k" / "sample.parquet").rename({"label": "click"})
     path = render(raw.select("id", "click", *AVAZU_FIELDS), tmp_path / "train.csv", ",", header=True)
     data = encode(Avazu(), path, tmp_path / "out", threshold=2, counting="published")
     assert [f.name for f in data.schema.fields] == list(AVAZU_FIELDS)
@@ -202,8 +192,8 @@ def test_adjacency_refuses_words(tmp_path):
 
 
 @pytest.mark.realdata
-def test_gowalla_counts_of_the_papers(data_folder, tmp_path):
-    folder = data_folder / "gowalla"
+def test_gowalla_counts_of_the_papers(real_data, tmp_path):
+    folder = real_data / "gowalla"
     data = encode(Interactions(), folder / "train.parquet", tmp_path / "out", test=folder / "test.parquet")
     assert {n: len(s) for n, s in data.splits.items()} == {"train": 737_091, "valid": 73_037, "test": 217_242}
     assert [f.size for f in data.schema.fields] == [29_858, 40_981]
@@ -213,11 +203,11 @@ def test_gowalla_counts_of_the_papers(data_folder, tmp_path):
 
 
 @pytest.mark.realdata
-def test_adjacency_and_interactions_agree(data_folder, tmp_path):
-    pairs = pl.read_parquet(data_folder / "lastfm-lightgcn" / "train.parquet")
+def test_adjacency_and_interactions_agree(real_data, tmp_path):
+    pairs = pl.read_parquet(real_data / "lastfm-lightgcn" / "train.parquet")
     lists = pairs.group_by("user", maintain_order=True).agg("item")
     text = "\n".join(f"{u} {' '.join(map(str, items))}" for u, items in lists.rows())
-    one = encode(Interactions(), data_folder / "lastfm-lightgcn" / "train.parquet", tmp_path / "a")
+    one = encode(Interactions(), real_data / "lastfm-lightgcn" / "train.parquet", tmp_path / "a")
     two = encode(Adjacency(), write(tmp_path, text), tmp_path / "b")
     for name in one.splits:
         assert (one.splits[name].ids == two.splits[name].ids).all()
@@ -312,8 +302,8 @@ def test_table_refuses_two_kinds_for_a_column():
 
 
 @pytest.mark.realdata
-def test_movielens_one_million(data_folder, tmp_path):
-    path = data_folder / "ml-1m-ctr" / "ratings.parquet"
+def test_movielens_one_million(real_data, tmp_path):
+    path = real_data / "ml-1m-ctr" / "ratings.parquet"
     data = encode(Table(drop=("rating",)), path, tmp_path / "out")
     sizes = {f.name: (f.size, f.keys) for f in data.schema.fields}
     assert data.rows_in == 1_000_209

@@ -220,6 +220,8 @@ def _intern(
 
 def _labels(batch: Batch, scan: Scan, path: Path) -> NDArray[np.float32]:
     """Labels as 0.0 and 1.0; anything else stops the encoding with its line."""
+    if scan.label is None:
+        raise ConfigError("A source of task 'ctr' must name its label column, but this one names none.")
     cells = batch.frame[scan.label].cast(pl.String)
     labels = cells.replace_strict(_LABELS, default=None, return_dtype=pl.Float32)
     if labels.null_count():
