@@ -228,7 +228,7 @@ def test_an_ego_file_is_propagated_by_its_backbone(visits, tmp_path, monkeypatch
 
 def test_what_does_not_fit_is_refused(clicks, visits, model, tmp_path):
     path = write(model, clicks, tmp_path / "m.safetensors")
-    with pytest.raises(DataError, match="measure on its own data"):
+    with pytest.raises(DataError, match="its own data"):
         measure(path, visits.test)
     with pytest.raises(ConfigError, match="k=0"):
         measure(path, clicks.test, k=0)

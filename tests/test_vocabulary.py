@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pocketrec import vocabulary
 from pocketrec.errors import ArtifactError, DataError
 from pocketrec.schema import Field, Schema
-from pocketrec.vocabulary import Vocabulary, hash64
+from pocketrec.vocabulary import Vocabulary, hash64, size_for
 
 Hashes = Callable[[int], NDArray[np.uint64]]
 
@@ -228,6 +228,23 @@ def test_it_reads_back_what_it_wrote_and_refuses_lies() -> None:
     for lie, parts in lies:
         with pytest.raises(ArtifactError, match="vocabulary"):
             Vocabulary.from_json(shape, lie, parts)
+
+
+def test_rows_of_another_data_set_are_found_by_their_values() -> None:
+    shape, other = schema(3, 4, dense=(1,), first=10), schema(2, 3, dense=(1,), first=12)
+    texts = {id(shape): ["a", "b", "c"], id(other): ["c", "z"]}
+    built, _ = Vocabulary.build(shape, np.ones(shape.rows, bool), lambda i: hash64(texts[id(shape)]))
+    expected = [*built.lookup(0, ["c", "z"]).tolist(), -1, *built.lookup(1, [12, 13, 14]).tolist(), -1]
+    assert built.file_rows(lambda i: hash64(texts[id(other)]), other).tolist() == expected
+    with pytest.raises(DataError, match=r"f1 \(dense\), but this data is 'ctr' with f0 \(hashed\), f1 \(hashed\)"):
+        built.file_rows(lambda i: hash64(["c", "z"]), schema(2, 2))
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.sets(st.integers(0, 4)))
+def test_the_size_is_known_beforehand(keys: list[int], dense: set[int]) -> None:
+    shape = schema(*keys, dense=tuple(dense))
+    built, _ = Vocabulary.build(shape, np.ones(shape.rows, bool), random_hashes(shape))
+    assert size_for(shape, keys) == built.size_bytes
 
 
 def test_no_stored_row_at_all() -> None:

@@ -201,7 +201,7 @@ def _file_subject(recommender: runtime.Recommender, data: Dataset, threads: int)
     """A file, every byte of it verified, and how the data set's ids read it."""
     artifact = recommender.artifact
     artifact.verify()
-    rows = _file_rows(artifact, data)
+    rows = artifact.vocabulary.file_rows(data.hashes, data.schema)
 
     fields = np.arange(data.schema.width)
 
@@ -221,25 +221,6 @@ def _file_subject(recommender: runtime.Recommender, data: Dataset, threads: int)
 
     graph = {"graph": _graph_bytes(data)} if artifact.kind == "ego" else {}
     return _Subject(artifact.digest, {**artifact.sizes(), **graph}, logits, score, vectors)
-
-
-def _file_rows(artifact: Artifact, data: Dataset) -> NDArray[np.int64]:
-    """File row of each id of the data set, through the file's vocabulary; ``-1`` for absent ones."""
-    names = [f.name for f in artifact.schema.fields]
-    if artifact.schema.task != data.schema.task or names != [f.name for f in data.schema.fields]:
-        raise DataError(
-            f"The file was made for {artifact.schema.task!r} data with fields {', '.join(names)}, but this data is "
-            f"{data.schema.task!r} with {', '.join(f.name for f in data.schema.fields)}; measure on its own data."
-        )
-    rows = np.full(data.schema.rows, -1, dtype=np.int64)
-    for i, field in enumerate(data.schema.fields):
-        named = field.size - field.oov
-        if field.keys == "hashed":
-            found = artifact.vocabulary.lookup_hashes(i, data.hashes(i))
-        else:
-            found = artifact.vocabulary.lookup(i, np.arange(field.first, field.first + named))
-        rows[field.offset : field.offset + named] = found
-    return rows
 
 
 def _propagate(artifact: Artifact, data: Dataset, table: Floats) -> Floats:

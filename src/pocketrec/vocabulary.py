@@ -157,15 +157,29 @@ class Vocabulary:
         hit = inside & (self.remainders[np.where(inside, low, 0)] == wanted) if len(self.remainders) else inside
         return np.where(hit, low + self._shift[field], -1)
 
-    def file_rows(self, hashes: Callable[[int], NDArray[np.uint64]]) -> NDArray[np.int64]:
-        """File row of each table row, shape ``(schema.rows,)``; ``-1`` for absent rows. ``hashes`` as in ``build``."""
-        result = np.full(self.schema.rows, -1, dtype=np.int64)
-        for i, field in enumerate(self.schema.fields):
-            target = result[field.offset : field.offset + _named(field)]
-            if field.keys == "dense":
-                target[:] = self._first_row[i] + np.arange(self.keys[i])
-            else:
-                target[:] = self.lookup_hashes(i, hashes(i))
+    def file_rows(self, hashes: Callable[[int], NDArray[np.uint64]], schema: Schema | None = None) -> NDArray[np.int64]:
+        """File row of each table row, shape ``(schema.rows,)``; ``-1`` for absent rows.
+
+        Args:
+            hashes: as in ``build``.
+            schema: the table's, if it is not the file's own; fields have the same names, but may have other values.
+
+        Raises:
+            DataError: the fields of ``schema`` are others, or are keyed in another way.
+        """
+        schema = self.schema if schema is None else schema
+        here, there = ([(f.name, f.keys) for f in s.fields] for s in (self.schema, schema))
+        if self.schema.task != schema.task or here != there:
+            raise DataError(
+                f"The file was made for {self.schema.task!r} data with fields {_told(here)}, but this data is "
+                f"{schema.task!r} with {_told(there)}; use its own data."
+            )
+        result = np.full(schema.rows, -1, dtype=np.int64)
+        for i, field in enumerate(schema.fields):
+            named = _named(field)
+            dense = field.keys == "dense"
+            found = self.lookup(i, field.first + np.arange(named)) if dense else self.lookup_hashes(i, hashes(i))
+            result[field.offset : field.offset + named] = found
         return result
 
     def fields(self) -> NDArray[np.int64]:
@@ -252,6 +266,11 @@ class Vocabulary:
 def _named(field: Field) -> int:
     """Values of a field that have a name of their own."""
     return field.size - field.oov
+
+
+def _told(fields: Sequence[tuple[str, str]]) -> str:
+    """Fields by name and keys, for people."""
+    return ", ".join(f"{name} ({keys})" for name, keys in fields)
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
