@@ -88,11 +88,13 @@ def _rendered(chart: Chart, kind: str) -> bytes:
     style = {"font.family": "DejaVu Sans", "font.size": 12, "svg.hashsalt": "pocketrec", "svg.fonttype": "path"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8, 5), dpi=210, layout="constrained", facecolor="white")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         axes = figure.add_subplot()
         _draw(axes, chart)
         if kind == "png":
-            figure.suptitle(chart.title, x=0.016, y=0.97, ha="left", fontsize=15, fontweight="bold", color=_INK)
-            axes.set_title(chart.subtitle, loc="left", fontsize=10.5, color=_FAINT, pad=12)
+            axes.set_title(chart.title, loc="left", fontsize=15, fontweight="bold", color=_INK, pad=32)
+            axes.annotate(chart.subtitle, (0, 1), xytext=(0, 14), xycoords="axes fraction", fontsize=10.5, color=_FAINT,
+                          textcoords="offset points")  # fmt: skip
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()

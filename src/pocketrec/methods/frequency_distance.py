@@ -23,6 +23,14 @@ class FrequencyDistance(Method):
     Args:
         fill: What removed entries read: the frequency-weighted field mean (``codebook``), the ``plain`` mean, ``zero``.
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
+
+    Example:
+        >>> FrequencyDistance().fill
+        'codebook'
+
+    Reference:
+        None: the baseline that needs no scoring pass; the sum over removed entries is the weighted k-means objective
+        with one centre a field.
     """
 
     name: ClassVar[str] = "frequency_distance"

@@ -24,6 +24,10 @@ class MagPrune(Method):
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
         n_min: Entries that each row keeps at least, ``0 <= n_min <= floor(d (1 - sparsity))``.
 
+    Example:
+        >>> MagPrune(n_min=1).scope
+        'joint'
+
     Reference:
         Han et al., "Learning both weights and connections", 2015; as a baseline for embeddings: Tran et al., "A
         thorough performance benchmarking on lightweight embedding-based recommender systems", 2024, Tables 5 and 6.

@@ -22,6 +22,13 @@ class Random(Method):
     Args:
         fill: What removed entries read: ``zero``, the frequency-weighted field mean (``codebook``), the ``plain`` mean.
         scope: ``joint`` draws from all counted blocks together, ``block`` from each the same share.
+
+    Example:
+        >>> Random().fill
+        'zero'
+
+    Reference:
+        None: the control of every comparison.
     """
 
     name: ClassVar[str] = "random"

@@ -56,6 +56,10 @@ class Shaver(Method):
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
         tune: Train on with the mask fixed and the head frozen: ``none``, the ``table``, or table and ``codebook``.
 
+    Example:
+        >>> Shaver(fill="zero", score="rms").estimator
+        'owen'
+
     Reference:
         Tran et al., "On-device content-based recommendation with single-shot embedding pruning: a cooperative game
         perspective" (Shaver), 2024. Departures: training rows only; Owen gradients instead of one permutation.

@@ -252,7 +252,7 @@ def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 def _pairs(backbone: Backbone, batch: tuple[Tensor, ...]) -> Tensor:
     """What of a batch comes from the data: its ids, or its (user, positive item) pairs."""
-    return batch[0] if backbone.task == "ctr" else torch.stack(batch[:2], dim=1)
+    return batch[0] if backbone.task == "ctr" else batch[0][:, :2]
 
 
 def _ids(data: Dataset, rows: int) -> Tensor:
@@ -263,7 +263,7 @@ def _ids(data: Dataset, rows: int) -> Tensor:
 def _final(model: Model) -> Tensor:
     """The vectors that the lowered program reads, ``(n, D)``."""
     weight = model.table.weight()
-    return model.propagate(weight) if isinstance(model, RankingModel) else weight
+    return (model.propagate(weight) if isinstance(model, RankingModel) else weight).detach()
 
 
 @torch.no_grad()

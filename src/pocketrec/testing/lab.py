@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -17,7 +17,7 @@ import torch
 
 from pocketrec import registry
 from pocketrec.backbone import Backbone, Model
-from pocketrec.dataset import Dataset
+from pocketrec.dataset import Dataset, encode
 from pocketrec.errors import PocketRecError
 from pocketrec.randomness import generator
 from pocketrec.run import Run
@@ -78,33 +78,61 @@ def fingerprint(model: Model) -> str:
 
 @dataclass(frozen=True)
 class Drawn(Source):
-    """A drawn log without a file: three fields of sizes 40, 7 and 1, or 30 users and 40 items."""
+    """A click log without a file: three string fields of at most 40, 7 and 1 values.
+
+    Args:
+        seed: of the values and the clicks.
+    """
 
     name: ClassVar[str] = "drawn"
+    generates: ClassVar[bool] = True
 
-    kind: Literal["clicks", "visits"] = "clicks"
+    seed: int = 0
 
-    def scan(self, path: Path, columns: tuple[Column, ...] | None = None) -> Scan:
-        """See :meth:`Source.scan`; ``path`` is ignored."""
-        return self._visits() if self.kind == "visits" else self._clicks()
-
-    def _clicks(self) -> Scan:
-        rng = generator(0, "exam-clicks")
+    def scan(self, path: Path | None = None, columns: tuple[Column, ...] | None = None) -> Scan:
+        """See :meth:`Source.scan`; ``path`` is not read."""
+        rng = generator(self.seed, "exam clicks")
         shop, day = rng.zipf(1.3, ROWS) % 40, rng.integers(0, 7, ROWS)
         logit = rng.normal(0, 1.5, 40)[shop] + rng.normal(0, 0.7, 7)[day]
+        clicks = rng.random(ROWS) < 1 / (1 + np.exp(-logit))
         frame = pl.DataFrame(
             {
                 "shop": [f"s{v}" for v in shop],
                 "day": [f"d{v}" for v in day],
                 "site": ["only"] * ROWS,
-                "label": (rng.random(ROWS) < 1 / (1 + np.exp(-logit))).astype(int).astype(str),
+                "label": clicks.astype(np.int8),
             }
         )
-        columns = (Column("shop"), Column("day"), Column("site"))
-        return Scan(columns, iter([Batch(frame, np.arange(1, ROWS + 1))]), label="label")
+        found = (Column("shop"), Column("day"), Column("site"))
+        return Scan(found, iter([Batch(frame, np.arange(1, ROWS + 1))]), label="label")
 
-    def _visits(self) -> Scan:
-        raise NotImplementedError
+
+@dataclass(frozen=True)
+class Visited(Source):
+    """Interactions without a file: 30 users, each with 6 to 12 of 40 items, most of them of its own half.
+
+    Args:
+        seed: of the interactions.
+    """
+
+    name: ClassVar[str] = "visited"
+    task: ClassVar[Task] = "cf"
+    generates: ClassVar[bool] = True
+
+    seed: int = 0
+
+    def scan(self, path: Path | None = None, columns: tuple[Column, ...] | None = None) -> Scan:
+        """See :meth:`Source.scan`; ``path`` is not read."""
+        rng = generator(self.seed, "exam visits")
+        users, items = [], []
+        for user in range(30):
+            liked = np.where(np.arange(40) % 2 == user % 2, 4.0, 1.0)
+            chosen = rng.choice(40, rng.integers(6, 13), replace=False, p=liked / liked.sum())
+            users += [user] * len(chosen)
+            items += sorted(int(item) for item in chosen)
+        frame = pl.DataFrame({"user": users, "item": items})
+        found = (Column("user", "dense", 30), Column("item", "dense", 40))
+        return Scan(found, iter([Batch(frame, np.arange(1, len(users) + 1))]))
 
 
 class Lab:
@@ -118,22 +146,29 @@ class Lab:
     def __init__(self, folder: Path, raw: Path | None = None) -> None:
         self.folder = folder
         self.raw = raw
+        self.run = Run(None)
         self._models: dict[Backbone, Model] = {}
         self._places = 0
 
     @cached_property
     def clicks(self) -> Dataset:
         """A click log: 600 rows, three fields, one of them with a single value."""
-        raise NotImplementedError
+        return encode(Drawn(), None, self.place(), threshold=2)
 
     @cached_property
     def visits(self) -> Dataset:
         """Interactions of 30 users with 40 items."""
-        raise NotImplementedError
+        return encode(Visited(), None, self.place())
 
     def data(self, task: Task) -> Dataset:
         """The data set of a task."""
         return self.clicks if task == "ctr" else self.visits
+
+    def without_test(self, task: Task) -> Dataset:
+        """The data set of a task whose test split cannot be read: whoever touches it fails."""
+        data = Dataset.open(self.data(task).path)
+        del data.splits["test"]
+        return data
 
     @cached_property
     def backbones(self) -> tuple[Backbone, ...]:

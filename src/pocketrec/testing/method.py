@@ -1,0 +1,288 @@
+"""Checks that every method must pass, each on every registered backbone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pocketrec import runtime
+from pocketrec.artifact import Artifact
+from pocketrec.backbone import Model, RankingModel
+from pocketrec.dataset import Dataset
+from pocketrec.errors import BudgetError
+from pocketrec.measure import measure
+from pocketrec.method import Method, Small, compress
+from pocketrec.packed import Storage
+from pocketrec.run import Run
+from pocketrec.table import DenseTable
+from pocketrec.testing.lab import Lab, fingerprint, refused, require, same, untouched_globals
+from pocketrec.train import logits
+
+BUDGETS = ("sparsity=0.3", "sparsity=0.9", "60%", "30%")
+
+
+def check_removes_what_was_asked(method: Method, lab: Lab) -> None:
+    """``sparsity=s`` keeps at most ``values - int(values * s)`` scalars, and at least one fewer than dense."""
+    for model, data in _subjects(lab):
+        dense = model.table.values()
+        for share in (0.3, 0.9):
+            small = _small(method, model, data, lab, f"sparsity={share}")
+            require(small.values <= dense - int(dense * share), f"at most {1 - share:.0%} of values", small.values)
+
+
+def check_table_lookup_is_its_weight(method: Method, lab: Lab) -> None:
+    """``table(ids) == weight()[ids]``, for every row."""
+    for small in _smalls(method, lab):
+        ids = torch.arange(small.data.schema.rows)
+        same("look-up and weight", small.table(ids), small.table.weight())
+
+
+def check_lookup_shapes(method: Method, lab: Lab) -> None:
+    """Ids of shape (0, F), (1, F), (7, F) give float32 vectors (.., F, D)."""
+    for small in _smalls(method, lab):
+        for rows in (0, 1, 7):
+            ids = torch.from_numpy(np.array(small.data.train.ids[:rows]))
+            vectors = small.table(ids)
+            expected = (*ids.shape, small.table.width)
+            require(vectors.shape == expected and vectors.dtype == torch.float32, f"float32 {expected}", vectors.shape)
+
+
+def check_integer_types_agree(method: Method, lab: Lab) -> None:
+    """int32 and int64 ids read the same vectors."""
+    for small in _smalls(method, lab):
+        ids = torch.from_numpy(np.array(small.data.train.ids[:16]))
+        same("int32 and int64 look-ups", small.table(ids.int()), small.table(ids.long()))
+
+
+def check_absent_rows_read_alike(method: Method, lab: Lab) -> None:
+    """The absent law: in each field, rows stored nowhere read what the out-of-vocabulary row reads."""
+    for small in _smalls(method, lab):
+        weight, stored = small.table.weight(), small.table.stored()
+        for field in small.data.schema.fields:
+            absent = weight[field.offset : field.stop][~stored[field.offset : field.stop]]
+            if len(absent):
+                same(f"absent rows of {field.name}", absent, absent[-1:].expand_as(absent))
+
+
+def check_unknown_rows_are_stored_nowhere(method: Method, lab: Lab) -> None:
+    """The out-of-vocabulary row is read through ``absent``, so no file has to find it."""
+    for small in _smalls(method, lab):
+        stored = small.table.stored()
+        for field in small.data.schema.fields:
+            if field.oov_row is not None:
+                require(not bool(stored[field.oov_row]), f"row {field.oov_row} of {field.name} not to be stored")
+
+
+def check_model_is_left_alone(method: Method, lab: Lab) -> None:
+    """Compressing changes no tensor of the dense model."""
+    for model, data in _subjects(lab):
+        before = fingerprint(model)
+        _small(method, model, data, lab, "sparsity=0.5")
+        require(fingerprint(model) == before, "the dense model to be as before")
+
+
+def check_data_is_left_alone(method: Method, lab: Lab) -> None:
+    """Compressing changes no byte of the data set."""
+    for model, data in _subjects(lab):
+        _small(method, model, data, lab, "sparsity=0.5")
+        Dataset.open(data.path, verify=True)
+
+
+def check_globals_are_left_alone(method: Method, lab: Lab) -> None:
+    """Compressing draws from no global generator."""
+    for model, data in _subjects(lab):
+        with untouched_globals():
+            compress(model, data, method, "sparsity=0.5")
+
+
+def check_reads_no_test_rows(method: Method, lab: Lab) -> None:
+    """A method works where there is no test split, and comes to the same table."""
+    for model, data in _subjects(lab):
+        blind = compress(model, lab.without_test(data.schema.task), method, "sparsity=0.5")
+        seeing = compress(model, data, method, "sparsity=0.5")
+        same("tables with and without a test split", blind.table.weight(), seeing.table.weight())
+
+
+def check_same_seed_same_bytes(method: Method, lab: Lab) -> None:
+    """Two runs with one seed write the same file."""
+    for model, data in _subjects(lab):
+        files = [_written(compress(model, data, method, "30%", run=Run(None, seed=5)), lab) for _ in range(2)]
+        require(files[0].read_bytes() == files[1].read_bytes(), "the same seed to give the same bytes")
+
+
+def check_order_of_budgets_is_irrelevant(method: Method, lab: Lab) -> None:
+    """A budget's table does not depend on the budgets before it."""
+    for model, data in _subjects(lab):
+        up = compress(model, data, method, ["sparsity=0.3", "sparsity=0.9"])
+        down = compress(model, data, method, ["sparsity=0.9", "sparsity=0.3"])
+        for one, other in zip(up, reversed(down), strict=True):
+            same(f"tables at {one.budget}", one.table.weight(), other.table.weight())
+
+
+def check_a_stored_run_serves_again(method: Method, lab: Lab) -> None:
+    """What a run has kept gives the same bytes as a fresh preparation."""
+    for model, data in _subjects(lab):
+        folder = lab.place()
+        first = _written(compress(model, data, method, "30%", run=folder), lab)
+        again = _written(compress(model, data, method, "30%", run=folder), lab)
+        require(first.read_bytes() == again.read_bytes(), "a stored run to give the same bytes")
+
+
+def check_smaller_budgets_keep_less(method: Method, lab: Lab) -> None:
+    """Values and table bytes fall with the budget."""
+    for model, data in _subjects(lab):
+        smalls = compress(model, data, method, ["60%", "40%", "20%"])
+        values, sizes = [s.values for s in smalls], [s.sizes["table"] for s in smalls]
+        require(values == sorted(values, reverse=True), "values that fall with the budget", values)
+        require(sizes == sorted(sizes, reverse=True), "bytes that fall with the budget", sizes)
+
+
+def check_shares_are_kept(method: Method, lab: Lab) -> None:
+    """``p%`` means at most that share of the dense fp32 table's bytes, side arrays included."""
+    for model, data in _subjects(lab):
+        dense = 4 * sum(b.values for b in model.table.blocks)
+        for percent in (60, 30):
+            size = _small(method, model, data, lab, f"{percent}%").sizes["table"]
+            require(size <= percent * dense // 100, f"at most {percent * dense // 100} table bytes", size)
+
+
+def check_files_are_within_budget(method: Method, lab: Lab) -> None:
+    """A budget in bytes bounds the file on the disk, and little of it is wasted."""
+    for model, data in _subjects(lab):
+        with refused("a budget of 10 B") as errors:
+            _small(method, model, data, lab, "10 B")
+        largest = _small(method, model, data, lab, "60%").sizes["file"]
+        limit = (errors[0].least_bytes + largest) // 2  # type: ignore[attr-defined]
+        size = _written(_small(method, model, data, lab, f"{limit} B"), lab).stat().st_size
+        require(limit - 256 < size <= limit, f"a file of at most and almost {limit} bytes", size)
+
+
+def check_impossible_budgets_are_refused(method: Method, lab: Lab) -> None:
+    """A budget of a few bytes raises :class:`BudgetError` and names the least that can be reached."""
+    for model, data in _subjects(lab):
+        for budget in ("0.001%", "10 B"):
+            with refused(f"a budget of {budget}") as errors:
+                _small(method, model, data, lab, budget)
+            error = errors[0]
+            require(isinstance(error, BudgetError), "a BudgetError", repr(error))
+            require(bool(error.least_bytes), "the least reachable size in the error", error.least_bytes)  # type: ignore[attr-defined]
+
+
+def check_the_least_size_is_reached(method: Method, lab: Lab) -> None:
+    """The size that the error names is one that the method reaches."""
+    for model, data in _subjects(lab):
+        with refused("a budget of 10 B") as errors:
+            _small(method, model, data, lab, "10 B")
+        least = errors[0].least_bytes  # type: ignore[attr-defined]
+        size = _written(_small(method, model, data, lab, f"{least} B"), lab).stat().st_size
+        require(size <= least, f"a file of at most {least} bytes", size)
+
+
+def check_files_say_what_tables_say(method: Method, lab: Lab) -> None:
+    """Every row of a file in fp32 holds exactly what the torch table reads; absent rows too."""
+    for small in _smalls(method, lab, storage="fp32"):
+        same("vectors in the file", small.table.weight(), _file_weight(small, lab))
+
+
+def check_short_storage_is_close(method: Method, lab: Lab) -> None:
+    """fp16 and int8 files differ from fp32 by at most their rounding."""
+    for storage, relative in (("fp16", 1e-3), ("int8", 1 / 127)):
+        for small in _smalls(method, lab, storage=storage):
+            weight = small.table.weight().detach()
+            same(f"vectors in {storage}", weight, _file_weight(small, lab), within=relative * float(weight.abs().max()))
+
+
+def check_click_scores_agree(method: Method, lab: Lab) -> None:
+    """A click file scores raw rows as the torch model scores their ids, to 1e-5 in logits."""
+    for small in _smalls(method, lab, storage="fp32"):
+        if small.data.schema.task == "ctr":
+            measured = measure(_written(small, lab), small.data.test, latency=False, predictions=True)
+            same("logits from the file", logits(small.model, small.data.test), measured.logits, within=1e-5)  # type: ignore[arg-type]
+
+
+def check_ranking_files_recommend(method: Method, lab: Lab) -> None:
+    """A baked ranking file recommends ``k`` distinct items by falling score."""
+    for model, data in _subjects(lab):
+        if isinstance(model, RankingModel):
+            small = compress(model, data, method, "sparsity=0.5", bake=True)
+            best = runtime.open(_written(small, lab)).recommend(0, 5)
+            scores = [score for _, score in best]
+            require(len({item for item, _ in best}) == 5, "five distinct items", best)
+            require(scores == sorted(scores, reverse=True), "scores that fall", scores)
+
+
+def check_state_survives(method: Method, lab: Lab) -> None:
+    """A table's state, copied away and loaded back, reads the same."""
+    for small in _smalls(method, lab):
+        state = copy.deepcopy(small.table.state_dict())
+        before = small.table.weight().detach().clone()
+        small.table.load_state_dict(state)
+        same("the table after a round trip of its state", before, small.table.weight())
+
+
+def check_damaged_weights_are_refused(method: Method, lab: Lab) -> None:
+    """A table with NaN is refused when it is ranked or when it is written, never passed on."""
+    for model, data in _subjects(lab):
+        weight = model.table.weight().detach().clone()
+        weight[:, 0] = float("nan")
+        damaged = model.with_table(DenseTable(model.schema, model.table.blocks, weight))
+        with refused("a table with NaN"):
+            _written(compress(damaged, data, method, "sparsity=0.3"), lab)
+
+
+def check_read_only_weights_will_do(method: Method, lab: Lab) -> None:
+    """A table that is mapped from a read-only file can be compressed."""
+    for model, data in _subjects(lab):
+        path = lab.place().with_suffix(".npy")
+        np.save(path, model.table.weight().detach().numpy())
+        mapped = torch.from_numpy(np.load(path, mmap_mode="c"))
+        other = model.with_table(DenseTable(model.schema, model.table.blocks, mapped))
+        one, two = (compress(m, data, method, "sparsity=0.5") for m in (model, other))
+        same("tables from memory and from a file", one.table.weight(), two.table.weight())
+
+
+def check_files_verify(method: Method, lab: Lab) -> None:
+    """A written file passes the check of every byte, and says which method made it."""
+    for small in _smalls(method, lab):
+        artifact = Artifact(_written(small, lab))
+        artifact.verify()
+        require(artifact.info["method"]["name"] == method.name, f"a file that names {method.name}", artifact.info)
+
+
+def _subjects(lab: Lab) -> Iterator[tuple[Model, Dataset]]:
+    """A trained model of every registered backbone, and its data."""
+    for backbone in lab.backbones:
+        yield lab.model(backbone), lab.data(backbone.task)
+
+
+def _small(method: Method, model: Model, data: Dataset, lab: Lab, budget: str, storage: Storage | None = None) -> Small:
+    """A compressed model; the preparation is shared by all checks of one lab."""
+    return compress(model, data, method, budget, run=lab.run, storage=storage)
+
+
+def _smalls(method: Method, lab: Lab, storage: Storage | None = None) -> Iterator[Small]:
+    """Every backbone at every budget of the exam."""
+    for model, data in _subjects(lab):
+        for budget in BUDGETS:
+            yield _small(method, model, data, lab, budget, storage)
+
+
+def _written(small: Small, lab: Lab) -> Path:
+    path = lab.place().with_suffix(".safetensors")
+    small.save(path)
+    return path
+
+
+def _file_weight(small: Small, lab: Lab) -> np.ndarray:
+    """The whole matrix as the written file holds it, ``(n, D)``, read through the file's vocabulary."""
+    artifact = Artifact(_written(small, lab))
+    rows = artifact.vocabulary.file_rows(small.data.hashes)
+    parts = [
+        artifact.packed.lookup(rows[field.offset : field.stop, None], np.array([i]))[:, 0]
+        for i, field in enumerate(small.data.schema.fields)
+    ]
+    return np.concatenate(parts)
