@@ -83,7 +83,8 @@ struct Propagation {
 // One block of a packed table; a null pointer is an array that the layout leaves out.
 struct Block {
   int64_t start, stop, present, values_count;
-  int32_t left, width, number, stride;
+  int32_t left, width, number;
+  int32_t shift;           // an offset every 2 ** shift present rows
   const uint8_t *presence;
   const uint8_t *rank;     // uint32, perhaps unaligned in the file
   const uint8_t *masks;
@@ -148,7 +149,6 @@ struct TopK {
 #undef POCKETREC_LANES
 #if defined(__clang__)
 #pragma clang attribute pop
-#else
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vnni,avx2,fma,f16c,popcnt,bmi,bmi2"))), apply_to = function)
 #else
 #pragma GCC pop_options
@@ -158,6 +158,7 @@ struct TopK {
 #include "_screen.cpp"
 #if defined(__clang__)
 #pragma clang attribute pop
+#else
 #pragma GCC pop_options
 #endif
 
@@ -185,8 +186,8 @@ std::atomic<int> level{detect()};
 #if POCKETREC_X86
 #define POCKETREC_DISPATCH(function, ...)                                     \
   switch (level.load(std::memory_order_relaxed)) {                            \
-    case AVX512: return avx512::function(__VA_ARGS__);                        \
     case VNNI:                                                                \
+    case AVX512: return avx512::function(__VA_ARGS__);                        \
     case AVX2: return avx2::function(__VA_ARGS__);                            \
     default: return portable::function(__VA_ARGS__);                          \
   }
@@ -221,10 +222,10 @@ POCKETREC_EXPORT int pocketrec_topk(const float *users, int64_t user_count, cons
                                     int64_t seen_entries, int64_t k, int32_t *ids, float *scores, int threads) {
   const Csr seen{seen_indptr, seen_indices, user_count, item_count, seen_entries};
   const TopK task{users, nullptr, user_count, item_count, width, k, seen, ids, scores};
-  POCKETREC_DISPATCH(topk, task, items, threads)
 #if POCKETREC_X86
   if (level.load(std::memory_order_relaxed) == VNNI) return vnni::topk(task, items, threads);
 #endif
+  POCKETREC_DISPATCH(topk, task, items, threads)
 }
 
 #else  // POCKETREC_ISA: one instruction set
@@ -331,28 +332,29 @@ inline uint32_t mask_bits(const Block &block, const uint8_t *mask, int64_t colum
 // Index of a row among the block's present rows, MISSING or OUTSIDE.
 inline int64_t locate(const Block &block, int64_t row) {
   if (row < block.start || row >= block.stop) return OUTSIDE;
-  const int64_t local = row - block.start;
+  const uint64_t local = row - block.start;
   if (block.presence == nullptr) return local;
   const uint32_t byte = block.presence[local / 8], bit = 1u << (local % 8);
-  if ((byte & bit) == 0) return MISSING;
-  const int64_t group = local / RANK_ROWS;
+  const uint64_t group = local / RANK_ROWS;
   const int64_t before = count_bits(block.presence + group * (RANK_ROWS / 8), local % RANK_ROWS / 8);
   const int64_t position = load<uint32_t>(block.rank + 4 * group) + before + __builtin_popcount(byte & (bit - 1));
-  return position < block.present ? position : MISSING;
+  const bool present = ((byte & bit) != 0) & (position < block.present);
+  return present ? position : MISSING;
 }
 
 inline void prefetch_mask(const Block &block, int64_t position) {
-  if (block.masks == nullptr) return;
-  const int64_t first = position - position % block.stride;
-  __builtin_prefetch(block.offsets + 4 * (position / block.stride));
-  const uint8_t *masks = block.masks + first * mask_bytes(block);
-  const int64_t bytes = (position % block.stride + 1) * mask_bytes(block);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(masks + i);
+  const int64_t known = std::max<int64_t>(position, 0), group = known >> block.shift, bytes = mask_bytes(block);
+  __builtin_prefetch(block.offsets + 4 * group);
+  __builtin_prefetch(block.masks + (group << block.shift) * bytes);
+  __builtin_prefetch(block.masks + known * bytes);
 }
 
-template <class Value>
+// Reads one block. GROUPS is the number of 16-column groups where it is known, else 0.
+template <class Value, int GROUPS>
 struct Reader {
-  const Block &block;
+  const Block block;
+
+  int64_t groups() const { return GROUPS > 0 ? GROUPS : (block.width + 15) / 16; }
 
   const uint8_t *mask(int64_t position) const {
     return block.masks == nullptr ? nullptr : block.masks + position * mask_bytes(block);
@@ -362,28 +364,30 @@ struct Reader {
   int64_t first_value(int64_t position) const {
     int64_t first = position * block.width, count = block.width;
     if (block.masks != nullptr) {
-      const int64_t begin = position - position % block.stride, bytes = mask_bytes(block);
-      first = load<uint32_t>(block.offsets + 4 * (position / block.stride)) +
+      const int64_t group = position >> block.shift, begin = group << block.shift, bytes = mask_bytes(block);
+      first = load<uint32_t>(block.offsets + 4 * group) +
               count_bits(block.masks + begin * bytes, (position - begin) * bytes);
       count = 0;
-      for (int64_t column = 0; column < block.width; column += 16)
-        count += __builtin_popcount(mask_bits(block, mask(position), column));
+      for (int64_t g = 0; g < groups(); ++g) count += __builtin_popcount(mask_bits(block, mask(position), 16 * g));
     }
     return first + count <= block.values_count ? first : MISSING;
   }
 
   void prefetch(int64_t first) const {
-    __builtin_prefetch(block.values + first * sizeof(Value));
-    __builtin_prefetch(block.values + (first + std::min(block.width, 16)) * sizeof(Value));
+    const uint8_t *values = block.values + std::max<int64_t>(first, 0) * sizeof(Value);
+    __builtin_prefetch(values);
+    __builtin_prefetch(values + std::min(block.width, 16) * sizeof(Value));
   }
 
-  // out[c] = the c-th kept value where the mask has a bit, else base[c].
+  // out[c] = the c-th kept value where the mask has a bit, else base[c]; nothing is kept of a MISSING row.
   void expand(int64_t position, int64_t first, const float *base, int64_t field, float *out) const {
-    const uint8_t *values = block.values + first * sizeof(Value);
+    const bool kept = position >= 0;
+    const uint8_t *values = block.values + (kept ? first * sizeof(Value) : 0);
+    const uint8_t *row_mask = mask(kept ? position : 0);
     const float *scale = reinterpret_cast<const float *>(block.scale) + field * block.width;
-    for (int64_t column = 0; column < block.width; column += 16) {
-      const uint32_t bits = mask_bits(block, mask(position), column);
-      const int64_t columns = std::min<int64_t>(block.width - column, 16);
+    for (int64_t g = 0; g < groups(); ++g) {
+      const int64_t column = 16 * g, columns = std::min<int64_t>(block.width - column, 16);
+      const uint32_t bits = kept ? mask_bits(block, row_mask, column) : 0;
       expand_columns(values, bits, columns, base + column, scale + column, out + column);
       values += __builtin_popcount(bits) * sizeof(Value);
     }
@@ -436,70 +440,86 @@ struct Reader {
 #endif
 };
 
+template <class Value, class Visit>
+inline void with_groups(const Block &block, const Visit &visit) {
+  if (block.width <= 16) return visit(Reader<Value, 1>{block});
+  return visit(Reader<Value, 0>{block});
+}
+
 template <class Visit>
 inline void with_reader(const Block &block, const Visit &visit) {
-  if (block.number == FP32) return visit(Reader<float>{block});
-  if (block.number == FP16) return visit(Reader<uint16_t>{block});
-  return visit(Reader<int8_t>{block});
+  if (block.number == FP32) return with_groups<float>(block, visit);
+  if (block.number == FP16) return with_groups<uint16_t>(block, visit);
+  return with_groups<int8_t>(block, visit);
 }
 
 // One chunk of at most CHUNK rows in three passes, each prefetching what the next one reads.
 struct Chunk {
-  const Lookup &task;
-  int64_t begin, count;
+  const Lookup task;
+  int64_t begin = 0, count = 0;
   int64_t *positions, *firsts;  // (block_count, CHUNK)
   int32_t fields[CHUNK];
+  int64_t covered[CHUNK];       // columns of the blocks that cover the row
+  bool stored[CHUNK];           // in at least one block
   const float *base[CHUNK];     // the row that shows where nothing is kept
-  bool written[CHUNK];          // nothing is left to write
+
+  Chunk(const Lookup &lookup, int64_t *memory)
+      : task(lookup), positions(memory), firsts(memory + CHUNK * lookup.block_count) {}
 
   void find_rows() {
+    for (int64_t i = 0; i < count; ++i) {
+      covered[i] = 0;
+      stored[i] = false;
+    }
+    for (int64_t b = 0; b < task.block_count; ++b) {
+      const Block block = task.blocks[b];
+      const int64_t *rows = task.rows + begin;
+      int64_t *found = positions + b * CHUNK;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t position = locate(block, rows[i]);
+        found[i] = position;
+        stored[i] |= position >= 0;
+        covered[i] += position == OUTSIDE ? 0 : block.width;
+        if (block.masks != nullptr) prefetch_mask(block, position);
+      }
+    }
+  }
+
+  void choose_base() {
     int64_t column = begin % task.columns;
     for (int64_t i = 0; i < count; ++i) {
       fields[i] = task.fields[column];
       if (++column == task.columns) column = 0;
-      bool stored = false;
-      int64_t covered = 0;
-      for (int64_t b = 0; b < task.block_count; ++b) {
-        const int64_t position = locate(task.blocks[b], task.rows[begin + i]);
-        positions[b * CHUNK + i] = position;
-        stored |= position >= 0;
-        covered += position == OUTSIDE ? 0 : task.blocks[b].width;
-        if (position >= 0) prefetch_mask(task.blocks[b], position);
-      }
-      base[i] = (stored ? task.fill : task.absent) + fields[i] * task.width;
-      written[i] = !stored;
-      if (!stored || covered < task.width)
+      base[i] = (stored[i] ? task.fill : task.absent) + fields[i] * task.width;
+      if (covered[i] < task.width)
         std::memcpy(task.out + (begin + i) * task.width, base[i], task.width * sizeof(float));
     }
   }
 
   void find_values() {
-    for (int64_t b = 0; b < task.block_count; ++b)
-      with_reader(task.blocks[b], [&](const auto &reader) {
-        for (int64_t i = 0; i < count; ++i) {
-          int64_t &position = positions[b * CHUNK + i];
-          if (position < 0) continue;
-          const int64_t first = reader.first_value(position);
-          firsts[b * CHUNK + i] = first;
-          if (first < 0) position = MISSING;
-          else reader.prefetch(first);
+    for (int64_t b = 0; b < task.block_count; ++b) {
+      int64_t *found = positions + b * CHUNK, *first = firsts + b * CHUNK;
+      if (task.blocks[b].present == 0) continue;
+      with_reader(task.blocks[b], [found, first, rows = count](const auto reader) {
+        for (int64_t i = 0; i < rows; ++i) {
+          first[i] = reader.first_value(std::max<int64_t>(found[i], 0));
+          found[i] = std::min(found[i], first[i] < 0 ? MISSING : found[i]);
+          reader.prefetch(first[i]);
         }
       });
+    }
   }
 
   void write() {
-    for (int64_t b = 0; b < task.block_count; ++b)
-      with_reader(task.blocks[b], [&](const auto &reader) {
-        const Block &block = reader.block;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t position = positions[b * CHUNK + i];
-          float *out = task.out + (begin + i) * task.width + block.left;
-          if (position >= 0)
-            reader.expand(position, firsts[b * CHUNK + i], base[i] + block.left, fields[i], out);
-          else if (position == MISSING && !written[i])
-            std::memcpy(out, base[i] + block.left, block.width * sizeof(float));
-        }
+    for (int64_t b = 0; b < task.block_count; ++b) {
+      const int64_t *found = positions + b * CHUNK, *first = firsts + b * CHUNK;
+      with_reader(task.blocks[b], [this, found, first](const auto reader) {
+        float *out = task.out + begin * task.width + reader.block.left;
+        const int64_t width = task.width, left = reader.block.left, rows = count;
+        for (int64_t i = 0; i < rows; ++i, out += width)
+          if (found[i] != OUTSIDE) reader.expand(found[i], first[i], base[i] + left, fields[i], out);
       });
+    }
   }
 };
 
@@ -510,9 +530,12 @@ int lookup(const Lookup &task, int threads) {
   parallel(threads, task.count, 64 * CHUNK, [&](int64_t begin, int64_t end) {
     std::unique_ptr<int64_t[]> found(new (std::nothrow) int64_t[2 * CHUNK * task.block_count + 1]);
     if (found == nullptr) return status.store(NO_MEMORY);
+    Chunk chunk(task, found.get());
     for (int64_t i = begin; i < end; i += CHUNK) {
-      Chunk chunk{task, i, std::min(CHUNK, end - i), found.get(), found.get() + CHUNK * task.block_count, {}, {}, {}};
+      chunk.begin = i;
+      chunk.count = std::min(CHUNK, end - i);
       chunk.find_rows();
+      chunk.choose_base();
       chunk.find_values();
       chunk.write();
     }
@@ -681,6 +704,7 @@ inline bool open_lists(const TopK &task, int64_t begin, int64_t end, Best *best)
     if (task.seen.indptr != nullptr && !task.seen.row(u, &from, &to)) return false;
     const int32_t *seen = task.seen.indices;
     best[u - begin] = {task.scores + u * task.k, task.ids + u * task.k, task.k, 0, seen + from, seen + to};
+  }
   return true;
 }
 
@@ -697,7 +721,6 @@ inline void close_lists(Best *best, int64_t count) {
 inline bool topk_block(const TopK &task, int64_t begin, int64_t end) {
   Best best[USERS];
   if (!open_lists(task, begin, end, best)) return false;
-  }
   const int64_t panels = (task.item_count + PANEL - 1) / PANEL;
   for (int64_t p = 0; p < panels; ++p) {
     const float *panel = task.panels + p * task.width * PANEL;

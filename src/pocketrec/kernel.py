@@ -34,6 +34,9 @@ _SIGNATURES: dict[str, list[Any]] = {
                        _POINTER, _POINTER, _LONG, _LONG, _INT],
     "pocketrec_topk": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
                        _INT],
+    "pocketrec_adam_distinct": [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER],
+    "pocketrec_adam_catch_up": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG],
+    "pocketrec_adam_update": [_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG],
     "pocketrec_level": [],
     "pocketrec_limit": [_INT],
 }  # fmt: skip
@@ -44,7 +47,7 @@ class BlockView(ctypes.Structure):
 
     _fields_ = (
         ("start", _LONG), ("stop", _LONG), ("present", _LONG), ("values_count", _LONG),
-        ("left", ctypes.c_int32), ("width", ctypes.c_int32), ("number", ctypes.c_int32), ("stride", ctypes.c_int32),
+        ("left", ctypes.c_int32), ("width", ctypes.c_int32), ("number", ctypes.c_int32), ("shift", ctypes.c_int32),
         ("presence", _POINTER), ("rank", _POINTER), ("masks", _POINTER), ("offsets", _POINTER),
         ("values", _POINTER), ("scale", _POINTER),
     )  # fmt: skip
@@ -62,7 +65,13 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
+    library.pocketrec_adam_distinct.restype = _LONG
     return library
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled library for modules that bring their own inner loops, or ``None``."""
+    return _library()
 
 
 def available() -> bool:
@@ -111,7 +120,9 @@ def block_view(
     values = arrays["values"]
     names = ("presence", "rank", "masks", "offsets", "values", "scale")
     pointers = [_pointer(arrays.get(name)) for name in names]
-    return BlockView(start, stop, present, values.size, left, width, _NUMBERS[values.dtype], stride, *pointers)
+    return BlockView(
+        start, stop, present, values.size, left, width, _NUMBERS[values.dtype], stride.bit_length() - 1, *pointers
+    )
 
 
 def lookup(
