@@ -116,9 +116,13 @@ class Graph:
 
     def first(self, ego: Tensor, layers: int, storage: torch.dtype) -> Tensor:
         """``x_0 = D^-1/2 e / (L + 1)``, ``(n, d)`` in the storage type; valid until the next call."""
-        out = self.workspace.take("first", tuple(ego.shape), storage, ego.device)
+        shape = tuple(ego.shape)
         factor = torch.from_numpy(self.scale / np.float32(layers + 1)).to(ego.device)
-        return torch.mul(ego, factor[:, None], out=out)
+        exact = self.workspace.take("exact", shape, torch.float32, ego.device)
+        torch.mul(ego, factor[:, None], out=exact)
+        if storage == torch.float32:
+            return exact
+        return self.workspace.take("first", shape, storage, ego.device).copy_(exact)
 
     @cached_property
     def _square(self) -> NDArray[np.float32]:
@@ -206,7 +210,7 @@ class _PropagateRows(torch.autograd.Function):
         if layers == 0:
             gradient = torch.zeros(graph.rows, final.shape[1], device=final.device)
         else:
-            first = graph.workspace.take("first", (graph.rows, final.shape[1]), ctx.storage, final.device).zero_()
+            first = graph.workspace.take("rows", (graph.rows, final.shape[1]), ctx.storage, final.device).zero_()
             factor = torch.from_numpy(graph.scale).to(final.device)[rows]
             first[rows] = (share * factor[:, None]).to(ctx.storage)
             gradient = graph.smooth(first, layers)
