@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
@@ -231,37 +231,44 @@ def _at(ladder: Ladder, dense: Small) -> Small:
     return _with(dense, ladder.at_values(values - int(values * budget.amount)))
 
 
-FILE_TRIALS = 8
-"""Most tables made for one file budget."""
+HEADER_GUESS = 4096
 
 
 def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
     """The largest table whose whole file takes at most ``limit`` bytes, to 0.1 %.
 
-    Head and header hardly depend on the table: what is left beside them goes to table and vocabulary, and the slack of
-    one trial corrects the next.
+    Head and header hardly depend on the table: what they leave goes to table and vocabulary, and each trial knows them
+    better than the one before.
     """
     head = sum(t.nbytes for t in dense.model.lower().tensors().values())
-    room, best, tried = limit - head - 4096, None, set[int]()
-    while room not in tried and len(tried) < FILE_TRIALS:
-        tried.add(room)
-        try:
-            small = _with(dense, ladder.at_bytes(room, dense.storage, vocabulary=True))
-        except BudgetError as error:
-            small = _with(dense, _least(ladder, dense.storage, error))
-            if (least := small.sizes["file"]) > limit:
-                raise BudgetError(
-                    f"Budget {limit:,} B is below the {least:,} B of the smallest file that {dense.method.name} can "
-                    "make of this model; raise the budget or choose a smaller head.",
-                    least_bytes=least,
-                ) from error
-        slack = limit - small.sizes["file"]
-        if slack >= 0 and (best is None or small.sizes["file"] > best.sizes["file"]):
-            best = small
-        if 0 <= slack <= limit // 1000:
+    small = _fit_room(ladder, dense, limit, limit - head - HEADER_GUESS)
+    beside = _beside(small)
+    while not 0 <= limit - small.sizes["file"] <= limit // 1000:
+        last, small = small, _fit_room(ladder, dense, limit, limit - beside)
+        if small.sizes["file"] <= limit and (_beside(small) <= beside or small.sizes == last.sizes):
             break
-        room += slack
-    return best if best is not None else _with(dense, ladder.at_bytes(min(tried), dense.storage, vocabulary=True))
+        beside = max(beside + 1, _beside(small))
+    return small
+
+
+def _fit_room(ladder: Ladder, dense: Small, limit: int, room: int) -> Small:
+    """The largest table that fits with its vocabulary into ``room`` bytes, or else the smallest there is."""
+    try:
+        return _with(dense, ladder.at_bytes(room, dense.storage, vocabulary=True))
+    except BudgetError as error:
+        small = _with(dense, _least(ladder, dense.storage, error))
+        if (least := small.sizes["file"]) > limit:
+            raise BudgetError(
+                f"Budget {limit:,} B is below the {least:,} B of the smallest file that {dense.method.name} can make of "
+                "this model; raise the budget or choose a smaller head.",
+                least_bytes=least,
+            ) from error
+        return small
+
+
+def _beside(small: Small) -> int:
+    """Bytes of the file beside table and vocabulary."""
+    return small.sizes["head"] + small.sizes["header"]
 
 
 def _least(ladder: Ladder, storage: Storage, error: BudgetError) -> Table:

@@ -145,9 +145,7 @@ class PruningLadder(Ladder):
                     least_values=least,
                 )
             keys = [self._keys[b.name].reshape(-1) for b in group]
-            chosen = largest(
-                keys[0].reshape(-1) if len(keys) == 1 else np.concatenate([k.reshape(-1) for k in keys]), count
-            )
+            chosen = largest(keys[0] if len(keys) == 1 else np.concatenate(keys), count)
             for block, part in zip(group, np.split(chosen, np.cumsum([b.values for b in group])[:-1]), strict=True):
                 keep[block.start : block.stop, block.left : block.right] = part.reshape(-1, block.width)
         return self._table(keep)
@@ -182,6 +180,8 @@ class PruningLadder(Ladder):
                 f"{self.schema.width} fields of width {self.table.width} needs; raise the budget.",
                 least_bytes=least,
             )
+        if size(self._above(low)) <= size_bytes:
+            high = low
         while low < high:
             middle = (low + high) // 2
             if size(self._above(middle)) <= size_bytes:
