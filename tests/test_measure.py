@@ -216,7 +216,7 @@ def test_a_baked_file_measures_as_its_model(visits, tmp_path):
 def test_an_ego_file_is_propagated_by_its_backbone(visits, tmp_path, monkeypatch):
     monkeypatch.setattr("pocketrec.registry.load", lambda axis, name: {"scaled": Scaled}[name])
     model = Scaled(factor=3.0).build(visits, 0)
-    info = {"backbone": {"name": "scaled", "factor": 3.0}}
+    info = {"backbone": {"name": "scaled", "config": {"factor": 3.0}}}
     path = write(model, visits, tmp_path / "ego.safetensors", kind="ego", info=info)
     result = measure(path, visits.test, latency=False)
     assert result.quality == measure(model, visits.test, latency=False).quality

@@ -239,11 +239,10 @@ def _propagate(artifact: Artifact, data: Dataset, table: Floats) -> Floats:
 def _backbone(info: Mapping[str, Any]) -> Backbone:
     """The backbone that a file's ``info`` names."""
     try:
-        settings = dict(info["backbone"])
-        name = settings.pop("name")
+        name, config = info["backbone"]["name"], dict(info["backbone"]["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError("An ego file must name its backbone, but this one does not; compress it again.") from error
-    return registry.load("backbones", name)(**settings)
+    return registry.load("backbones", name)(**config)
 
 
 def _graph_bytes(data: Dataset) -> int:
