@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -133,7 +134,7 @@ class Dataset:
             return [str(v) for v in range(spec.first, spec.first + spec.size - spec.oov)]
         blob = self._array(f"field{field:02d}.values").tobytes()
         stops = self._array(f"field{field:02d}.stops").tolist()
-        return [blob[a:b].decode() for a, b in zip([0, *stops[:-1]], stops, strict=True)]
+        return [blob[start:stop].decode() for start, stop in pairwise([0, *stops])]
 
     def report(self) -> dict[str, Any]:
         """The document that ``pocketrec encode --json`` prints."""

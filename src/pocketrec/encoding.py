@@ -342,12 +342,23 @@ def _hashed_field(
     field = Field(interner.column.name, len(codes) + 1, offset, "hashed")
     ids = np.full(len(interner), field.stop - 1, np.int32)
     ids[codes] = np.arange(offset, offset + len(codes), dtype=np.int32)
-    strings = interner.strings().gather(codes)
-    save_array(folder / f"field{f:02d}.hashes.npy", hash64(strings.to_list()))
-    save_array(folder / f"field{f:02d}.stops.npy", np.cumsum(strings.str.len_bytes().to_numpy(), dtype=np.int64))
-    blob = "".join(strings.to_list()).encode()
-    save_array(folder / f"field{f:02d}.values.npy", np.frombuffer(blob, np.uint8))
+    _write_vocabulary(folder, f, interner.strings().gather(codes))
     return field, ids
+
+
+def _write_vocabulary(folder: Path, f: int, strings: pl.Series) -> None:
+    """The strings of a field as one UTF-8 text with the end of each, and their hashes."""
+    stops = np.cumsum(strings.str.len_bytes().to_numpy(), dtype=np.int64)
+    size_bytes = int(stops[-1]) if len(stops) else 0
+    save_array(folder / f"field{f:02d}.stops.npy", stops)
+    with (
+        array_file(folder / f"field{f:02d}.values.npy", np.dtype(np.uint8), (size_bytes,)) as values,
+        array_file(folder / f"field{f:02d}.hashes.npy", np.dtype(np.uint64), (len(strings),)) as hashes,
+    ):
+        for part in strings.to_frame().iter_slices(BATCH_ROWS):
+            texts = part.to_series().to_list()
+            values.write("".join(texts).encode())
+            hashes.write(hash64(texts).tobytes())
 
 
 def _write_counts(
