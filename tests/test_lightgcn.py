@@ -105,7 +105,10 @@ def test_contrast_is_zero_for_one_vector_positive_for_more_and_ignores_lengths(d
     vectors = torch.randn(size, width, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     value = ours.contrast(vectors)
     value.backward()
-    assert (value.item() > 0) == (size > 1)
+    unit = torch.nn.functional.normalize(vectors.detach().double(), dim=1)
+    exact = torch.exp((unit @ unit.T - 1) / 0.2).sum(dim=1).log().mean().item()
+    assert (exact > 1e-9) == (size > 1)
+    assert abs(value.item() - exact) < 2e-6
     torch.testing.assert_close(ours.contrast(3 * vectors), value, atol=1e-5, rtol=1e-5)
     along = (vectors.grad * vectors).sum(dim=1)
     torch.testing.assert_close(along, torch.zeros(size), atol=1e-5, rtol=0)
