@@ -207,6 +207,20 @@ def test_the_command_runs_as_a_module(clicks: tuple[Case, Path]) -> None:
     assert float(done.stdout) == runtime.open(clicks[1]).score({"user": "u1", "item": 12})
 
 
+def test_a_closed_pipe_is_no_error(baked: tuple[Case, Path]) -> None:
+    command = f"'{sys.executable}' -m pocketrec.runtime recommend '{baked[1]}' --user 1 -k 300 | true"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
+    assert done.stderr == b""
+
+
+def test_an_interrupt_is_an_exit_code(clicks: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(rows: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime.Recommender, "score_many", lambda self, rows: interrupted(rows))
+    assert runtime.main(["score", str(clicks[1]), "--row", "{}"]) == 130
+
+
 def test_score_reads_lines(clicks: tuple[Case, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"user": f"u{i}", "item": i} for i in range(30)]
     monkeypatch.setattr(sys, "stdin", [json.dumps(row) + "\n" for row in rows])

@@ -185,6 +185,15 @@ def test_a_collision_is_mixed_away(monkeypatch: pytest.MonkeyPatch) -> None:
         Vocabulary.build(shape, np.ones(4, bool), lambda i: hashes)
 
 
+def test_a_pruned_value_is_never_taken_for_a_stored_one() -> None:
+    shape = schema(2)
+    unit = pow(0x9E3779B97F4A7C15, -1, 2**64)
+    hashes = np.array([unit * 5 % 2**64, unit * 6 % 2**64], dtype=np.uint64)
+    built, _ = Vocabulary.build(shape, np.array([True, False, False]), lambda i: hashes)
+    assert built.attempt > 0
+    assert built.lookup_hashes(0, hashes).tolist() == [0, -1]
+
+
 def test_equal_hashes_are_a_data_error() -> None:
     with pytest.raises(DataError, match="same 64-bit hash"):
         Vocabulary.build(schema(2), np.ones(3, bool), lambda i: np.array([9, 9], np.uint64))

@@ -97,8 +97,8 @@ def digest(content: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _claim(path: Path, *, wait: bool) -> int | None:
-    """Open ``path`` and hold its lock: a descriptor, or ``None`` where a living process holds it and ``wait`` is false.
+def _claim(path: Path, operation: int) -> int:
+    """Open ``path`` and hold its lock; :class:`BlockingIOError` if ``LOCK_NB`` is asked for and another holds it.
 
     The kernel drops the lock when its holder dies. A file that was renamed or removed before its lock came is let go,
     and the one that now has its name is tried.
@@ -106,16 +106,15 @@ def _claim(path: Path, *, wait: bool) -> int | None:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, operation)
             if _still_named(path, fd):
                 return fd
         except BlockingIOError:
             os.close(fd)
-            return None
-        except BaseException as error:
+            raise
+        except OSError:
             os.close(fd)
-            if isinstance(error, OSError):
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
         os.close(fd)
 
@@ -161,9 +160,7 @@ def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with storage_errors(path, "write"):
-        fd = _claim(temporary, wait=True)
-        if fd is None:
-            raise BlockingIOError
+        fd = _claim(temporary, fcntl.LOCK_EX)
         try:
             with os.fdopen(fd, "wb") as file:
                 file.truncate(0)
@@ -201,12 +198,13 @@ class Lock:
 
     def __enter__(self) -> Self:
         with storage_errors(self.path, "lock"):
-            fd = _claim(self.path, wait=False)
-            if fd is None:
+            try:
+                fd = _claim(self.path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 raise RunLocked(
                     f"{self.path.parent} is in use by another process{self._holder()}; "
                     "wait for it, stop it, or choose another folder."
-                )
+                ) from None
             os.ftruncate(fd, 0)
             os.write(fd, f"pid {os.getpid()}\n".encode())
         self._fd = fd

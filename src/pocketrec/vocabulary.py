@@ -8,8 +8,9 @@ A hashed field with ``m`` keys has ``2^b`` buckets, ``b = ceil(log2(m / 8))``. T
 hashed fields lie in one sorted array of remainders, and one directory says where each bucket starts. A look-up is a
 binary search inside a bucket of about 4 to 8 remainders, straight on the memory-mapped arrays.
 
-A value that is not in the vocabulary is taken for one that is with probability at most ``(m / 2^b) * 2^-32``, that is
-below 1.9e-9 per look-up at any size (:meth:`Vocabulary.false_match_rate`).
+A value that the data set never held is taken for one that the file holds with probability at most
+``(m / 2^b) * 2^-32``, that is below 1.9e-9 per look-up at any size (:meth:`Vocabulary.false_match_rate`). A value of
+the data set that was pruned away is never mistaken: building tries another multiplier until all of them are absent.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Vocabulary:
     Attributes:
         schema: the fields.
         keys: number of file rows of each field, shape ``(F,)``.
-        attempt: which multiplier mixes the hashes; above 0 only where two keys of a field had one fingerprint.
+        attempt: which multiplier mixes the hashes; above 0 only where two values of a field had one fingerprint.
         remainders: uint32, shape ``(hashed keys,)``.
         directory: uint32, shape ``(buckets + 1,)``; positions in ``remainders``.
     """
@@ -84,20 +85,18 @@ class Vocabulary:
             raise DataError(
                 f"`stored` must have one entry for each of {schema.rows} rows, but has shape {stored.shape}."
             )
-        named = [np.flatnonzero(stored[f.offset : f.offset + _named(f)]) for f in schema.fields]
-        hashed = {i: hashes(i)[named[i]] for i, f in enumerate(schema.fields) if f.keys == "hashed"}
-        keys = tuple(len(hashed[i]) if i in hashed else _named(f) for i, f in enumerate(schema.fields))
+        kept = [stored[f.offset : f.offset + _named(f)] for f in schema.fields]
+        hashed = {i: hashes(i) for i, f in enumerate(schema.fields) if f.keys == "hashed"}
         for attempt in range(_ATTEMPTS):
-            orders, words = _sort(hashed, keys, attempt)
-            if all((w[1:] != w[:-1]).all() for w in words.values()):
+            parts = {i: part for i, h in hashed.items() if (part := _sort(h, kept[i], attempt)) is not None}
+            if len(parts) == len(hashed):
                 break
         else:
             raise DataError("Two values of one field have the same 64-bit hash; rename one of them.")
-        remainders, directory = _layout(words, keys)
-        rows = [
-            f.offset + (named[i][orders[i]] if i in hashed else np.arange(keys[i])) for i, f in enumerate(schema.fields)
-        ]
-        return cls(schema, keys, attempt, remainders, directory), np.concatenate(rows).astype(np.int64)
+        local = [parts[i][0] if i in parts else np.arange(_named(f)) for i, f in enumerate(schema.fields)]
+        rows = np.concatenate([f.offset + ids for f, ids in zip(schema.fields, local, strict=True)])
+        remainders, directory = _layout([words for _, words in parts.values()])
+        return cls(schema, tuple(map(len, local)), attempt, remainders, directory), rows.astype(np.int64)
 
     @property
     def rows(self) -> int:
@@ -310,30 +309,28 @@ def _remainder(fingerprint: NDArray[np.uint64], bits: NDArray[np.uint64] | np.ui
 
 
 def _sort(
-    hashed: Mapping[int, NDArray[np.uint64]], keys: Sequence[int], attempt: int
-) -> tuple[dict[int, NDArray[np.int64]], dict[int, NDArray[np.uint64]]]:
-    """Per hashed field: the order of its keys by what the file tells of them, and the sorted fingerprints so cut."""
-    orders: dict[int, NDArray[np.int64]] = {}
-    words: dict[int, NDArray[np.uint64]] = {}
-    for i, hashes in hashed.items():
-        cut = _mix(hashes, attempt) >> np.uint64(32 - _bucket_bits(keys[i]))
-        orders[i] = np.argsort(cut, kind="stable")
-        words[i] = cut[orders[i]]
-    return orders, words
+    hashes: NDArray[np.uint64], kept: NDArray[np.bool_], attempt: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint64]] | None:
+    """The kept values of a field by rising word, and their words: bucket and remainder, 32 bits the latter.
+
+    ``None`` where a kept value shares its word with another value of the field, kept or not.
+    """
+    words = _mix(hashes, attempt) >> np.uint64(32 - _bucket_bits(int(kept.sum())))
+    order = np.argsort(words)
+    words, kept = words[order], kept[order]
+    if ((words[1:] == words[:-1]) & (kept[1:] | kept[:-1])).any():
+        return None
+    return order[kept], words[kept]
 
 
-def _layout(
-    words: Mapping[int, NDArray[np.uint64]], keys: Sequence[int]
-) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+def _layout(words: Sequence[NDArray[np.uint64]]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Remainders of all hashed fields behind each other, and where each bucket starts."""
     if not words:
         return np.zeros(0, np.uint32), np.zeros(0, np.uint32)
-    counts = [
-        np.bincount((w >> np.uint64(32)).astype(np.int64), minlength=1 << _bucket_bits(keys[i]))
-        for i, w in words.items()
-    ]
+    buckets = [(w >> np.uint64(32)).astype(np.int64) for w in words]
+    counts = [np.bincount(b, minlength=1 << _bucket_bits(len(b))) for b in buckets]
     directory = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-    return np.concatenate(list(words.values())).astype(np.uint32), directory.astype(np.uint32)
+    return np.concatenate(words).astype(np.uint32), directory.astype(np.uint32)
 
 
 def _rises(directory: NDArray[np.uint32], last: int) -> bool:
