@@ -7,7 +7,7 @@ the matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,22 +43,6 @@ class Node:
         raise UnsupportedOp(f"Head op {self.op.kind!r} has no gradient; add it to pocketrec.gradient.")
 
 
-class _Columns(Node):
-    """``y = x[..., start:stop]``; the gradient is zero in every other column."""
-
-    @property
-    def columns(self) -> slice:
-        return slice(int(self.op.attributes["start"]), int(self.op.attributes["stop"]))
-
-    def value(self, *inputs: Tensor) -> Tensor:
-        return inputs[0][..., self.columns]
-
-    def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
-        gradient = torch.zeros_like(self.inputs[0])
-        gradient[..., self.columns] = slope
-        return (gradient,)
-
-
 class _Flatten(Node):
     """``(B, F, d) -> (B, F d)``."""
 
@@ -83,6 +67,28 @@ class _Linear(Node):
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
         return (torch.mm(slope.to(self.dtype), self.weight),)
+
+
+class FirstLinear(_Linear):
+    """A linear layer of some flattened columns, as one of all columns: no copy of the columns, forward or backward.
+
+    The weight of every other column is zero; the gradient is that of the whole vectors.
+    """
+
+    def __init__(self, op: Op, dtype: torch.dtype, columns: range) -> None:
+        super().__init__(op, dtype)
+        self.columns = columns
+
+    def value(self, *inputs: Tensor) -> Tensor:
+        width = inputs[0].shape[-1]
+        if self.weight.ndim == 2 and self.weight.shape[1] != inputs[0][0].numel():
+            padded = torch.zeros(len(self.weight), inputs[0].shape[1], width, dtype=self.weight.dtype)
+            padded[..., self.columns.start : self.columns.stop] = self.weight.view(*padded.shape[:2], -1)
+            self.weight = padded.flatten(1)
+        return super().value(inputs[0].flatten(1))
+
+    def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
+        return (super().pull(slope)[0].view(self.inputs[0].shape),)
 
 
 class _Relu(Node):
@@ -140,7 +146,6 @@ class _Dot(Node):
 
 
 _NODES: Mapping[str, Callable[[Op, torch.dtype], Node]] = {
-    "columns": _Columns,
     "flatten": _Flatten,
     "linear": _Linear,
     "relu": _Relu,
@@ -152,13 +157,25 @@ _NODES: Mapping[str, Callable[[Op, torch.dtype], Node]] = {
 
 
 @dataclass(frozen=True)
+class Step:
+    """A node, and for each input that is a view of the vectors its columns."""
+
+    node: Node
+    output: str
+    inputs: tuple[str | slice, ...]
+
+    def read(self, vectors: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The node's inputs."""
+        return tuple(vectors[..., i] if isinstance(i, slice) else values[i] for i in self.inputs)
+
+
 class Head:
     """A lowered program in torch: ``logits`` forward, ``pull`` back to ``vectors (B, F, D)``.
 
-    ``precision`` is that of the matrix products; everything else is float32.
+    ``precision`` is that of the matrix products; everything else is float32. Columns of the vectors are read and their
+    gradients written in place.
 
     Example:
-        >>> import numpy as np
         >>> head = Head.of(Program((Op("dot", ("vectors",), "score"),)))
         >>> head.logits(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
         tensor([11.])
@@ -167,26 +184,76 @@ class Head:
                  [1., 2.]]])
     """
 
-    nodes: tuple[Node, ...]
+    def __init__(self, program: Program, precision: Precision = "fp32") -> None:
+        self.program = program
+        self.output = program.ops[-1].output
+        self.steps = tuple(_steps(program, DTYPES[precision]))
+        self._shape = torch.Size()
 
     @classmethod
     def of(cls, program: Program, precision: Precision = "fp32") -> Head:
-        """Compile; an op without a gradient raises :class:`~pocketrec.errors.UnsupportedOp`."""
-        return cls(tuple(_NODES.get(op.kind, Node)(op, DTYPES[precision]) for op in program.ops))
+        """Compile; running an op without a gradient raises :class:`~pocketrec.errors.UnsupportedOp`."""
+        return cls(program, precision)
 
     def logits(self, vectors: Tensor) -> Tensor:
         """``(B, F, D) -> (B,)``; what ``pull`` needs is kept until the next call."""
-        values = {"vectors": vectors}
-        for node in self.nodes:
-            values[node.op.output] = node.run(*(values[name] for name in node.op.inputs))
-        return values[self.nodes[-1].op.output]
+        self._shape = vectors.shape
+        values: dict[str, Tensor] = {}
+        for step in self.steps:
+            values[step.output] = step.node.run(*step.read(vectors, values))
+        return values[self.output]
 
     def pull(self, slope: Tensor) -> Tensor:
         """Vector-Jacobian product at the last ``logits`` call: ``slope (B,) -> (B, F, D)``."""
-        gradients = {self.nodes[-1].op.output: slope}
-        for node in reversed(self.nodes):
-            if node.op.output not in gradients:
+        gradients = {self.output: slope}
+        parts: list[tuple[slice, Tensor]] = []
+        for step in reversed(self.steps):
+            if step.output not in gradients:
                 continue
-            for name, gradient in zip(node.op.inputs, node.pull(gradients.pop(node.op.output)), strict=True):
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        return gradients["vectors"].float()
+            for source, gradient in zip(step.inputs, step.node.pull(gradients.pop(step.output)), strict=True):
+                if isinstance(source, slice):
+                    parts.append((source, gradient))
+                else:
+                    gradients[source] = gradients[source] + gradient if source in gradients else gradient
+        return self._total(parts)
+
+    def _total(self, parts: list[tuple[slice, Tensor]]) -> Tensor:
+        """The sum of gradients of columns."""
+        whole = next((i for i, (_, gradient) in enumerate(parts) if gradient.shape == self._shape), None)
+        total = torch.zeros(self._shape) if whole is None else _owned(parts.pop(whole)[1])
+        for columns, gradient in parts:
+            total[..., columns] += gradient
+        return total
+
+
+def _owned(gradient: Tensor) -> Tensor:
+    """A float32 tensor that may be written."""
+    return gradient.clone() if gradient.dtype == torch.float32 and not gradient.is_contiguous() else gradient.float()
+
+
+def _steps(program: Program, dtype: torch.dtype) -> Iterator[Step]:
+    """The nodes in order, column views resolved, linear layers of flattened views fused with them."""
+    views: dict[str, range] = {}
+    flat: dict[str, range] = {}
+    elsewhere = {name for op in program.ops if op.kind != "linear" for name in op.inputs}
+    for op in program.ops:
+        source = op.inputs[0]
+        view = range(_ALL) if source == "vectors" else views.get(source)
+        if op.kind == "columns" and view is not None:
+            views[op.output] = view[int(op.attributes["start"]) : int(op.attributes["stop"])]
+        elif op.kind == "flatten" and view is not None:
+            flat[op.output] = view
+            if op.output in elsewhere:
+                yield Step(_Flatten(op, dtype), op.output, (_slice(view),))
+        elif op.kind == "linear" and source in flat:
+            yield Step(FirstLinear(op, dtype, flat[source]), op.output, (slice(None),))
+        else:
+            inputs = (slice(None) if i == "vectors" else _slice(views[i]) if i in views else i for i in op.inputs)
+            yield Step(_NODES.get(op.kind, Node)(op, dtype), op.output, tuple(inputs))
+
+
+_ALL = 1 << 62
+
+
+def _slice(view: range) -> slice:
+    return slice(view.start, view.stop)

@@ -7,67 +7,80 @@ coordinate, so their outputs are updated in place; only what lies behind them is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pocketrec.gradient import Head, Node
+from pocketrec.gradient import FirstLinear, Head, Step
+
+
+@dataclass(frozen=True)
+class _Change:
+    """``vectors[b, field_b, column_b] += amount_b``, for each sample; ``before`` are the vectors before it."""
+
+    before: Tensor
+    row: Tensor
+    player: Tensor
+    field: Tensor
+    column: Tensor
+    amount: Tensor
+
+    def within(self, columns: slice) -> Tensor:
+        """The amounts, zero for coordinates outside the columns."""
+        if columns == slice(None):
+            return self.amount
+        return torch.where((self.column >= columns.start) & (self.column < columns.stop), self.amount, 0.0)
 
 
 class _Update:
-    """The output of one op on columns ``[start, stop)`` of the vectors, kept up to date."""
+    """The output of a step that reads ``columns`` of the vectors, kept up to date: here of a plain sum."""
 
-    def __init__(self, node: Node, columns: range, vectors: Tensor) -> None:
-        self.node = node
+    def __init__(self, step: Step, columns: slice, vectors: Tensor) -> None:
+        self.step = step
         self.columns = columns
-        self.row = torch.arange(len(vectors))
-        self.output = node.value(*node.inputs).clone()
+        self.output = step.node.value(vectors[..., columns]).float()
 
-    def apply(self, vectors: Tensor, field: Tensor, column: Tensor, change: Tensor) -> None:
-        """Follow ``vectors[b, field_b, column_b] += change_b``; ``vectors`` are still the old ones."""
-        inside = (column >= self.columns.start) & (column < self.columns.stop)
-        column = column.clamp(self.columns.start, self.columns.stop - 1)
-        self.add(vectors, field, column, torch.where(inside, change, 0.0))
-
-    def add(self, vectors: Tensor, field: Tensor, column: Tensor, change: Tensor) -> None:
-        """``change`` is zero wherever the coordinate is not the op's; here for a plain sum."""
-        self.output.add_(change)
+    def apply(self, change: _Change) -> None:
+        """``y += change``."""
+        self.output += change.within(self.columns)
 
 
 class _LinearUpdate(_Update):
-    """``y += W[:, player] change``."""
+    """``y += W[:, player] change``; the weight covers all columns."""
 
-    def __init__(self, node: Node, columns: range, vectors: Tensor) -> None:
-        super().__init__(node, columns, vectors)
-        self.weight = torch.tensor(node.op.tensors["weight"]).T.contiguous()
-        self.output = self.output.float()
+    def __init__(self, step: Step, columns: slice, vectors: Tensor) -> None:
+        super().__init__(step, columns, vectors)
+        weight = step.node.weight if isinstance(step.node, FirstLinear) else torch.empty(0, 0)
+        self.weight = weight.float().T.contiguous()
 
-    def add(self, vectors: Tensor, field: Tensor, column: Tensor, change: Tensor) -> None:
-        player = field * len(self.columns) + column - self.columns.start
-        self.output.addcmul_(self.weight[player], change[:, None])
+    def apply(self, change: _Change) -> None:
+        self.output.addcmul_(self.weight[change.player], change.amount[:, None])
 
 
 class _FmUpdate(_Update):
     """``y += change * (sum_g x_gj - x_fj)``."""
 
-    def __init__(self, node: Node, columns: range, vectors: Tensor) -> None:
-        super().__init__(node, columns, vectors)
+    def __init__(self, step: Step, columns: slice, vectors: Tensor) -> None:
+        super().__init__(step, columns, vectors)
         self.total = vectors.sum(dim=1)
 
-    def add(self, vectors: Tensor, field: Tensor, column: Tensor, change: Tensor) -> None:
-        others = self.total[self.row, column] - vectors[self.row, field, column]
-        self.output.addcmul_(change, others)
-        self.total[self.row, column] += change
+    def apply(self, change: _Change) -> None:
+        total = self.total[change.row, change.column]
+        others = total - change.before[change.row, change.field, change.column]
+        self.output.addcmul_(change.within(self.columns), others)
+        self.total[change.row, change.column] = total + change.amount
 
 
 class _DotUpdate(_Update):
     """``y += change * x_(other field)``."""
 
-    def add(self, vectors: Tensor, field: Tensor, column: Tensor, change: Tensor) -> None:
-        self.output.addcmul_(change, vectors[self.row, 1 - field, column])
+    def apply(self, change: _Change) -> None:
+        other = change.before[change.row, 1 - change.field, change.column]
+        self.output.addcmul_(change.within(self.columns), other)
 
 
-_UPDATES: Mapping[str, Callable[[Node, range, Tensor], _Update]] = {
+_UPDATES: Mapping[str, Callable[[Step, slice, Tensor], _Update]] = {
     "linear": _LinearUpdate,
     "fm": _FmUpdate,
     "sum": _Update,
@@ -81,40 +94,33 @@ class Walk:
     def __init__(self, head: Head, vectors: Tensor) -> None:
         self.head = head
         self.vectors = vectors.clone()
-        head.logits(self.vectors)
-        views = {"vectors": range(vectors.shape[-1])}
+        self.row = torch.arange(len(vectors))
         self.updates: dict[str, _Update] = {}
-        for node in head.nodes:
-            view = views.get(node.op.inputs[0])
-            if view is None:
-                continue
-            if node.op.kind == "columns":
-                views[node.op.output] = view[int(node.op.attributes["start"]) : int(node.op.attributes["stop"])]
-            elif node.op.kind == "flatten":
-                views[node.op.output] = view
-            elif node.op.kind in _UPDATES:
-                self.updates[node.op.output] = _UPDATES[node.op.kind](node, view, self.vectors)
+        for step in head.steps:
+            (source, *_), kind = step.inputs, step.node.op.kind
+            if isinstance(source, slice) and kind in _UPDATES:
+                self.updates[step.output] = _UPDATES[kind](step, source, self.vectors)
         self.rest = self._behind()
 
-    def _behind(self) -> tuple[Node, ...]:
-        """The nodes that have to run again: those on the way from the updated outputs to the logit."""
-        wanted = {self.head.nodes[-1].op.output}
-        found: list[Node] = []
-        for node in reversed(self.head.nodes):
-            if node.op.output in wanted and node.op.output not in self.updates:
-                wanted.update(node.op.inputs)
-                found.append(node)
+    def _behind(self) -> tuple[Step, ...]:
+        """The steps that have to run again: those on the way from the updated outputs to the logit."""
+        wanted: set[str | slice] = {self.head.output}
+        found: list[Step] = []
+        for step in reversed(self.head.steps):
+            if step.output in wanted and step.output not in self.updates:
+                wanted.update(i for i in step.inputs if isinstance(i, str))
+                found.append(step)
         return tuple(reversed(found))
 
     def set(self, player: Tensor, new: Tensor) -> Tensor:
         """Set coordinate ``player (B,)`` of the flattened vectors to ``new (B,)``; the logits ``(B,)`` after it."""
         field, column = player // self.vectors.shape[-1], player % self.vectors.shape[-1]
-        row = torch.arange(len(player))
-        change = new - self.vectors[row, field, column]
+        amount = new - self.vectors[self.row, field, column]
+        change = _Change(self.vectors, self.row, player, field, column, amount)
         for update in self.updates.values():
-            update.apply(self.vectors, field, column, change)
-        self.vectors[row, field, column] = new
-        values = {"vectors": self.vectors, **{name: update.output for name, update in self.updates.items()}}
-        for node in self.rest:
-            values[node.op.output] = node.value(*(values[name] for name in node.op.inputs))
-        return values[self.head.nodes[-1].op.output]
+            update.apply(change)
+        self.vectors[self.row, field, column] = new
+        values = {name: update.output for name, update in self.updates.items()}
+        for step in self.rest:
+            values[step.output] = step.node.value(*step.read(self.vectors, values))
+        return values[self.head.output]
