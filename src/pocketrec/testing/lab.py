@@ -32,10 +32,10 @@ class ExamFailed(AssertionError):
     """A plug-in breaks a law of its axis."""
 
 
-def require(passed: bool, expected: str, came: object = "") -> None:
+def require(passed: bool, expected: str, came: object = None) -> None:
     """Raise :class:`ExamFailed` unless ``passed``."""
     if not passed:
-        raise ExamFailed(f"expected {expected}" + (f", but got {came}" if came != "" else "") + ".")
+        raise ExamFailed(f"expected {expected}" + ("" if came is None else f", but got {came}") + ".")
 
 
 def same(name: str, one: Any, other: Any, *, within: float = 0.0) -> None:

@@ -138,18 +138,18 @@ def check_survives_noise(source: Source, lab: Lab) -> None:
     """Random bytes give rows, bad rows or one of our errors: never another exception."""
     if source.generates:
         return
-    for seed in range(5):
+    for seed in range(3):
         noisy = lab.place().with_suffix(_suffix(lab))
         noisy.write_bytes(np.random.default_rng(seed).bytes(2000))
         _survives(source, noisy)
 
 
 def check_survives_a_torn_file(source: Source, lab: Lab) -> None:
-    """A file cut at any of ten places gives rows, bad rows or one of our errors."""
+    """A file cut at any of four places gives rows, bad rows or one of our errors."""
     if source.generates or lab.raw is None:
         return
     whole = lab.raw.read_bytes()
-    for part in range(1, 10):
+    for part in (1, 4, 7, 9):
         torn = lab.place().with_suffix(lab.raw.suffix)
         torn.write_bytes(whole[: len(whole) * part // 10])
         _survives(source, torn)
