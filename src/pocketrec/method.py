@@ -130,7 +130,9 @@ class Small:
         """What goes into the file."""
         stored = self.table.stored().numpy()
         vocabulary, rows = Vocabulary.build(self.data.schema, stored, self.data.hashes)
+        backbone = self.model.backbone
         info = {
+            "backbone": {"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
             "method": self.method.config(),
             "budget": asdict(self.budget),
             "storage": self.storage,
@@ -257,7 +259,8 @@ def _fit_room(ladder: Ladder, dense: Small, limit: int, room: int) -> Small:
         return _with(dense, ladder.at_bytes(room, dense.storage, vocabulary=True))
     except BudgetError as error:
         small = _with(dense, _least(ladder, dense.storage, error))
-        if (least := small.sizes["file"]) > limit:
+        named = replace(small, budget=Budget("bytes", small.sizes["file"]))
+        if (least := max(small.sizes["file"], named.sizes["file"])) > limit:
             raise BudgetError(
                 f"Budget {limit:,} B is below the {least:,} B of the smallest file that {dense.method.name} can make of "
                 "this model; raise the budget or choose a smaller head.",
