@@ -339,11 +339,14 @@ inline int64_t locate(const Block &block, int64_t row) {
   const int64_t before = count_bits(block.presence + group * (RANK_ROWS / 8), local % RANK_ROWS / 8);
   const int64_t position = load<uint32_t>(block.rank + 4 * group) + before + __builtin_popcount(byte & (bit - 1));
   const bool present = ((byte & bit) != 0) & (position < block.present);
-  return present ? position : MISSING;
+  return position | (static_cast<int64_t>(present) - 1);  // MISSING is all ones: no branch to mispredict
 }
 
+// A position that may be read: 0 for MISSING and OUTSIDE.
+inline int64_t readable(int64_t position) { return position & ~(position >> 63); }
+
 inline void prefetch_mask(const Block &block, int64_t position) {
-  const int64_t known = std::max<int64_t>(position, 0), group = known >> block.shift, bytes = mask_bytes(block);
+  const int64_t known = readable(position), group = known >> block.shift, bytes = mask_bytes(block);
   __builtin_prefetch(block.offsets + 4 * group);
   __builtin_prefetch(block.masks + (group << block.shift) * bytes);
   __builtin_prefetch(block.masks + known * bytes);
@@ -374,20 +377,19 @@ struct Reader {
   }
 
   void prefetch(int64_t first) const {
-    const uint8_t *values = block.values + std::max<int64_t>(first, 0) * sizeof(Value);
+    const uint8_t *values = block.values + first * sizeof(Value);
     __builtin_prefetch(values);
     __builtin_prefetch(values + std::min(block.width, 16) * sizeof(Value));
   }
 
   // out[c] = the c-th kept value where the mask has a bit, else base[c]; nothing is kept of a MISSING row.
   void expand(int64_t position, int64_t first, const float *base, int64_t field, float *out) const {
-    const bool kept = position >= 0;
-    const uint8_t *values = block.values + (kept ? first * sizeof(Value) : 0);
-    const uint8_t *row_mask = mask(kept ? position : 0);
+    const uint32_t kept = ~static_cast<uint32_t>(position >> 63);
+    const uint8_t *values = block.values + first * sizeof(Value), *row_mask = mask(readable(position));
     const float *scale = reinterpret_cast<const float *>(block.scale) + field * block.width;
     for (int64_t g = 0; g < groups(); ++g) {
       const int64_t column = 16 * g, columns = std::min<int64_t>(block.width - column, 16);
-      const uint32_t bits = kept ? mask_bits(block, row_mask, column) : 0;
+      const uint32_t bits = kept & mask_bits(block, row_mask, column);
       expand_columns(values, bits, columns, base + column, scale + column, out + column);
       values += __builtin_popcount(bits) * sizeof(Value);
     }
@@ -499,11 +501,15 @@ struct Chunk {
   void find_values() {
     for (int64_t b = 0; b < task.block_count; ++b) {
       int64_t *found = positions + b * CHUNK, *first = firsts + b * CHUNK;
-      if (task.blocks[b].present == 0) continue;
+      if (task.blocks[b].present == 0) {
+        std::fill(first, first + count, 0);
+        continue;
+      }
       with_reader(task.blocks[b], [found, first, rows = count](const auto reader) {
         for (int64_t i = 0; i < rows; ++i) {
-          first[i] = reader.first_value(std::max<int64_t>(found[i], 0));
-          found[i] = std::min(found[i], first[i] < 0 ? MISSING : found[i]);
+          const int64_t value = reader.first_value(readable(found[i]));
+          first[i] = readable(value);
+          found[i] |= value >> 63;
           reader.prefetch(first[i]);
         }
       });

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -125,10 +126,23 @@ def block_view(
     )
 
 
+@dataclass(frozen=True)
+class PackedView:
+    """A packed table as the library sees it; ``fixed`` holds the arguments that no look-up changes."""
+
+    blocks: ctypes.Array[BlockView]
+    fill: NDArray[np.float32]
+    absent: NDArray[np.float32]
+
+    @cached_property
+    def fixed(self) -> tuple[int | None, ...]:
+        """Blocks, fill, absent, number of fields, width."""
+        address = ctypes.addressof(self.blocks)
+        return address, len(self.blocks), _pointer(self.fill), _pointer(self.absent), *self.fill.shape
+
+
 def lookup(
-    blocks: ctypes.Array[BlockView],
-    fill: NDArray[np.float32],
-    absent: NDArray[np.float32],
+    table: PackedView,
     rows: NDArray[np.int64],
     fields: NDArray[np.int32],
     out: NDArray[np.float32],
@@ -142,11 +156,10 @@ def lookup(
     if library is None:
         raise ConfigError("The compiled kernel is not available; use `Packed.lookup`, which falls back to numpy.")
     status = library.pocketrec_lookup(
-        ctypes.addressof(blocks), len(blocks), _pointer(fill), _pointer(absent), len(fill), fill.shape[1],
-        _pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads,
-    )  # fmt: skip
+        *table.fixed, _pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads
+    )
     if status == _BAD_INDEX:
-        raise ConfigError(f"`fields` must lie in [0, {len(fill)}), but got {np.unique(fields).tolist()}.")
+        raise ConfigError(f"`fields` must lie in [0, {len(table.fill)}), but got {np.unique(fields).tolist()}.")
     _check_status(status, "`rows`")
 
 

@@ -20,7 +20,6 @@ stored in some block reads ``fill`` wherever it keeps nothing.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -341,18 +340,19 @@ class Packed:
         elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise ConfigError(f"`out` must be contiguous float32 {shape}, but got {out.dtype} {out.shape}.")
         if kernel.available():
-            kernel.lookup(self._views, self.fill, self.absent, rows, fields, out, threads)
+            kernel.lookup(self._view, rows, fields, out, threads)
         else:
             out[...] = self.lookup_numpy(rows, fields)
         return out
 
     @cached_property
-    def _views(self) -> ctypes.Array[kernel.BlockView]:
-        """The blocks as the compiled kernel sees them."""
+    def _view(self) -> kernel.PackedView:
+        """The table as the compiled kernel sees it."""
         views = [
             kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays) for b in self.blocks
         ]
-        return (kernel.BlockView * len(views))(*views)
+        fill, absent = np.ascontiguousarray(self.fill), np.ascontiguousarray(self.absent)
+        return kernel.PackedView((kernel.BlockView * len(views))(*views), fill, absent)
 
     def lookup_numpy(self, rows: NDArray[np.integer], fields: NDArray[np.integer]) -> NDArray[np.float32]:
         """What ``lookup`` computes, in numpy alone: the reference for the compiled kernel."""
