@@ -286,8 +286,8 @@ def test_synthetic_ids_stay_within_their_fields(tmp_path):
 
 def test_many_batches_count_as_one(tmp_path, monkeypatch, log):
     whole = encode(Table(), log, tmp_path / "whole")
-    monkeypatch.setattr("pocketrec.source.BLOCK_BYTES", 64)
-    monkeypatch.setattr("pocketrec.encoding.BATCH_ROWS", 7)
+    monkeypatch.setattr("pocketrec.lines.BLOCK_BYTES", 64)
+    monkeypatch.setattr("pocketrec.clicks.BATCH_ROWS", 7)
     assert encode(Table(), log, tmp_path / "pieces").digest == whole.digest
 
 

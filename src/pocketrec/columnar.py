@@ -12,14 +12,8 @@ import numpy as np
 import polars as pl
 
 from pocketrec.errors import DataError
-from pocketrec.source import (
-    BATCH_ROWS,
-    Batch,
-    read_delimited,
-    read_lines,
-    require_file,
-    split_quoted,
-)
+from pocketrec.lines import read_delimited, read_lines, split_quoted
+from pocketrec.source import BATCH_ROWS, Batch, require_file
 
 _SEPARATORS = ",\t;|"
 

@@ -1,6 +1,6 @@
 """The encoded data set: a folder of ``.npy`` files and one ``dataset.json``, memory-mapped on open.
 
-Ids are global table rows. Vocabulary and counts come from training rows (see :mod:`pocketrec.encoding`). Every raw row
+Ids are global table rows. Vocabulary and counts come from training rows (see :mod:`pocketrec.clicks`). Every raw row
 that is not kept is counted by reason: ``rows_in == sum(len(split)) + sum(dropped.values())``.
 """
 
@@ -19,13 +19,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.encoding import Counting, Order, Part, Progress, Tally, write_clicks, write_interactions
+from pocketrec.clicks import Counting, Order, write_clicks
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.files import atomic_write, canonical_json, digest
+from pocketrec.pairs import write_pairs
 from pocketrec.schema import Schema
 from pocketrec.source import Scan, Source, require_file
 from pocketrec.splits import by_ratio, parse_fraction, parse_ratio
 from pocketrec.staging import staged_folder
+from pocketrec.tally import Part, Progress, Tally
 
 SplitName = Literal["train", "valid", "test"]
 
@@ -252,7 +254,7 @@ def encode(
     scans = _scans(source, parts)
     with staged_folder(out) as folder:
         if source.task == "cf":
-            schema, notes = write_interactions(
+            schema, notes = write_pairs(
                 folder,
                 scans,
                 users=users,

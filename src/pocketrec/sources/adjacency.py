@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
+from pocketrec.lines import Lines, read_lines
 from pocketrec.schema import Task
-from pocketrec.source import BadRow, Batch, Column, Lines, Scan, Source, read_lines
+from pocketrec.source import BadRow, Batch, Column, Scan, Source
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
-from pocketrec.source import Batch, Column, Scan, Source, read_delimited, reject
+from pocketrec.lines import read_delimited
+from pocketrec.source import Batch, Column, Scan, Source, reject
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))

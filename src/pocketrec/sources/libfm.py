@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 import polars as pl
 
 from pocketrec.errors import ConfigError, DataError
-from pocketrec.source import Batch, Column, Lines, Scan, Source, delimit, read_lines, reject
+from pocketrec.lines import Lines, delimit, read_lines
+from pocketrec.source import Batch, Column, Scan, Source, reject
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How raw rows become ids.
+"""How the rows of a click log become ids.
 
 1. One pass over the raw rows gives every distinct string of a field a provisional code, in order of appearance, and
    writes fixed-size records (codes, label, line) to a scratch file. Labels are checked here.
@@ -11,11 +11,9 @@ Memory holds the distinct values and one chunk of rows, whatever the number of r
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +24,13 @@ from numpy.typing import NDArray
 from pocketrec import splits
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.schema import Field, Schema
-from pocketrec.source import BATCH_ROWS, BadRow, Batch, Column, Scan
+from pocketrec.source import BATCH_ROWS, Batch, Column, Scan
 from pocketrec.staging import appending, array_file, save_array
+from pocketrec.tally import Part, Progress, Tally
 from pocketrec.vocabulary import hash64
 
 Counting = Literal["train", "published"]
 Order = Literal["appearance", "count"]
-Progress = Callable[[str, int], None]
 Assign = Callable[[int], Callable[[NDArray[np.int64]], NDArray[np.uint8]]]
 
 _LABELS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0, "False": 0.0, "True": 1.0}
@@ -41,51 +39,6 @@ _MOST_ROWS = 2**31 - 1
 
 UNDECIDED = 3
 """Code of a row whose split is drawn, in a record."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A raw file and the split that its rows belong to (``None``: decided by seed or by a column)."""
-
-    path: Path
-    split: str | None
-
-
-class Tally:
-    """Rows read and dropped, so that no row disappears silently."""
-
-    def __init__(self, most_bad: float) -> None:
-        self.rows_in = 0
-        self.dropped: Counter[str] = Counter()
-        self._most_bad = most_bad
-
-    def batches(self, path: Path, scan: Scan) -> Iterator[Batch]:
-        """The batches of one file, counted; too many bad rows raise :class:`DataError` with the first of them."""
-        rows = bad = blank = 0
-        first: BadRow | None = None
-        for batch in scan.batches:
-            rows += batch.frame.height + len(batch.bad)
-            self.dropped.update(b.reason for b in batch.bad)
-            faults = [b for b in batch.bad if b.reason != "blank line"]
-            bad += len(faults)
-            blank += len(batch.bad) - len(faults)
-            first = first or min(faults, key=lambda b: b.line, default=None)
-            if first and bad == rows:
-                self._refuse(path, bad, rows, first)
-            if batch.frame.height:
-                yield batch
-        if first and bad > self._most_bad * rows:
-            self._refuse(path, bad, rows, first)
-        if rows == blank:
-            raise DataError(f"{path}: expected rows, but there are none.")
-        self.rows_in += rows
-
-    def _refuse(self, path: Path, bad: int, rows: int, first: BadRow) -> None:
-        detail = f" ({first.detail})" if first.detail else ""
-        raise DataError(
-            f"{path}:{first.line}: {first.reason}{detail}; {bad:,} of the first {rows:,} rows are bad, "
-            f"at most {self._most_bad:.1%} may be; repair the file or raise `max_bad`."
-        )
 
 
 class Interner:
@@ -409,109 +362,3 @@ def _remarks(counts: Counts) -> list[str]:
         for name, rows, positives in zip(splits.NAMES, counts.rows, counts.positives, strict=True)
         if rows and positives in (0, rows)
     ]
-
-
-def write_interactions(
-    folder: Path,
-    parts: list[tuple[Part, Scan]],
-    *,
-    users: int | None,
-    items: int | None,
-    test_fraction: Fraction,
-    valid_fraction: Fraction,
-    seed: int,
-    tally: Tally,
-    progress: Progress,
-) -> tuple[Schema, list[str]]:
-    """Encode user-item pairs into ``folder``: two dense fields, splits sorted by (user, item), duplicates dropped.
-
-    Args:
-        folder: an empty folder.
-        parts: the raw files with their scans; ``train`` first.
-        users: number of users, or ``None`` for 1 + the largest id.
-        items: number of items, or ``None`` for 1 + the largest id.
-        test_fraction: share of each user's pairs that is held out for testing, where no part is the test split.
-        valid_fraction: the same for validation, drawn from what is left.
-        seed: seed of both draws.
-        tally: counts the rows.
-        progress: told (what, rows done).
-
-    Returns:
-        The schema and remarks on the data.
-    """
-    pairs = {part.split or "train": _read_pairs(part, scan, tally, progress) for part, scan in parts}
-    for later, name in enumerate(splits.NAMES):
-        for earlier in splits.NAMES[:later]:
-            if name in pairs and earlier in pairs:
-                pairs[name] = _without(pairs[name], pairs[earlier], f"already in {earlier}", tally)
-    for name, fraction in (("test", test_fraction), ("valid", valid_fraction)):
-        if name not in pairs:
-            held = splits.per_user(pairs["train"]["user"], fraction, seed, name)
-            pairs[name], pairs["train"] = pairs["train"][held], pairs["train"][~held]
-    sizes = {
-        "user": _size("users", users, [int(p["user"].max()) for p in pairs.values() if len(p)]),
-        "item": _size("items", items, [int(p["item"].max()) for p in pairs.values() if len(p)]),
-    }
-    user = Field("user", sizes["user"], 0, "dense", oov=False)
-    item = Field("item", sizes["item"], user.stop, "dense", oov=False)
-    schema = Schema("cf", (user, item))
-    for name in splits.NAMES:
-        ids = np.stack([pairs[name]["user"], pairs[name]["item"] + item.offset], axis=1).astype(np.int32)
-        save_array(folder / f"{name}.ids.npy", ids)
-        save_array(folder / f"{name}.rows.npy", pairs[name]["line"])
-        if name == "train":
-            save_array(folder / "counts.npy", np.bincount(ids.ravel(), minlength=schema.rows).astype(np.int64))
-    return schema, _unseen(pairs, sizes)
-
-
-_PAIR = np.dtype([("user", "<i8"), ("item", "<i8"), ("line", "<i8")])
-
-
-def _read_pairs(part: Part, scan: Scan, tally: Tally, progress: Progress) -> NDArray[np.void]:
-    """Distinct pairs of one file, sorted by (user, item), each with the line of its first appearance."""
-    chunks = []
-    for batch in tally.batches(part.path, scan):
-        chunk = np.empty(batch.frame.height, _PAIR)
-        chunk["user"], chunk["item"] = batch.frame["user"].to_numpy(), batch.frame["item"].to_numpy()
-        chunk["line"] = batch.lines
-        chunks.append(chunk)
-        progress("reading", tally.rows_in + batch.frame.height)
-    pairs = np.concatenate(chunks) if chunks else np.empty(0, _PAIR)
-    pairs = pairs[np.lexsort((pairs["item"], pairs["user"]))]
-    repeated = np.zeros(len(pairs), bool)
-    repeated[1:] = (pairs["user"][1:] == pairs["user"][:-1]) & (pairs["item"][1:] == pairs["item"][:-1])
-    if repeated.any():
-        tally.dropped["duplicate pair"] += int(repeated.sum())
-    return pairs[~repeated]
-
-
-def _without(pairs: NDArray[np.void], other: NDArray[np.void], reason: str, tally: Tally) -> NDArray[np.void]:
-    known = np.isin(_key(pairs), _key(other))
-    if known.any():
-        tally.dropped[reason] += int(known.sum())
-    return pairs[~known]
-
-
-def _key(pairs: NDArray[np.void]) -> NDArray[np.int64]:
-    return (pairs["user"] << 32) | pairs["item"]
-
-
-def _size(name: str, given: int | None, largest: list[int]) -> int:
-    needed = 1 + max(largest, default=-1)
-    if given is not None and given < needed:
-        raise DataError(f"`{name}` must be above the largest id, {needed - 1}, but got {given}.")
-    if not needed or needed > _MOST_ROWS // 2:
-        raise DataError(f"Expected between 1 and {_MOST_ROWS // 2:,} {name}, but the ids give {needed:,}.")
-    return given or needed
-
-
-def _unseen(pairs: Mapping[str, NDArray[np.void]], sizes: Mapping[str, int]) -> list[str]:
-    notes = []
-    for name in splits.NAMES[1:]:
-        for column in ("user", "item"):
-            seen = np.zeros(sizes[column], bool)
-            seen[pairs["train"][column]] = True
-            count = int((~seen[np.unique(pairs[name][column])]).sum())
-            if count:
-                notes.append(f"{count} {column}s of the {name} split never occur in training")
-    return notes
