@@ -30,7 +30,7 @@ from pocketrec.backbone import Backbone, ClickModel, Model, RankingModel, noise
 from pocketrec.dataset import Dataset, Split
 from pocketrec.errors import ArtifactError, ConfigError, DataError, DivergedError
 from pocketrec.files import atomic_write, boundary, buffer, canonical_json, digest, open_arrays, save_arrays
-from pocketrec.measure import auc, ranking, to_csr
+from pocketrec.metrics import auc, ranking, to_csr
 from pocketrec.optim import DenseAdam, LazyAdam, Optimizer
 from pocketrec.run import Arrays, Checkpoint, Run
 from pocketrec.schema import Schema, Task

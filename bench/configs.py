@@ -1,0 +1,69 @@
+"""The one place where the quality studies take their data sets and settings from.
+
+Data lie in the folder that ``POCKETREC_DATA`` names; encoded data and trained models go to ``cache/`` beside ``bench/``
+(not in version control), so that no study encodes or trains what another one has.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import polars as pl
+
+from pocketrec.backbones.deepfm import DeepFM
+from pocketrec.backbones.lightgcn import LightGCN
+from pocketrec.dataset import Dataset, encode
+from pocketrec.sources.criteo import Criteo
+from pocketrec.sources.interactions import Interactions
+from pocketrec.sources.table import Table
+from pocketrec.train import Training
+
+RESULTS = Path(__file__).parent / "results"
+CACHE = Path(__file__).parent.parent / "cache"
+
+ML_1M = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.2)
+ML_1M_TRAINING = Training(epochs=15, batch_size=2048, learning_rate=1e-3, weight_decay=3e-6, patience=1)
+
+CRITEO_80K = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.5)
+CRITEO_80K_TRAINING = Training(epochs=8, batch_size=512, learning_rate=1e-3, weight_decay=1e-6, patience=2)
+
+LIGHTGCN = LightGCN(layers=3, regularisation=5e-4, contrast=0.2, temperature=0.2)
+LIGHTGCN_TRAINING = Training(epochs=12, batch_size=2048, learning_rate=1.2e-2, weight_decay=0.0, precision="bf16")
+
+
+def raw(*parts: str) -> Path:
+    """A file of the data folder."""
+    return Path(os.environ["POCKETREC_DATA"]).joinpath(*parts)
+
+
+def use_cache() -> None:
+    """Keep and find trained models in ``cache/models``."""
+    folder = CACHE / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["POCKETREC_CACHE"] = str(folder)
+
+
+def ml_1m(seed: int) -> Dataset:
+    """MovieLens-1M as click data: all ratings, label ``rating >= 4``, split 8:1:1 by ``seed``."""
+    source = Table(label="label", drop=("rating",), dense=("user_id", "item_id", "age", "occupation"))
+    (CACHE / "data").mkdir(parents=True, exist_ok=True)
+    return encode(source, raw("ml-1m-ctr", "ratings.parquet"), CACHE / "data" / f"ml-1m-{seed}", seed=seed)
+
+
+def criteo_80k(seed: int) -> Dataset:
+    """The first 80,000 rows of Criteo's sample in the original text format, threshold 3, split 8:1:1 by ``seed``."""
+    text = CACHE / "data" / "criteo-80k.tsv"
+    if not text.exists():
+        text.parent.mkdir(parents=True, exist_ok=True)
+        partial = text.with_suffix(f".{os.getpid()}")
+        frame = pl.read_parquet(raw("criteo-dac80k", "train.parquet"))
+        frame.write_csv(partial, separator="\t", include_header=False, null_value="")
+        partial.replace(text)
+    return encode(Criteo(), text, CACHE / "data" / f"criteo-80k-{seed}", threshold=3, seed=seed)
+
+
+def ranking_data(name: str) -> Dataset:
+    """``gowalla`` or ``yelp2018``: the published test split; of the rest, ``max(1, floor(n_u / 10))`` a user validate."""
+    (CACHE / "data").mkdir(parents=True, exist_ok=True)
+    return encode(Interactions(), raw(name, "train.parquet"), CACHE / "data" / name, test=raw(name, "test.parquet"))
