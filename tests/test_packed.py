@@ -101,7 +101,7 @@ def test_kernel_reads_exactly_what_numpy_reads(case: Case, storage: str, dense: 
     for most in kernel.LEVELS:
         kernel.limit(most)
         assert np.array_equal(packed.lookup(rows, fields, threads=threads), expected)
-    kernel.limit("avx512")
+    kernel.limit(kernel.LEVELS[-1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -243,7 +243,7 @@ def test_damaged_directories_never_read_out_of_bounds(seed: int, name: str) -> N
     for most in kernel.LEVELS:
         kernel.limit(most)
         assert damaged.lookup(np.arange(3000).reshape(-1, 1), np.zeros(1, np.int32)).shape == (3000, 1, 13)
-    kernel.limit("avx512")
+    kernel.limit(kernel.LEVELS[-1])
 
 
 def test_stored_types_are_what_the_storage_says() -> None:

@@ -346,7 +346,8 @@ def topk(
 
 
 def _check_ascending(indptr: NDArray[np.int64], indices: NDArray[np.int32]) -> None:
-    drops = np.flatnonzero(indices[1:] < indices[:-1]) + 1
+    held = indices[indptr[0] : indptr[-1]]
+    drops = np.flatnonzero(held[1:] < held[:-1]) + 1 + indptr[0]
     if not np.isin(drops, indptr).all():
         raise DataError("`seen_indices` must ascend within each user, but at least one user's do not; sort them.")
 
