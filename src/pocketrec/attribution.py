@@ -382,7 +382,7 @@ def attribute(
             break
         stream = Stream(seed, f"coalitions/{pass_index}")
         for index, batch in _batches(samples, pass_index, batch_size, tally.samples - pass_index * len(samples)):
-            vectors = weight[batch.rows]
+            vectors = functional.embedding(batch.rows, weight)
             values = estimator.estimate(game, vectors, placeholder, batch.labels, stream, batch.position)
             if index % AUDIT_EVERY == 0:
                 drop = game.value(vectors, batch.labels) - game.value(placeholder.expand_as(vectors), batch.labels)

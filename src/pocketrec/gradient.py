@@ -80,14 +80,16 @@ class FirstLinear(_Linear):
         self.columns = columns
 
     def value(self, *inputs: Tensor) -> Tensor:
+        """``(B, F, D) -> (B, o)``; the weight is laid out for ``D`` columns at the first call."""
         width = inputs[0].shape[-1]
-        if self.weight.ndim == 2 and self.weight.shape[1] != inputs[0][0].numel():
+        if self.weight.shape[1] != inputs[0][0].numel():
             padded = torch.zeros(len(self.weight), inputs[0].shape[1], width, dtype=self.weight.dtype)
             padded[..., self.columns.start : self.columns.stop] = self.weight.view(*padded.shape[:2], -1)
             self.weight = padded.flatten(1)
         return super().value(inputs[0].flatten(1))
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
+        """``(B, o) -> (B, F, D)``."""
         return (super().pull(slope)[0].view(self.inputs[0].shape),)
 
 
