@@ -94,7 +94,7 @@ def _rendered(chart: Chart, kind: str) -> bytes:
         if kind == "png":
             axes.set_title(chart.title, loc="left", fontsize=15, fontweight="bold", color=_INK, pad=32)
             axes.annotate(chart.subtitle, (0, 1), xytext=(0, 14), xycoords="axes fraction", fontsize=10.5, color=_FAINT,
-                          textcoords="offset points")  # fmt: skip
+                          textcoords="offset points").set_in_layout(False)  # fmt: skip
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()
@@ -126,6 +126,7 @@ def _scale(axes: Any, chart: Chart) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x / chart.dense.table_bytes:.3g} %\n{size(x)}"))
     axes.grid(color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f}".removeprefix("0")))
     axes.tick_params(colors=_FAINT, length=0, labelsize=10.5)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
