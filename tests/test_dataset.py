@@ -177,6 +177,11 @@ def test_split_by_column(tmp_path):
         encode(Table(split_column="part"), tmp_path / "bad.csv", tmp_path / "bad")
 
 
+def test_split_by_column_and_by_file_contradict(log, tmp_path):
+    with pytest.raises(ConfigError, match="both decide the splits"):
+        encode(Table(split_column="number"), log, tmp_path / "out", test=log)
+
+
 @given(counts=st.lists(st.integers(0, 35), min_size=1, max_size=12), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_held_out_pairs_per_user(counts, seed):

@@ -208,6 +208,7 @@ def encode(
             (``max(1, floor(n_u * share))``, at least one is left for training), default 0.1 there.
         split: weights of train, valid and test, where no file and no column decides; ``cf``: per user.
         threshold: least count of a value that gets an id of its own, for all fields or by field name, at least 1.
+            ``dense`` fields keep the whole range of their integers; with more than 1 an ``integer`` field is hashed.
         counting: ``train`` counts training rows; ``published`` counts all rows, as the papers did (a leak).
         order: of ids: first ``appearance`` among the counted rows, or by ``count``, then string. Dense integer fields
             keep the order of their integers.
@@ -317,6 +318,8 @@ def _parts(
 
 def _scans(source: Source, parts: list[Part]) -> list[tuple[Part, Scan]]:
     first = source.scan(parts[0].path)
+    if first.split is not None and len(parts) > 1:
+        raise ConfigError(f"Column {first.split!r} and the given files both decide the splits; give one of them.")
     return [(parts[0], first), *((part, source.scan(part.path, first.columns)) for part in parts[1:])]
 
 
