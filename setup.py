@@ -22,6 +22,13 @@ class BuildKernel(build_ext):
 
 
 setup(
-    ext_modules=[Extension("pocketrec._kernel", ["src/pocketrec/_kernel.cpp"], optional=True)],
+    ext_modules=[
+        Extension(
+            "pocketrec._kernel",
+            ["src/pocketrec/_kernel.cpp", "src/pocketrec/_adam.cpp"],
+            depends=["src/pocketrec/_screen.cpp"],
+            optional=True,
+        )
+    ],
     cmdclass={"build_ext": BuildKernel},
 )
