@@ -143,6 +143,7 @@ class Run:
         StorageError: the folder cannot be made or written.
 
     Example:
+        >>> import numpy as np
         >>> run = Run(None)
         >>> run.once("answer", {"of": "everything"}, lambda checkpoint: {"value": np.array(42)})["value"].item()
         42
