@@ -26,7 +26,7 @@ ML_1M = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.2)
 ML_1M_TRAINING = Training(epochs=15, batch_size=2048, learning_rate=1e-3, weight_decay=3e-6, patience=1)
 
 CRITEO_80K = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.5)
-CRITEO_80K_TRAINING = Training(epochs=8, batch_size=512, learning_rate=1e-3, weight_decay=1e-6, patience=2)
+CRITEO_80K_TRAINING = Training(epochs=8, batch_size=512, learning_rate=1e-3, weight_decay=3e-4, patience=2)
 
 LIGHTGCN = LightGCN(layers=3, regularisation=5e-4, contrast=0.2, temperature=0.2)
 LIGHTGCN_TRAINING = Training(epochs=12, batch_size=2048, learning_rate=1.2e-2, weight_decay=0.0, precision="bf16")
@@ -64,6 +64,6 @@ def criteo_80k(seed: int) -> Dataset:
 
 
 def ranking_data(name: str) -> Dataset:
-    """``gowalla`` or ``yelp2018``: the published test split; of the rest, ``max(1, floor(n_u / 10))`` a user validate."""
+    """``gowalla`` or ``yelp2018``: the published test split; ``max(1, floor(n_u / 10))`` pairs a user validate."""
     (CACHE / "data").mkdir(parents=True, exist_ok=True)
     return encode(Interactions(), raw(name, "train.parquet"), CACHE / "data" / name, test=raw(name, "test.parquet"))
