@@ -348,7 +348,9 @@ inline int64_t readable(int64_t position) { return position & ~(position >> 63);
 inline void prefetch_mask(const Block &block, int64_t position) {
   const int64_t known = readable(position), group = known >> block.shift, bytes = mask_bytes(block);
   __builtin_prefetch(block.offsets + 4 * group);
-  __builtin_prefetch(block.masks + (group << block.shift) * bytes);
+  const uint8_t *masks = block.masks + (group << block.shift) * bytes;
+  __builtin_prefetch(masks);
+  __builtin_prefetch(masks + 64);
   __builtin_prefetch(block.masks + known * bytes);
 }
 

@@ -480,7 +480,7 @@ def _encode_block(table: _Source, block: BlockRange) -> PackedBlock:
         chunk = slice(begin, end) if table.rows is None else table.rows[begin:end]
         kept = table.kept(chunk, columns)
         masks = np.packbits(kept, axis=1, bitorder="little")
-        present = masks.any(axis=1) if masks.shape[1] > 1 else masks[:, 0] > 0
+        present = np.asarray(masks.any(axis=1) if masks.shape[1] > 1 else masks[:, 0] > 0)
         stored = np.flatnonzero(present)
         row, column = np.nonzero(kept[stored])
         row = stored[row]
