@@ -2,10 +2,9 @@
 
 Run from the repository's root: ``OMP_NUM_THREADS=1 python bench/lookup.py``. One thread, all variants in turn in one
 process, every round on the same fresh batches; processor time, so that other processes count less; readers are checked
-to give the same vectors. The base of the ratios is
-``csr numba`` where numba is installed, as published code does it (a scalar loop over rows that writes kept entries into
-an output filled with the codebook), else ``csr c++``, the same loop compiled with ``-O3``. Writes
-``bench/results/lookup.md`` and ``.json``.
+to give the same vectors. The base of the ratios is ``csr numba`` where numba is installed, as published code does it (a
+scalar loop over rows that writes kept entries into an output filled with the codebook), else ``csr c++``, the same loop
+compiled with ``-O3``. Writes ``bench/results/lookup.md`` and ``.json``.
 """
 
 from __future__ import annotations
