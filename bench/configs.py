@@ -7,17 +7,20 @@ Data lie in the folder that ``POCKETREC_DATA`` names; encoded data and trained m
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
+from pocketrec.backbone import Model
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.dataset import Dataset, encode
+from pocketrec.run import Run
 from pocketrec.sources.criteo import Criteo
 from pocketrec.sources.interactions import Interactions
 from pocketrec.sources.table import Table
-from pocketrec.train import Training
+from pocketrec.train import Training, train
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / "cache"
@@ -28,8 +31,9 @@ ML_1M_TRAINING = Training(epochs=15, batch_size=2048, learning_rate=1e-3, weight
 CRITEO_80K = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.5)
 CRITEO_80K_TRAINING = Training(epochs=8, batch_size=512, learning_rate=1e-3, weight_decay=3e-4, patience=2)
 
-LIGHTGCN = LightGCN(layers=3, regularisation=5e-4, contrast=0.2, temperature=0.2)
-LIGHTGCN_TRAINING = Training(epochs=12, batch_size=2048, learning_rate=1.2e-2, weight_decay=0.0, precision="bf16")
+LIGHTGCN = LightGCN(layers=3, regularisation=5e-4, contrast=0.4, temperature=0.2)
+LIGHTGCN_TRAINING = Training(epochs=6, learning_rate=1.2e-2, weight_decay=0.0, precision="bf16", patience=6)
+LIGHTGCN_COOLING = replace(LIGHTGCN_TRAINING, epochs=2, learning_rate=3e-3)
 
 
 def raw(*parts: str) -> Path:
@@ -67,3 +71,10 @@ def ranking_data(name: str) -> Dataset:
     """``gowalla`` or ``yelp2018``: the published test split; ``max(1, floor(n_u / 10))`` pairs a user validate."""
     (CACHE / "data").mkdir(parents=True, exist_ok=True)
     return encode(Interactions(), raw(name, "train.parquet"), CACHE / "data" / name, test=raw(name, "test.parquet"))
+
+
+def lightgcn(name: str, seed: int) -> tuple[Model, Run]:
+    """LightGCN on ``gowalla`` or ``yelp2018``: trained, then cooled at a lower rate; and its run, open."""
+    run = Run(CACHE / "runs" / f"lightgcn-{name}-{seed}", seed=seed, threads=1)
+    data = ranking_data(name)
+    return run.fit("cool", train(LIGHTGCN, data, run, LIGHTGCN_TRAINING), data, LIGHTGCN_COOLING), run
