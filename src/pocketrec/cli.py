@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pocketrec.errors import PocketRecError, StorageError
+from pocketrec.run import Stopped
 
 _EXTRA = {"click": "train", "rich": "train", "torch": "train", "polars": "train", "psutil": "train",
           "matplotlib": "report"}  # fmt: skip
@@ -30,15 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         run(list(sys.argv[1:] if arguments is None else arguments))
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        _leave(f"this needs {error.name}: pip install 'pocketrec[{_EXTRA[error.name]}]'", 2)
+        _leave(f"this needs {missing}: pip install 'pocketrec[{_EXTRA[missing]}]'", 2)
     except PocketRecError as error:
         _leave(str(error), error.exit_code)
     except MemoryError:
         _leave("out of memory; use a smaller batch size, a smaller table, or a larger machine.", 4)
     except OSError as error:
         _leave(str(error), StorageError.exit_code)
+    except Stopped as stopped:
+        _leave(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on.", 130)
     except Terminated:

@@ -33,11 +33,12 @@ _STORAGE = "How kept values are stored.  [default: fp32 for a sparsity, else int
 def run(arguments: list[str]) -> None:
     """Parse ``arguments`` and run the verb; a usage error becomes a :class:`ConfigError`."""
     try:
-        app.main(arguments, prog_name="pocketrec", standalone_mode=False)
+        with app.make_context("pocketrec", arguments) as context:
+            app.invoke(context)
+    except click.exceptions.Exit:
+        return
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-    except click.Abort as error:
-        raise KeyboardInterrupt from error
     except click.ClickException as error:
         raise ConfigError(f"{error.format_message()} (pocketrec --help)") from error
 
@@ -262,7 +263,9 @@ def _inspected(path: Path, verify: bool) -> Document:
 
         return {"kind": "dataset", **Dataset.open(path, verify=verify).report()}
     if (path / "run.json").is_file():
-        return {"kind": "run", "run": str(path), **json.loads((path / "run.json").read_text(encoding="utf-8"))}
+        from pocketrec.run import read_document
+
+        return {"kind": "run", "run": str(path), **read_document(path)}
     if path.is_dir():
         raise DataError(f"{path}: expected a data set, a run or an artifact, but got another folder.")
     from pocketrec.artifact import Contents
@@ -270,7 +273,8 @@ def _inspected(path: Path, verify: bool) -> Document:
     artifact = Contents.open(path)
     if verify:
         artifact.verify()
-    return {"kind": "artifact", "path": str(path), **artifact.describe()}
+    document = artifact.describe()
+    return {**document, "kind": "artifact", "path": str(path), "model": document["kind"]}
 
 
 @app.command()
