@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketrec.errors import ConfigError, DivergedError
+from pocketrec.files import boundary
 from pocketrec.gradient import Head
 from pocketrec.walk import Walk
 
@@ -218,9 +219,12 @@ class Batch:
 
 
 class Samples(Protocol):
-    """Games to play: ``fields (P,)`` says which field's placeholder each player row takes."""
+    """Games to play."""
 
-    fields: Tensor
+    @property
+    def fields(self) -> Tensor:
+        """Which field's placeholder each player row takes: ``(P,)``."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -312,6 +316,7 @@ class Tally:
 
     def save(self) -> None:
         """Store the state if it is time to."""
+        boundary("step")
         if self.checkpoint is None or not self.checkpoint.due():
             return
         self.checkpoint.save(

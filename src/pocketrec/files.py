@@ -2,7 +2,7 @@
 
 Nothing else in the package opens a file for writing. A file is old or new, never torn; a journal heals a torn tail; a
 lock dies with its process. Array files are safetensors with **one** metadata key, ``pocketrec``, holding canonical
-JSON, so that the same contents are the same bytes.
+JSON, so that the same contents are the same bytes; the array ``crc32`` in them is their checksum.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _DTYPES = {
     "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_CHECKSUM = "crc32"
 _passed = itertools.count(1)
 
 
@@ -136,6 +137,22 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, and what a killed write of it left; neither has to exist.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with storage_errors(path, "remove"):
+        path.unlink(missing_ok=True)
+        _temporary(path).unlink(missing_ok=True)
+
+
 def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Write a file so that every reader, at every instant and after every crash, sees the old file or the new one.
 
@@ -158,7 +175,7 @@ def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
         b'hello'
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with storage_errors(path, "write"):
         fd = _claim(temporary, fcntl.LOCK_EX)
         try:
@@ -340,13 +357,11 @@ def header(arrays: Mapping[str, NDArray[Any]], meta: Any) -> tuple[bytes, list[s
     Raises:
         ConfigError: a dtype is not supported, or the header is longer than ``HEADER_LIMIT``.
     """
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    order = _order(arrays)
     document: dict[str, Any] = {"__metadata__": {"pocketrec": canonical_json(meta).decode()}}
     start = 0
     for name in order:
         array = arrays[name]
-        if array.dtype not in _NAMES or name == "__metadata__":
-            raise ConfigError(f"Array {name!r} must have a dtype of {', '.join(_DTYPES)}, but has {array.dtype}.")
         stop = start + array.nbytes
         document[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, stop]}
         start = stop
@@ -357,6 +372,23 @@ def header(arrays: Mapping[str, NDArray[Any]], meta: Any) -> tuple[bytes, list[s
             f"A header may take {HEADER_LIMIT:,} bytes, but this one takes {len(text):,}; store less in it."
         )
     return len(text).to_bytes(8, "little") + text, order
+
+
+def _order(arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+    """Names of arrays in the order of their bytes; one that cannot be stored is a :class:`ConfigError`."""
+    for name, array in arrays.items():
+        if array.dtype not in _NAMES or name == "__metadata__":
+            raise ConfigError(f"Array {name!r} must have a dtype of {', '.join(_DTYPES)}, but has {array.dtype}.")
+    return sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]], meta: Any) -> NDArray[np.uint32]:
+    """CRC-32 over document, names, dtypes, shapes and bytes."""
+    order = _order(arrays)
+    checksum = zlib.crc32(canonical_json([meta, [(n, arrays[n].dtype.str, arrays[n].shape) for n in order]]))
+    for name in order:
+        checksum = zlib.crc32(buffer(arrays[name]), checksum)
+    return np.array([checksum], np.uint32)
 
 
 def buffer(array: NDArray[Any]) -> memoryview:
@@ -384,18 +416,21 @@ def save_arrays(path: str | Path, arrays: Mapping[str, NDArray[Any]], meta: Any 
         >>> arrays["x"].tolist(), meta
         ([0, 1, 2], {'step': 7})
     """
-    prefix, order = header(arrays, meta)
+    signed = {**arrays, _CHECKSUM: _checksum(arrays, meta)}
+    prefix, order = header(signed, meta)
 
     def write(file: BinaryIO) -> None:
         file.write(prefix)
         for name in order:
-            file.write(buffer(arrays[name]))
+            file.write(buffer(signed[name]))
 
     atomic_write(path, write)
 
 
 def open_arrays(path: str | Path) -> tuple[dict[str, NDArray[Any]], Any]:
     """Read-only, memory-mapped arrays of a file written by :func:`save_arrays`, and its JSON document.
+
+    Every byte is read once, for the checksum, where the file has one.
 
     Raises:
         ArtifactError: the bytes are not an array file, or it is damaged or cut short.
@@ -404,7 +439,13 @@ def open_arrays(path: str | Path) -> tuple[dict[str, NDArray[Any]], Any]:
     path = Path(path)
     mapping = map_file(path)
     extents, meta, payload = parse_header(mapping, path)
-    return view_arrays(mapping, extents, payload), meta
+    arrays = view_arrays(mapping, extents, payload)
+    checksum = arrays.pop(_CHECKSUM, None)
+    if checksum is not None and not np.array_equal(checksum, _checksum(arrays, meta)):
+        raise ArtifactError(
+            f"{path} is damaged: its checksum does not match; remove it, and the same command makes it again."
+        )
+    return arrays, meta
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:

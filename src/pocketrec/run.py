@@ -17,7 +17,19 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from numpy.typing import NDArray
 
-from pocketrec.files import Journal, Lock, digest, open_arrays, save_arrays, storage_errors
+from pocketrec.errors import ArtifactError
+from pocketrec.files import (
+    Journal,
+    Lock,
+    atomic_write,
+    canonical_json,
+    digest,
+    open_arrays,
+    parse_json,
+    remove,
+    save_arrays,
+    storage_errors,
+)
 
 if TYPE_CHECKING:
     from pocketrec.backbone import Model
@@ -25,6 +37,8 @@ if TYPE_CHECKING:
     from pocketrec.train import Training
 
 Arrays = dict[str, NDArray[Any]]
+
+DOCUMENT = "run.json"
 
 
 class Progress(Protocol):
@@ -122,8 +136,7 @@ class Checkpoint:
     def clear(self) -> None:
         """Remove the file; the step is finished."""
         if self.path is not None:
-            with storage_errors(self.path, "remove"):
-                self.path.unlink(missing_ok=True)
+            remove(self.path)
 
 
 class Run:
@@ -264,6 +277,30 @@ class Run:
         if self.path is None:
             return list(self._records.get(name, []))
         return Journal(self.path / f"{name}.journal").read()
+
+
+def write_document(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``run.json``: what was trained here, signed with the digest of its own content."""
+    atomic_write(folder / DOCUMENT, canonical_json({**content, "digest": digest(dict(content))}) + b"\n")
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """The content of ``run.json``.
+
+    Raises:
+        ArtifactError: there is none, or a byte of it changed.
+    """
+    file = folder / DOCUMENT
+    if not file.is_file():
+        raise ArtifactError(f"{folder} holds no trained model; expected {DOCUMENT}. Train one with this folder as run.")
+    try:
+        content = dict(parse_json(file.read_bytes()))
+        intact = content.pop("digest") == digest(content)
+    except (KeyError, RecursionError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise ArtifactError(f"{file} is damaged; train again with this folder as run.")
+    return content
 
 
 @contextmanager

@@ -29,10 +29,10 @@ from pocketrec import registry
 from pocketrec.backbone import Backbone, ClickModel, Model, RankingModel, noise
 from pocketrec.dataset import Dataset, Split
 from pocketrec.errors import ArtifactError, ConfigError, DataError, DivergedError
-from pocketrec.files import atomic_write, boundary, buffer, canonical_json, digest, open_arrays, save_arrays
+from pocketrec.files import boundary, buffer, canonical_json, digest, open_arrays, save_arrays
 from pocketrec.metrics import auc, ranking, to_csr
 from pocketrec.optim import DenseAdam, LazyAdam, Optimizer
-from pocketrec.run import Arrays, Checkpoint, Run
+from pocketrec.run import Arrays, Checkpoint, Run, read_document, write_document
 from pocketrec.schema import Schema, Task
 
 EVALUATION_ROWS = 8192
@@ -171,7 +171,7 @@ def load(path: str | Path, data: Dataset | None = None) -> tuple[Model, Dataset]
         ArtifactError: the folder holds no trained model, or a damaged one.
         DataError: the data set is not the one of the training.
     """
-    document = _run_document(Path(path))
+    document = read_document(Path(path))
     key = document["training"]
     if data is None:
         data = Dataset.open(document["dataset"])
@@ -190,7 +190,7 @@ def load(path: str | Path, data: Dataset | None = None) -> tuple[Model, Dataset]
 
 def history(path: str | Path) -> list[Epoch]:
     """The epochs of the training in a run's folder."""
-    return [Epoch(**e) for e in _run_document(Path(path))["history"]]
+    return [Epoch(**e) for e in read_document(Path(path))["history"]]
 
 
 def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Training | None) -> Model:
@@ -268,7 +268,7 @@ def _trained(run: Run, model: Model, data: Dataset, training: Training, key: dic
         if run.path is not None:
             epochs = [asdict(e) for e in _epochs(arrays["history"])]
             document = {"training": key, "dataset": str(data.path.resolve()), "history": epochs}
-            atomic_write(run.path / "run.json", canonical_json(document) + b"\n")
+            write_document(run.path, document)
         checkpoint.clear()
     return arrays
 
@@ -286,17 +286,6 @@ def _stored(place: Path, key: dict[str, Any]) -> Arrays | None:
         return None
     arrays, meta = open_arrays(place)
     return arrays if meta["training"] == json.loads(canonical_json(key)) else None
-
-
-def _run_document(path: Path) -> dict[str, Any]:
-    """The ``run.json`` of a run's folder."""
-    file = path / "run.json"
-    if not file.is_file():
-        raise ArtifactError(f"{path} holds no trained model; expected {file.name}. Train one with this folder as run.")
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"{file} is damaged ({error}); train again with this folder as run.") from error
 
 
 def _fit(run: Run, stage: str, model: Model, data: Dataset, training: Training, checkpoint: Checkpoint) -> Arrays:
