@@ -156,6 +156,7 @@ def test_latency_states_its_calls(clicks, model, tmp_path):
     for figures in timed.values():
         assert figures["calls"] == CALLS >= 1000
         assert 0 < figures["p50"] <= figures["p99"]
+        assert figures["threads"] == 1
 
 
 def test_only_reads_of_a_test_split_are_noted(clicks, model, tmp_path):

@@ -45,7 +45,8 @@ class Measurement:
     Attributes:
         quality: ``auc`` and ``logloss``, or ``ndcg@k``, ``recall@k`` and ``recall_capped@k``; ``None`` where undefined.
         bytes: the file and its parts, which sum to ``file``; ``graph`` on top where the data set's graph is needed.
-        latency_us: per batch size, median ``p50`` and ``p99`` of ``calls`` timed calls, in microseconds.
+        latency_us: per batch size, median ``p50`` and ``p99`` of ``calls`` timed calls, in microseconds; ``threads`` are
+            those of look-ups, while matrix products run on as many as numpy or torch are set to.
         digest: SHA-256 that names what was measured.
         logits: ``(N,)`` per row of the split, where predictions were asked for.
         ranking: figures per user, for ranking data.
@@ -104,7 +105,7 @@ def measure(
     if ledger is not None and split.name == "test":
         ledger(reader="measure", digest=subject.digest, data=split.dataset.digest, split=split.name, rows=len(split))
     if split.dataset.schema.task == "ctr":
-        return _measure_clicks(subject, split, latency=latency, predictions=predictions)
+        return _measure_clicks(subject, split, threads, latency=latency, predictions=predictions)
     return _measure_ranking(subject, split, k, threads, latency=latency, mask_valid=mask_valid)
 
 
@@ -127,7 +128,7 @@ class _Subject:
     vectors: Callable[[], tuple[Floats, Floats]]
 
 
-def _measure_clicks(subject: _Subject, split: Split, *, latency: bool, predictions: bool) -> Measurement:
+def _measure_clicks(subject: _Subject, split: Split, threads: int, *, latency: bool, predictions: bool) -> Measurement:
     """AUC and log-loss of all rows at once, from streamed logits."""
     labels = split.labels
     if labels is None:
@@ -138,9 +139,8 @@ def _measure_clicks(subject: _Subject, split: Split, *, latency: bool, predictio
     if latency:
         sample = next(_batches(split.ids))
         for size in (1, 64):
-            timed[f"batch_{size}"] = _time(
-                lambda i, n=size: subject.logits(sample.take(range(i, i + n), 0, mode="wrap"))
-            )
+            wrapped = [sample.take(range(i, i + size), 0, mode="wrap") for i in range(CALLS)]
+            timed[f"batch_{size}"] = _time(lambda i, batches=wrapped: subject.score(batches[i]), threads)
     return Measurement(quality, subject.bytes, timed, subject.digest, logits=logits if predictions else None)
 
 
@@ -153,7 +153,7 @@ def _measure_ranking(
     hidden = [data.train, data.valid] if mask_valid and split.name == "test" else [data.train]
     seen = interactions(*hidden)
     result = ranking(users, items, seen, interactions(split), k, threads=threads)
-    timed = {"batch_1": _time(lambda i: _recommend(users[[i % len(users)]], items, k))} if latency else {}
+    timed = {"batch_1": _time(lambda i: _recommend(users[[i % len(users)]], items, k), threads)} if latency else {}
     return Measurement(result.quality(), subject.bytes, timed, subject.digest, ranking=result)
 
 
@@ -175,7 +175,7 @@ def _batches(ids: Ids) -> Iterator[Ids]:
         yield np.array(ids[start : start + BATCH])
 
 
-def _time(call: Callable[[int], object]) -> dict[str, float]:
+def _time(call: Callable[[int], object], threads: int) -> dict[str, float]:
     """Microseconds per call: median and 99th percentile of ``CALLS`` calls after a tenth of them as warm-up."""
     for i in range(CALLS // 10):
         call(i)
@@ -185,7 +185,7 @@ def _time(call: Callable[[int], object]) -> dict[str, float]:
         call(i)
         nanoseconds[i] = time.perf_counter_ns() - start
     p50, p99 = np.quantile(nanoseconds, (0.5, 0.99)) / 1000
-    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3), "calls": CALLS}
+    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3), "calls": CALLS, "threads": threads}
 
 
 def _subject(target: str | Path | Model, data: Dataset, threads: int) -> _Subject:
