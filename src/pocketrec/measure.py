@@ -45,8 +45,8 @@ class Measurement:
     Attributes:
         quality: ``auc`` and ``logloss``, or ``ndcg@k``, ``recall@k`` and ``recall_capped@k``; ``None`` where undefined.
         bytes: the file and its parts, which sum to ``file``; ``graph`` on top where the data set's graph is needed.
-        latency_us: per batch size, median ``p50`` and ``p99`` of ``calls`` timed calls, in microseconds; ``threads`` are
-            those of look-ups, while matrix products run on as many as numpy or torch are set to.
+        latency_us: per batch size, median ``p50`` and ``p99`` of ``calls`` timed calls, in microseconds; ``threads``
+            are those of look-ups, while matrix products run on as many as numpy or torch are set to.
         digest: SHA-256 that names what was measured.
         logits: ``(N,)`` per row of the split, where predictions were asked for.
         ranking: figures per user, for ranking data.
