@@ -101,7 +101,9 @@ def seconds_per_thousand_walk(step: Callable[[int], None], steps: int, samples: 
     return (time.perf_counter() - started) / steps * PLAYERS / samples * 1000
 
 
-def plain_step(game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: Tally, ids: Tensor) -> Callable[[int], None]:
+def plain_step(
+    game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: Tally, ids: Tensor
+) -> Callable[[int], None]:
     """One removal per sample: set, run the head, scatter the difference."""
     walk = Game.walk(game, vectors, labels)
     last = [game.value(vectors, labels)]
@@ -115,7 +117,9 @@ def plain_step(game: Game, vectors: Tensor, labels: Tensor, order: Tensor, table
     return step
 
 
-def imputer_step(game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: Tally, ids: Tensor) -> Callable[[int], None]:
+def imputer_step(
+    game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: Tally, ids: Tensor
+) -> Callable[[int], None]:
     """As the released code: a mask over all entries, and the vectors filled through it."""
     row = torch.arange(len(vectors))
     kept = torch.ones(len(vectors), FIELDS * (DIM + 1), dtype=torch.bool)
@@ -164,13 +168,13 @@ def main() -> None:
         vectors = torch.nn.functional.embedding(part.rows, weight)
         for name, make in (("plain", plain_step), ("published imputer", imputer_step)):
             step = make(ClickGame(heads["fp32"]), vectors, part.labels, order[:batch], tally, part.rows)
-            variants[f"{name}, one permutation, fp32, batch {batch}"] = (
-                lambda step=step, batch=batch: seconds_per_thousand_walk(step, args.steps, batch)
+            variants[f"{name}, one permutation, fp32, batch {batch}"] = lambda step=step, batch=batch: (
+                seconds_per_thousand_walk(step, args.steps, batch)
             )
     for precision, head in heads.items():
         for batch in (512, 1024):
-            variants[f"owen, one antithetic pair, {precision}, batch {batch}"] = (
-                lambda head=head, batch=batch: seconds_per_thousand_owen(head, weight, clicks, batch, tally)
+            variants[f"owen, one antithetic pair, {precision}, batch {batch}"] = lambda head=head, batch=batch: (
+                seconds_per_thousand_owen(head, weight, clicks, batch, tally)
             )
     best = dict.fromkeys(variants, float("inf"))
     for _ in range(args.rounds):
@@ -204,8 +208,9 @@ def write(best: dict[str, float], table: int, base: int, after: int, peak: int) 
     lines = [
         "# Cost of Shapley scoring",
         "",
-        "`python bench/scoring_speed.py`: 39 fields, 1,086,810 rows of 16 + 1, MLP 400x3, Zipf(1.1) ids, one thread, all",
-        "variants interleaved in one process, best round. Walks are timed on some of their 624 equal steps and extrapolated.",
+        "`python bench/scoring_speed.py`: 39 fields, 1,086,810 rows of 16 + 1, MLP 400x3, Zipf(1.1) ids, one",
+        "thread, all variants interleaved in one process, best round. Walks are timed on some of their 624 equal steps",
+        "and extrapolated.",
         "",
         f"torch {torch.__version__}, {platform.machine()}, load average {psutil.getloadavg()[0]:.1f}.",
         "",
@@ -213,9 +218,9 @@ def write(best: dict[str, float], table: int, base: int, after: int, peak: int) 
         "|---|---|---|---|",
         *(f"| {n} | {s:.4f} | {plain / s:.1f} | {published / s:.1f} |" for n, s in best.items()),
         "",
-        f"Memory: {base / 2**20:,.0f} MiB with torch, data, table and both score tables ({table / 2**20:,.0f} MiB each); "
-        f"{after / 2**20:,.0f} MiB after scoring; peak {peak / 2**20:,.0f} MiB, which includes the batches of 8,192 of the "
-        "baselines and a second pair of score tables for the run through `attribute`.",
+        f"Memory: {base / 2**20:,.0f} MiB with torch, data, table, both score tables ({table / 2**20:,.0f} MiB each); "
+        f"{after / 2**20:,.0f} MiB after scoring; peak {peak / 2**20:,.0f} MiB, which includes the batches of 8,192 of "
+        "the baselines and a second pair of score tables for the run through `attribute`.",
         "",
     ]
     (RESULTS / "scoring_speed.md").write_text("\n".join(lines))

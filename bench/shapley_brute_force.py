@@ -67,7 +67,8 @@ def exact(game: ClickGame, vectors: Tensor, placeholder: Tensor, label: Tensor) 
 def z_values(estimator: Estimator, game: ClickGame, vectors: Tensor, c: Tensor, label: Tensor, seed: int) -> np.ndarray:
     """Errors of the mean over the draws, in standard errors, and the truth."""
     many = vectors.expand(DRAWS, *c.shape)
-    draws = estimator.estimate(game, many, c, label.expand(DRAWS), Stream(seed, "brute force"), 0).flatten(1).double().numpy()
+    values = estimator.estimate(game, many, c, label.expand(DRAWS), Stream(seed, "brute force"), 0)
+    draws = values.flatten(1).double().numpy()
     error = draws.std(axis=0, ddof=1) / DRAWS**0.5
     return (draws.mean(axis=0) - exact(game, vectors, c, label)) / np.maximum(error, 1e-9)
 

@@ -14,10 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
-from pocketrec.artifact import Contents, Kind
+from pocketrec.artifact import CHUNK, Contents, Kind
 from pocketrec.backbone import Model, RankingModel
 from pocketrec.baked import BakedModel
 from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.files import canonical_json
 from pocketrec.packed import Storage
 from pocketrec.run import Run
 from pocketrec.table import Table
@@ -110,7 +111,7 @@ class Small:
         """The smaller table."""
         return self.model.table
 
-    @property
+    @cached_property
     def values(self) -> int:
         """Learned scalars that survive."""
         return self.table.values()
@@ -233,7 +234,10 @@ def _at(ladder: Ladder, dense: Small) -> Small:
     return _with(dense, ladder.at_values(values - int(values * budget.amount)))
 
 
-HEADER_GUESS = 4096
+def _header_guess(dense: Small, limit: int) -> int:
+    """About the bytes of the header, rather more: escaped JSON, and a digest per MiB."""
+    document = [dense.data.schema.to_json(), dense.model.lower().to_json(), dense.method.config()]
+    return int(1.3 * len(canonical_json(document))) + 2048 + limit // CHUNK * 64
 
 
 def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
@@ -243,7 +247,7 @@ def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
     better than the one before.
     """
     head = sum(t.nbytes for t in dense.model.lower().tensors().values())
-    small = _fit_room(ladder, dense, limit, limit - head - HEADER_GUESS)
+    small = _fit_room(ladder, dense, limit, limit - head - _header_guess(dense, limit))
     beside = _beside(small)
     while not 0 <= limit - small.sizes["file"] <= limit // 1000:
         last, small = small, _fit_room(ladder, dense, limit, limit - beside)
@@ -262,8 +266,8 @@ def _fit_room(ladder: Ladder, dense: Small, limit: int, room: int) -> Small:
         named = replace(small, budget=Budget("bytes", small.sizes["file"]))
         if (least := max(small.sizes["file"], named.sizes["file"])) > limit:
             raise BudgetError(
-                f"Budget {limit:,} B is below the {least:,} B of the smallest file that {dense.method.name} can make of "
-                "this model; raise the budget or choose a smaller head.",
+                f"Budget {limit:,} B is below the {least:,} B of the smallest file that {dense.method.name} can make "
+                "of this model; raise the budget or choose a smaller head.",
                 least_bytes=least,
             ) from error
         return small

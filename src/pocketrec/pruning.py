@@ -151,18 +151,18 @@ class PruningLadder(Ladder):
         return self._table(keep)
 
     def at_bytes(self, size_bytes: int, storage: Storage, *, vocabulary: bool = False) -> PrunedTable:
-        """The largest prefix of the ranking, over all blocks, that packs into ``size_bytes``.
+        """The largest prefix of the ranking, over all blocks, that packs into ``size_bytes``, to 0.1 %.
 
         With ``vocabulary`` the keys of the stored rows count too.
 
         Raises:
             BudgetError: Not even the least table fits; ``least_bytes`` says what it takes.
         """
-        fields_with_oov = sum(f.oov_row is not None for f in self.schema.fields)
-        table = self._fit(size_bytes, storage, vocabulary, fields_with_oov)
-        while (own := int((table.absent != table.fill).any(dim=1).sum())) < fields_with_oov:
-            fields_with_oov, wider = own, self._fit(size_bytes, storage, vocabulary, own)
-            if int((wider.absent != wider.fill).any(dim=1).sum()) > own:
+        assumed = sum(f.oov_row is not None for f in self.schema.fields)
+        table = self._fit(size_bytes, storage, vocabulary, assumed)
+        while (assumed - (own := _own_absent(table))) * (4 + 4 * table.width) > size_bytes // 1000:
+            assumed, wider = own, self._fit(size_bytes, storage, vocabulary, own)
+            if _own_absent(wider) > own:
                 break
             table = wider
         return table
@@ -317,6 +317,11 @@ class PruningLadder(Ladder):
             int((storable & ~hashed).sum()),
             np.sort(self._row_keys[rows][hashed]),
         )
+
+
+def _own_absent(table: PrunedTable) -> int:
+    """Fields whose absent row is not their fill row."""
+    return int((table.absent != table.fill).any(dim=1).sum())
 
 
 def _above(keys: NDArray[np.int32], threshold: int) -> int:

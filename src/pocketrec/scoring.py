@@ -63,6 +63,8 @@ class ClickSamples:
 
     def batch(self, start: int, stop: int, pass_index: int) -> Batch:
         """Ids and labels."""
+        if self.split.labels is None:
+            raise DataError("Click samples need labels, but the split has none; score a ranking model on it.")
         picked = slice(start, stop) if self._picked is None else self._picked[start:stop]
         rows = torch.from_numpy(self.split.ids[picked].astype(np.int64))
         labels = torch.from_numpy(np.array(self.split.labels[picked], np.float32))
@@ -116,9 +118,9 @@ def attribute_propagated(
 ) -> Scores:
     """Owen estimates for a table that is propagated: each game is one batch, its players all entries of the table.
 
-    ``phi = (W - C) * mean_k [g(z_k) + g(1 - z_k)] / 2`` with ``z_k ~ Bernoulli(q_k)`` and ``g(z)`` the gradient, through
-    the propagation, of minus the BPR loss at ``C + z (W - C)``; the ``q_k`` are stratified over (0, 1/2). Each mask
-    meets the next ``batch_size`` pairs.
+    ``phi = (W - C) * mean_k [g(z_k) + g(1 - z_k)] / 2`` with ``z_k ~ Bernoulli(q_k)`` and ``g(z)`` the gradient,
+    through the propagation, of minus the BPR loss at ``C + z (W - C)``; the ``q_k`` are stratified over (0, 1/2). Each
+    mask meets the next ``batch_size`` pairs.
 
     Args:
         model: Propagates the table.

@@ -217,7 +217,8 @@ class PrunedTable(Table):
     def values(self) -> int:
         """Kept scalars of the counted blocks."""
         counted = [b for b in self.blocks if b.counted]
-        return int(sum(self.keep[b.start : b.stop, b.left : b.right].sum() for b in counted))
+        keep = self.keep.cpu().numpy()
+        return sum(int(np.count_nonzero(keep[b.start : b.stop, b.left : b.right])) for b in counted)
 
     def stored(self) -> Tensor:
         """Rows that keep something, but the out-of-vocabulary rows."""
