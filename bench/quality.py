@@ -57,7 +57,7 @@ from pocketrec.train import Training, train
 SPARSITIES = (0.5, 0.8, 0.95, 0.99)
 FILLS, SCORES, EXPONENTS = ("codebook", "zero"), ("abs", "rms", "geo", "signed"), (0.0, 0.25, 0.5)
 BUDGETS = [f"sparsity={s}" for s in SPARSITIES]
-TUNING = Training(epochs=3, batch_size=2048, learning_rate=1e-3, weight_decay=0.0, patience=1)
+TUNING = Training(epochs=1, batch_size=2048, learning_rate=1e-3, weight_decay=0.0)
 FOLDER = CACHE / "quality"
 
 
