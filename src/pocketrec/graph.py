@@ -182,8 +182,8 @@ class _Propagate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        graph, layers = ctx.graph, ctx.layers
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        graph, layers, slope = ctx.graph, ctx.layers, slopes[0]
         gradient = graph.smooth(graph.first(slope, layers, ctx.storage), layers)
         return gradient.add_(slope, alpha=1 / (layers + 1)), None, None, None
 
@@ -204,8 +204,9 @@ class _PropagateRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, final: Tensor, ego: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         graph, layers, rows = ctx.graph, ctx.layers, ctx.rows
+        final, ego = slopes
         share = final / (layers + 1)
         if layers == 0:
             gradient = torch.zeros(graph.rows, final.shape[1], device=final.device)

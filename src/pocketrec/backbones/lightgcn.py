@@ -105,7 +105,7 @@ class LightGCNModel(RankingModel):
 
     def __init__(self, backbone: LightGCN, table: Table, graph: Graph) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = self.config = backbone
         self.schema = table.schema
         self.table = table
         self.graph = graph
@@ -121,7 +121,7 @@ class LightGCNModel(RankingModel):
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """``BPR + lambda REG + gamma NCE`` of ``batch = (triples (B, 3),)``; bf16 under autocast, sums in float32."""
-        config, ids = self.backbone, batch[0]
+        config, ids = self.config, batch[0]
         rows, place, counts = torch.unique(ids, return_inverse=True, return_counts=True)
         final, ego = self.graph.propagate_rows(self.table.weight(), config.layers, rows, storage=_storage(ids.device))
         user, positive, negative = (F.embedding(place[:, column], final) for column in range(3))
@@ -134,11 +134,11 @@ class LightGCNModel(RankingModel):
 
     def contrast(self, vectors: Tensor) -> Tensor:
         """``NCE`` of the rows ``(S, d)``, a scalar; products in bf16 under autocast."""
-        return _Contrast.apply(vectors, self.backbone.temperature, self.workspace, _storage(vectors.device))  # pyright: ignore
+        return _Contrast.apply(vectors, self.config.temperature, self.workspace, _storage(vectors.device))  # pyright: ignore
 
     def propagate(self, weight: Tensor) -> Tensor:
         """``z = 1/(L+1) sum_{l<=L} Ahat^l weight``, float32."""
-        return self.graph.propagate(weight, self.backbone.layers)
+        return self.graph.propagate(weight, self.config.layers)
 
     def scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Inner products ``(B, d), (I, d) -> (B, I)``."""
@@ -185,6 +185,6 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (slope,) = ctx.saved_tensors
-        return outer * slope, None, None, None
+        return slopes[0] * slope, None, None, None
