@@ -52,7 +52,8 @@ def page(chart: Chart) -> str:
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img" aria-label="AUC against table bytes"', svg, count=1)
     rows = [_row("dense", chart.dense, chart.dense)]
     for name, points in chart.curves.items():
-        rows += [_row(name, point, chart.dense) for point in points]
+        rows.append(f'<tr><th colspan="5">{escape(name)}</th></tr>')
+        rows += [_row(point.budget, point, chart.dense) for point in points]
     return _PAGE.format(
         title=escape(chart.title),
         subtitle=escape(chart.subtitle),
@@ -73,11 +74,10 @@ def size(count: float) -> str:
 
 
 def _row(name: str, point: Point, dense: Point) -> str:
-    if point.auc is None:
-        cells = [name, point.budget, "", "", "", point.note or "out of reach"]
-    else:
-        lost = "" if point is dense else f"{point.auc - dense.auc:+.4f}" if dense.auc is not None else ""
-        cells = [name, point.budget, size(point.table_bytes), size(point.file_bytes), f"{point.auc:.4f}", lost]
+    if point.auc is None or dense.auc is None:
+        return f'<tr><td>{escape(name)}</td><td colspan="4">{escape(point.note)}</td></tr>'
+    lost = "" if point is dense else f"{point.auc - dense.auc:+.4f}"
+    cells = [name, f"{point.auc:.4f}", lost, size(point.table_bytes), size(point.file_bytes)]
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
@@ -87,8 +87,10 @@ def _rendered(chart: Chart, kind: str) -> bytes:
 
     style = {"font.family": "DejaVu Sans", "font.size": 12, "svg.hashsalt": "pocketrec", "svg.fonttype": "path"}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(8, 5), dpi=210, layout="constrained", facecolor="white")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        shape = (8, 5) if kind == "png" else (5.8, 4.6)
+        figure = Figure(figsize=shape, dpi=210, layout="constrained", facecolor="white")
+        if kind == "png":
+            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         axes = figure.add_subplot()
         _draw(axes, chart)
         if kind == "png":
@@ -133,7 +135,7 @@ def _scale(axes: Any, chart: Chart) -> None:
 
 
 def _text(axes: Any, chart: Chart) -> None:
-    axes.set_xlabel("table bytes in the file (log scale), as a share of the dense table", color=_FAINT, fontsize=11)
+    axes.set_xlabel("table bytes, as a share of the dense table (log scale)", color=_FAINT, fontsize=11)
     axes.set_ylabel("AUC on the test split", color=_FAINT, fontsize=11)
     left = axes.get_xlim()[0] * 1.02
     axes.annotate("teacher: no model can do better", (left, chart.ceiling), xytext=(2, 4), textcoords="offset points",
@@ -164,12 +166,13 @@ _PAGE = """<!doctype html>
          font: 1rem/1.5 system-ui, sans-serif; }}
   h1 {{ font-size: 1.5rem; line-height: 1.2; margin: 0 0 .3rem; }}
   p {{ color: #4a5563; margin: .3rem 0 1rem; }}
-  svg {{ width: 100%; height: auto; }}
+  svg {{ display: block; width: 100%; max-width: 40rem; height: auto; margin: 0 auto 1rem; }}
   .scroll {{ overflow-x: auto; }}
-  table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }}
-  th, td {{ padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e3e7ec; white-space: nowrap; }}
+  table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .86rem; }}
+  th, td {{ padding: .3rem .32rem; text-align: right; border-bottom: 1px solid #e3e7ec; white-space: nowrap; }}
   th {{ color: #6b7684; font-weight: 600; }}
-  th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
+  th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+  tbody th {{ color: #1c2430; padding-top: .9rem; }}
   code {{ background: #f3f5f7; padding: .1rem .35rem; border-radius: .25rem; }}
 </style>
 </head>
@@ -179,7 +182,7 @@ _PAGE = """<!doctype html>
 {figure}
 <div class="scroll">
 <table>
-<thead><tr><th>method</th><th>budget</th><th>table</th><th>file</th><th>AUC</th><th>against dense</th></tr></thead>
+<thead><tr><th>budget</th><th>AUC</th><th>&minus; dense</th><th>table</th><th>file</th></tr></thead>
 <tbody>
 {rows}
 </tbody>
