@@ -79,7 +79,8 @@ def main() -> None:
         "# Owen gradients against permutation walks",
         "",
         f"`python bench/shapley_accuracy.py`: MovieLens-1M, DeepFM {configs.ML_1M.hidden}, codebook game, "
-        f"{args.samples:,} training samples, {len(truth):,} entries; reference: {args.walks} antithetic pairs of walks per sample.",
+        f"{args.samples:,} training samples, {len(truth):,} entries;",
+        f"reference: {args.walks} antithetic pairs of walks per sample.",
         "",
         "| estimator | Pearson | Spearman | overlap 50 % | 80 % | 95 % | efficiency gap | s |",
         "|---|---|---|---|---|---|---|---|",
