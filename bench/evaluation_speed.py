@@ -93,10 +93,9 @@ def figures(lists: NDArray[np.int64], truth: Csr) -> Figures:
 SIDES: dict[str, Callable[[Vectors, Csr, Csr, int], Figures]] = {"reference": reference, "ours": ours}
 
 
-def high_water_mark() -> int:
-    """Peak memory of this process, KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+def memory(name: str) -> int:
+    """KiB of this process: ``VmRSS`` now, ``VmHWM`` at most since the mark was last cleared."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 
 def peak(side: str, run: Path | None) -> int:
@@ -115,13 +114,14 @@ def main() -> None:
     seen, truth = interactions("train"), interactions("test")
     vectors = trained(options.run) if options.run else drawn(seen)
     if options.peak:
-        before = high_water_mark()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
         SIDES[options.peak](vectors, seen, truth, 1)
-        print((high_water_mark() - before) // 1024)
+        print((memory("VmHWM") - before) // 1024)
         return
     rows = [row for threads in (1, 2) for row in compare(vectors, seen, truth, threads, options.rounds)]
-    memory = {side: peak(side, options.run) for side in SIDES}
-    write(rows, memory, "a trained run" if options.run else "drawn")
+    peaks = {side: peak(side, options.run) for side in SIDES}
+    write(rows, peaks, "a trained run" if options.run else "drawn")
 
 
 def compare(vectors: Vectors, seen: Csr, truth: Csr, threads: int, rounds: int) -> list[dict[str, object]]:
@@ -145,12 +145,12 @@ def compare(vectors: Vectors, seen: Csr, truth: Csr, threads: int, rounds: int) 
     return rows
 
 
-def write(rows: list[dict[str, object]], memory: dict[str, int], vectors: str) -> None:
+def write(rows: list[dict[str, object]], peaks: dict[str, int], vectors: str) -> None:
     """The csv and the page."""
     with (RESULTS / "evaluation_speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "peak_mib"])
         writer.writeheader()
-        writer.writerows({**row, "peak_mib": memory[str(row["side"])]} for row in rows)
+        writer.writerows({**row, "peak_mib": peaks[str(row["side"])]} for row in rows)
     lines = [
         "# Full evaluation of Gowalla",
         "",
