@@ -13,7 +13,6 @@ from types import FrameType
 from typing import NoReturn
 
 from pocketrec.errors import PocketRecError, StorageError
-from pocketrec.run import Stopped
 
 _EXTRA = {"click": "train", "rich": "train", "torch": "train", "polars": "train", "psutil": "train",
           "matplotlib": "report"}  # fmt: skip
@@ -41,8 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave("out of memory; use a smaller batch size, a smaller table, or a larger machine.", 4)
     except OSError as error:
         _leave(str(error), StorageError.exit_code)
-    except Stopped as stopped:
-        _leave(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on.", 130)
     except Terminated:

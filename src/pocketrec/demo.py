@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pocketrec import registry, shown
 from pocketrec.dataset import Dataset, encode
-from pocketrec.errors import BudgetError
+from pocketrec.errors import BudgetError, DataError
 from pocketrec.files import atomic_write
 from pocketrec.measure import measure
 from pocketrec.method import Method, compress
@@ -137,7 +137,10 @@ def _point(method: Method, budget: str, model: Model, data: Dataset, run: Run, f
 
 
 def _chart(data: Dataset, dense: Point, curves: dict[str, tuple[Point, ...]], out: Path, seed: int) -> Chart:
-    ceiling = auc(data.test.labels, data.test.teacher)
+    labels, teacher = data.test.labels, data.test.teacher
+    ceiling = auc(labels, teacher) if labels is not None and teacher is not None else None
+    if ceiling is None:
+        raise DataError("The demo needs a test split with a teacher and with both labels; use more rows.")
     rows = sum(len(split) for split in data.splits.values())
     return Chart(
         title=summary(next(iter(curves.values())), dense),

@@ -134,7 +134,7 @@ class PluginCommand(click.Command):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.axis = axis
+        self.axis: registry.Axis = axis
         self.flag = flag
         self.also = also
 

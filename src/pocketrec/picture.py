@@ -84,13 +84,18 @@ def _row(name: str, point: Point, dense: Point) -> str:
 def _rendered(chart: Chart, kind: str) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    style = {"font.family": "DejaVu Sans", "font.size": 12, "svg.hashsalt": "pocketrec", "svg.fonttype": "path"}
+    style: dict[Any, Any] = {
+        "font.family": "DejaVu Sans",
+        "font.size": 12,
+        "svg.hashsalt": "pocketrec",
+        "svg.fonttype": "path",
+    }
     with matplotlib.rc_context(style):
         shape = (8, 5) if kind == "png" else (5.8, 4.6)
-        figure = Figure(figsize=shape, dpi=210, layout="constrained", facecolor="white")
-        if kind == "png":
-            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        margins = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12) if kind == "png" else ConstrainedLayoutEngine()
+        figure = Figure(figsize=shape, dpi=210, layout=margins, facecolor="white")
         axes = figure.add_subplot()
         _draw(axes, chart)
         if kind == "png":

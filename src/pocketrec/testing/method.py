@@ -190,7 +190,8 @@ def check_files_say_what_tables_say(method: Method, lab: Lab) -> None:
 
 def check_short_storage_is_close(method: Method, lab: Lab) -> None:
     """fp16 and int8 files differ from fp32 by at most their rounding."""
-    for storage, relative in (("fp16", 1e-3), ("int8", 1 / 127)):
+    storages: tuple[tuple[Storage, float], ...] = (("fp16", 1e-3), ("int8", 1 / 127))
+    for storage, relative in storages:
         for small in _smalls(method, lab, storage=storage):
             weight = small.table.weight().detach()
             same(f"vectors in {storage}", weight, _file_weight(small, lab), within=relative * float(weight.abs().max()))
