@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test lint nightly bench clean
 
 demo: $(STAMP)
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/pocketrec demo --out demo
+	$(BIN)/pocketrec demo --out demo --threads 1
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -26,7 +26,7 @@ nightly: $(STAMP)
 
 bench: $(STAMP)
 	@echo "Every benchmark is one command; results go to bench/results/."
-	@for file in bench/*.py; do echo "  $(BIN)/python $$file --help"; done
+	@for file in $$(grep -l __main__ bench/*.py); do echo "  $(BIN)/python $$file --help"; done
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py src/pocketrec/*.cpp)
 	$(PYTHON) -m venv .venv
