@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pocketrec.errors import DataError
 from pocketrec.program import Program
 from pocketrec.randomness import derive, generator
 from pocketrec.schema import Schema, Task
@@ -53,7 +54,7 @@ class Model(nn.Module, ABC):
     def with_table(self, table: Table) -> Self:
         """The same head around another table; nothing is copied."""
         other = object.__new__(type(self))
-        other.__dict__ = dict(self.__dict__)
+        vars(other).update(vars(self))
         other._modules = dict(self._modules)
         other._modules["table"] = table
         return other
@@ -82,14 +83,15 @@ class ClickModel(Model):
 
         A last batch of a single row, which has no variance to normalise by, joins the one before.
         """
-        rows = len(data.train)
+        rows, clicks = len(data.train), data.train.labels
+        if clicks is None:
+            raise DataError(f"A click model needs labels, but {data.path} has none; choose a ranking backbone.")
         order = generator(seed, "order", epoch).permutation(rows) if shuffle else None
         last = max(0, (rows - 2) // batch_size)
         for step in range(last + 1):
             span = slice(step * batch_size, rows if step == last else (step + 1) * batch_size)
             picked = span if order is None else order[span]
-            labels = data.train.labels[picked]
-            yield torch.from_numpy(data.train.ids[picked].copy()), torch.from_numpy(labels.copy())
+            yield torch.from_numpy(data.train.ids[picked].copy()), torch.from_numpy(clicks[picked].copy())
 
 
 class RankingModel(Model):

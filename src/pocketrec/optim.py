@@ -136,16 +136,17 @@ class LazyAdam(Optimizer):
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self._steps += 1
-        if read := [r for r in self._reads if r.vectors.grad is not None]:
+        if read := [(r, r.vectors.grad) for r in self._reads if r.vectors.grad is not None]:
             self._rows.update(*self._gradient(read), self._steps)
         self._reads.clear()
 
-    def _gradient(self, read: list[_Read]) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, read: list[tuple[_Read, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Distinct rows ``(U,)``, and the gradients ``(..., D)`` with their places in them."""
         if len(read) == 1:
-            return read[0].rows, read[0].place, read[0].vectors.grad
-        rows, place = self._rows.distinct(torch.cat([r.ids.flatten() for r in read]))
-        return rows, place, torch.cat([r.vectors.grad.flatten(0, -2) for r in read])
+            [(only, gradient)] = read
+            return only.rows, only.place, gradient
+        rows, place = self._rows.distinct(torch.cat([r.ids.flatten() for r, _ in read]))
+        return rows, place, torch.cat([gradient.flatten(0, -2) for _, gradient in read])
 
     def synchronise(self) -> None:
         """Bring every row up to date, in blocks of rows."""

@@ -52,8 +52,8 @@ class Rows:
     @classmethod
     def start(cls, weight: Tensor) -> Rows:
         """The state before the first step, around (not a copy of) the weights."""
-        zeros = (torch.zeros_like(weight) for _ in range(2))
-        return cls(weight, *zeros, torch.zeros(len(weight), dtype=torch.int32, device=weight.device))
+        updated = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        return cls(weight, torch.zeros_like(weight), torch.zeros_like(weight), updated)
 
 
 class RowAdam:

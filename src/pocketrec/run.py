@@ -293,6 +293,7 @@ def read_document(folder: Path) -> dict[str, Any]:
     file = folder / DOCUMENT
     if not file.is_file():
         raise ArtifactError(f"{folder} holds no trained model; expected {DOCUMENT}. Train one with this folder as run.")
+    content: dict[str, Any] = {}
     try:
         content = dict(parse_json(file.read_bytes()))
         intact = content.pop("digest") == digest(content)

@@ -219,11 +219,11 @@ def validate(model: Model, split: Split) -> float | None:
     """AUC of a click model, NDCG@20 of a ranking model; ``None`` where the split is empty or has one class."""
     if len(split) == 0:
         return None
-    if isinstance(model, ClickModel):
+    if isinstance(model, ClickModel) and split.labels is not None:
         return auc(split.labels, logits(model, split))
     if isinstance(model, RankingModel):
         return _ndcg(model, split)
-    raise ConfigError(f"A model must be a ClickModel or a RankingModel, but got {type(model).__name__}.")
+    raise ConfigError(f"Expected a ranking model, or a click model with labels, but got {type(model).__name__}.")
 
 
 @torch.no_grad()

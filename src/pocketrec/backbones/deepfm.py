@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from itertools import pairwise, zip_longest
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 import torch
@@ -107,14 +107,20 @@ class DeepFMModel(ClickModel):
 
     def _perceptron(self, x: Tensor, noise: torch.Generator | None) -> Tensor:
         """``(B, F * d) -> (B,)``."""
-        for i, layer in enumerate(self.layers[:-1]):
+        *hidden, (last, _) = self._stack()
+        for layer, norm in hidden:
             x = layer(x)
-            if self.norms:
-                x = _normalise(x, self.norms[i], training=noise is not None)
+            if norm is not None:
+                x = _normalise(x, norm, training=noise is not None)
             x = F.relu(x)
             if noise is not None and self.dropout > 0:
                 x = x * _dropout_mask(x, self.dropout, noise)
-        return self.layers[-1](x).squeeze(-1)
+        return last(x).squeeze(-1)
+
+    def _stack(self) -> list[tuple[nn.Linear, nn.BatchNorm1d | None]]:
+        """Each linear layer with the batch norm that follows it, if one does."""
+        layers, norms = cast("list[nn.Linear]", list(self.layers)), cast("list[nn.BatchNorm1d]", list(self.norms))
+        return list(zip_longest(layers, norms))
 
     def lower(self) -> Program:
         """Two column views, the perceptron with batch norm folded into its linear layers, and three sums."""
@@ -135,19 +141,19 @@ class DeepFMModel(ClickModel):
     def _folded(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Weight ``(o, i)`` and bias ``(o,)`` of each layer, ``s W`` and ``s (b - mean) + beta`` under batch norm."""
         folded = []
-        for i, layer in enumerate(self.layers):
+        for layer, norm in self._stack():
             weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
-            if i < len(self.norms):
-                norm = self.norms[i]
-                scale = norm.weight.detach() / torch.sqrt(norm.running_var.double() + norm.eps)
-                weight, bias = scale[:, None] * weight, scale * (bias - norm.running_mean) + norm.bias.detach()
+            if norm is not None:
+                mean, variance = _statistics(norm)
+                scale = norm.weight.detach() / torch.sqrt(variance.double() + norm.eps)
+                weight, bias = scale[:, None] * weight, scale * (bias - mean) + norm.bias.detach()
             folded.append((weight.float().numpy(), bias.float().numpy()))
         return folded
 
 
 def _linear(inputs: int, outputs: int, source: torch.Generator) -> nn.Linear:
     """A linear layer with weight and bias uniform in ``+-1 / sqrt(inputs)``, the framework's default."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = cast("nn.Linear", nn.utils.skip_init(nn.Linear, inputs, outputs))
     bound = 1 / math.sqrt(inputs)
     with torch.no_grad():
         layer.weight.uniform_(-bound, bound, generator=source)
@@ -157,9 +163,13 @@ def _linear(inputs: int, outputs: int, source: torch.Generator) -> nn.Linear:
 
 def _normalise(x: Tensor, norm: nn.BatchNorm1d, *, training: bool) -> Tensor:
     """Batch norm with the batch's statistics in training (and a step of the running ones), else the running ones."""
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, norm.momentum or 0.0, norm.eps
-    )
+    mean, variance = _statistics(norm)
+    return F.batch_norm(x, mean, variance, norm.weight, norm.bias, training, norm.momentum or 0.0, norm.eps)
+
+
+def _statistics(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Running mean and variance, ``(width,)`` each."""
+    return cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
 
 
 def _dropout_mask(x: Tensor, rate: float, noise: torch.Generator) -> Tensor:
