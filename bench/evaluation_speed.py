@@ -166,7 +166,7 @@ def write(rows: list[dict[str, object]], peaks: dict[str, int], vectors: str) ->
         ratio = f"{row['ratio_median']:.1f} ({row['ratio_min']:.1f} - {row['ratio_max']:.1f})"
         lines.append(
             f"| {row['threads']} | {row['side']} | {row['n']} | {row['median_s']:.2f} | {row['min_s']:.2f} - "
-            f"{row['max_s']:.2f} | {ratio if row['side'] == 'ours' else '1'} | {memory[str(row['side'])]} |"
+            f"{row['max_s']:.2f} | {ratio if row['side'] == 'ours' else '1'} | {peaks[str(row['side'])]} |"
         )
     (RESULTS / "evaluation_speed.md").write_text("\n".join(lines) + "\n")
 
