@@ -194,21 +194,37 @@ def choose(cells: Cells, names: list[str], seeds: int) -> tuple[Shaver, dict[str
     return default, {**best, label(ablation): ablation, **OTHERS}
 
 
-def test(cells: Cells, name: str, seed: int, default: Shaver, variants: dict[str, Method]) -> None:
+def test(cells: Cells, name: str, seed: int, variants: dict[str, Method]) -> None:
     """One read of the test rows per cell, from the written file, with its logits kept."""
     if not cells.has(stage="test", set=name, seed=seed, label="dense", sparsity=0.0):
         model, data = dense(name, seed)
         result = measure(model, data.test, latency=False, predictions=True, ledger=ledger(name, seed, "dense", 0.0))
         finish(cells, result, name, seed, "dense", 0.0)
     for variant, method in variants.items():
-        trained = f"{label(default)}, trained codebook"
-        wanted = [variant, trained] if method == default else [variant]
-        if all(cells.has(stage="test", set=name, seed=seed, label=v, sparsity=s) for v in wanted for s in SPARSITIES):
+        if tested(cells, name, seed, variant):
             continue
         for sparsity, small in zip(SPARSITIES, smaller(name, seed, method), strict=True):
             test_file(cells, name, seed, variant, sparsity, small)
-            if method == default:
-                test_file(cells, name, seed, trained, sparsity, with_trained_codebook(name, seed, small))
+
+
+def test_trained(cells: Cells, name: str, seed: int, default: Shaver) -> None:
+    """The default with its codebook trained."""
+    if tested(cells, name, seed, trained_label(default)):
+        return
+    for sparsity, small in zip(SPARSITIES, smaller(name, seed, default), strict=True):
+        if not cells.has(stage="test", set=name, seed=seed, label=trained_label(default), sparsity=sparsity):
+            tuned = with_trained_codebook(name, seed, small)
+            test_file(cells, name, seed, trained_label(default), sparsity, tuned)
+
+
+def tested(cells: Cells, name: str, seed: int, variant: str) -> bool:
+    """Whether all cells of a variant are finished."""
+    return all(cells.has(stage="test", set=name, seed=seed, label=variant, sparsity=s) for s in SPARSITIES)
+
+
+def trained_label(default: Shaver) -> str:
+    """The name of the default with its codebook trained."""
+    return f"{label(default)}, trained codebook"
 
 
 def test_file(cells: Cells, name: str, seed: int, variant: str, sparsity: float, small: Small) -> None:
@@ -368,13 +384,21 @@ def main() -> None:
         sys.exit()
     default, variants = choose(cells, options.sets, options.seeds)
     print("default:", label(default), flush=True)
-    names = [*variants, f"{label(default)}, trained codebook"]
     for seed, name in product(range(options.seeds), options.sets):
-        test(cells, name, seed, default, variants)
+        test(cells, name, seed, variants)
         dense.cache_clear()
+    write_reports(cells, options, default, list(variants))
+    for seed, name in product(range(options.seeds), options.sets):
+        test_trained(cells, name, seed, default)
+        dense.cache_clear()
+    write_reports(cells, options, default, [*variants, trained_label(default)])
+
+
+def write_reports(cells: Cells, options: argparse.Namespace, default: Shaver, variants: list[str]) -> None:
+    """Ledger and pages of what has been tested."""
     write_ledger()
     for name in options.sets:
-        report(cells, name, options.seeds, default, names, options.replicates)
+        report(cells, name, options.seeds, default, variants, options.replicates)
         print("written:", name, flush=True)
 
 
