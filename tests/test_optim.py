@@ -80,9 +80,7 @@ def test_update_is_a_step_of_adam(rows_adam, decay):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    start=st.sampled_from([5, 50, 800, 5000]), missed=st.integers(1, 600), scale=st.sampled_from([1e-2, 1e-4, 1e-5])
-)
+@given(start=st.sampled_from([5, 50, 800, 5000]), missed=st.integers(1, 600), scale=st.sampled_from([1e-2, 1e-4, 1e-5]))
 def test_without_decay_catch_up_is_exact_up_to_eps(start, missed, scale):
     w, m, v = plausible(start, 10, scale, start, 0.0)
     expected = adam(w, m, v, [0.0] * missed, start, 1e-3, 0.0)
