@@ -51,6 +51,11 @@ class CriteoShape:
         return tuple(o + generator.permutation(s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     @cached_property
+    def cumulative(self) -> tuple[NDArray[np.float64], ...]:
+        """Per field, the running sum of frequencies in ``order``."""
+        return tuple(np.cumsum(np.arange(1, n + 1) ** -EXPONENT) for n in self.sizes)
+
+    @cached_property
     def weight(self) -> NDArray[np.float32]:
         """Values and linear weights, ``(ROWS, WIDTH + 1)``."""
         return self._generator("weight").normal(size=(ROWS, WIDTH + 1)).astype(np.float32)
@@ -67,10 +72,10 @@ class CriteoShape:
     def batch(self, size: int, step: int) -> NDArray[np.int64]:
         """Rows of a batch, ``(size, FIELDS)``, drawn by frequency."""
         generator = self._generator("batch", size, step)
-        columns = []
-        for rows in self.order:
-            cumulative = np.cumsum(np.arange(1, len(rows) + 1) ** -EXPONENT)
-            columns.append(rows[np.searchsorted(cumulative, generator.random(size) * cumulative[-1])])
+        columns = [
+            rows[np.searchsorted(cumulative, generator.random(size) * cumulative[-1])]
+            for rows, cumulative in zip(self.order, self.cumulative, strict=True)
+        ]
         return np.stack(columns, axis=1)
 
     def _generator(self, purpose: str, *step: int) -> np.random.Generator:

@@ -1,80 +1,126 @@
-"""Bytes per dense parameter of a packed table at Criteo's shape, column by column.
+"""Bytes of a real file at Criteo's shape, part by part.
 
-Run from the repository's root: ``python bench/size.py``. 39 fields, 1,086,810 rows, 16 columns; a parameter is one of
-the 17,388,960 values of the embedding, linear weights are not counted. With ``dense`` keys the file holds every row
-and needs no vocabulary; with ``hashed`` keys it holds the stored rows and a key for each. Linear weights are either
-all kept (``sparsity=`` budgets) or kept with their row (byte budgets). Writes ``bench/results/size.md`` and ``.json``.
+Run from the repository's root: ``python bench/size.py``. 39 fields, 1,086,810 rows, 16 columns, a linear weight a row,
+a DeepFM head with a perceptron of 3 x 400. Rows that keep a value keep their linear weight too (byte budgets). Every
+figure is counted on the contents of a file: the vocabulary is built from one string a row. A parameter is one of the
+17,388,960 values of the embedding. Writes ``bench/results/size.md`` and ``.csv``.
 """
 
 from __future__ import annotations
 
-import json
-import time
+import csv
+import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
+from pocketrec.artifact import Contents
 from pocketrec.packed import Packed, PackedRange, Storage
+from pocketrec.program import Op, Program
+from pocketrec.schema import Field, Keys, Schema
+from pocketrec.vocabulary import Vocabulary, hash64
 
 RESULTS = Path(__file__).parent / "results"
+SPARSITIES = (0.5, 0.8, 0.95, 0.99)
 STORAGES: tuple[Storage, ...] = ("fp32", "fp16", "int8")
-VOCABULARY_BYTES = 6
-"""Upper bound per stored string key; ``measure`` shows the exact figure of a real file."""
+KEYS: tuple[Keys, ...] = ("dense", "hashed")
+HIDDEN = 400
+PARAMETERS = ROWS * WIDTH
+BLOCKS = (PackedRange("embedding", 0, ROWS, 0, WIDTH), PackedRange("linear", 0, ROWS, WIDTH, WIDTH + 1))
 
 
-def measure(shape: CriteoShape, keep: NDArray[np.bool_], storage: Storage, keys: str, linear: str) -> dict[str, Any]:
-    """Pack once; bytes per dense parameter by part."""
-    with_linear = np.ones(ROWS, dtype=bool) if linear == "all" else keep.any(axis=1)
-    whole = np.concatenate([keep, with_linear[:, None]], axis=1)
-    rows = None if keys == "dense" else np.flatnonzero(with_linear)
+def schema_of(shape: CriteoShape, keys: Keys) -> Schema:
+    """The fields, all with the same kind of keys."""
+    bounds = zip(shape.sizes, shape.offsets, strict=True)
+    return Schema("ctr", tuple(Field(f"C{i}", int(n), int(first), keys) for i, (n, first) in enumerate(bounds)))
+
+
+def head() -> Program:
+    """DeepFM's head with batch norm folded: three hidden layers, pairs, linear weights."""
+    generator = np.random.default_rng(2)
+    widths = [FIELDS * WIDTH, HIDDEN, HIDDEN, HIDDEN, 1]
+    ops = [
+        Op("columns", ("vectors",), "e", {"start": 0, "stop": WIDTH}),
+        Op("columns", ("vectors",), "w", {"start": WIDTH, "stop": WIDTH + 1}),
+        Op("flatten", ("e",), "x0"),
+    ]
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        weight = generator.normal(size=(outputs, inputs)).astype(np.float32)
+        tensors = {"weight": weight, "bias": np.zeros(outputs, np.float32)}
+        ops.append(Op("linear", (f"x{i}",), f"y{i}", {}, tensors))
+        ops.append(Op("relu" if outputs > 1 else "sum", (f"y{i}",), f"x{i + 1}"))
+    ops += [
+        Op("fm", ("e",), "pairs"),
+        Op("sum", ("w",), "wide", {"bias": 0.0}),
+        Op("add", (f"x{len(widths) - 1}", "pairs", "wide"), "logit"),
+    ]
+    return Program(tuple(ops))
+
+
+def row_hashes(schema: Schema) -> list[NDArray[np.uint64]]:
+    """Hashes of one string a row, per field, the out-of-vocabulary row left out."""
+    return [hash64([f"{f.name}:{i:08x}" for i in range(f.size - 1)]) for f in schema.fields]
+
+
+def measure(
+    shape: CriteoShape, hashes: list[NDArray[np.uint64]], keep: NDArray[np.bool_], storage: Storage, keys: Keys
+) -> dict[str, float | str]:
+    """One file's parts: the table per dense parameter, the vocabulary per stored key, head and header in bytes."""
+    schema = schema_of(shape, keys)
+    stored = keep.any(axis=1)
+    vocabulary, rows = Vocabulary.build(schema, stored, lambda i: hashes[i])
     fill = np.random.default_rng(1).normal(size=(FIELDS, WIDTH + 1)).astype(np.float32)
-    blocks = (PackedRange("embedding", 0, ROWS, 0, WIDTH), PackedRange("linear", 0, ROWS, WIDTH, WIDTH + 1))
-    begin = time.perf_counter()
-    packed = Packed.encode(shape.weight, whole, fill, fill, blocks, shape.fields, rows, storage)
-    seconds = time.perf_counter() - begin
-    embedding, linear_block = packed.blocks
-    sides = packed.size_bytes - embedding.size_bytes - linear_block.size_bytes
-    parameters = ROWS * WIDTH
+    whole = np.concatenate([keep, stored[:, None]], axis=1)
+    packed = Packed.encode(shape.weight, whole, fill, fill, BLOCKS, shape.fields, rows, storage)
+    sizes = Contents("ctr", schema, vocabulary, packed, head(), {"method": "bench"}).sizes()
+    linear = packed.blocks[1].size_bytes
     return {
-        "sparsity": round(1 - keep.mean(), 4), "storage": storage, "keys": keys, "linear_weights": linear,
-        "table": (embedding.size_bytes + sides) / parameters, "linear": linear_block.size_bytes / parameters,
-        "vocabulary": 0.0 if keys == "dense" else VOCABULARY_BYTES * packed.rows / parameters,
-        "rows_with_values": float(keep.any(axis=1).mean()), "seconds": seconds,
+        "removed": round(1 - float(keep.mean()), 4), "storage": storage, "keys": keys, "stored_rows": int(stored.sum()),
+        "table_per_parameter": (sizes["table"] - linear) / PARAMETERS, "linear_per_parameter": linear / PARAMETERS,
+        "vocabulary_per_key": sizes["vocabulary"] / int(stored.sum()) if keys == "hashed" else 0.0, **sizes,
     }  # fmt: skip
+
+
+def report(results: list[dict[str, float | str]]) -> str:
+    """The table for people."""
+    lines = [
+        "# Bytes of a file at Criteo's shape",
+        "",
+        f"{FIELDS} fields, {ROWS:,} rows, {WIDTH} columns and a linear weight, perceptron 3 x {HIDDEN}, masks that "
+        "follow Zipf frequencies. Table: values, masks, presence, directories, scales and fill rows, all that an "
+        "embedding look-up needs; table and linear weights in bytes per dense parameter (fp32 dense: 4), vocabulary in "
+        "bytes per stored key, the rest in bytes.",
+        "",
+        "| values removed | storage | keys | rows stored | table | linear | vocabulary | head | header | file |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['removed']:.0%} | {r['storage']} | {r['keys']} | {r['stored_rows']:,} | {r['table_per_parameter']:.4f} "
+        f"| {r['linear_per_parameter']:.4f} | {r['vocabulary_per_key']:.2f} | {r['head']:,} | {r['header']:,} "
+        f"| {r['file']:,} |"
+        for r in results
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, print, write."""
     shape = CriteoShape()
-    results = [
-        measure(shape, keep, storage, keys, linear)
-        for keep in (shape.keep(sparsity) for sparsity in (0.5, 0.8, 0.95))
-        for storage in STORAGES
-        for keys in ("dense", "hashed")
-        for linear in ("all", "with row")
-    ]
-    lines = [
-        "# Bytes per dense parameter at Criteo's shape",
-        "",
-        f"{FIELDS} fields, {ROWS:,} rows, {WIDTH} columns, Zipf mask. `table` is all that an embedding look-up needs: "
-        "values, masks, presence, directories, scales, fill and absent rows. The vocabulary is the promised bound of "
-        f"{VOCABULARY_BYTES} bytes a key; head and header do not depend on the table's size.",
-        "",
-        "| values removed | storage | keys | linear weights | rows kept | table | linear | vocabulary | pack, s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['sparsity']:.0%} | {r['storage']} | {r['keys']} | {r['linear_weights']} | {r['rows_with_values']:.1%} "
-        f"| {r['table']:.4f} | {r['linear']:.4f} | {r['vocabulary']:.4f} | {r['seconds']:.2f} |"
-        for r in results
-    ]
+    hashes = row_hashes(schema_of(shape, "hashed"))
+    results = []
+    for sparsity in SPARSITIES:
+        keep = shape.keep(sparsity)
+        keep[shape.offsets + shape.sizes - 1] = False
+        results += [measure(shape, hashes, keep, s, k) for s in STORAGES for k in KEYS]
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "size.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "size.json").write_text(json.dumps(results, indent=1) + "\n")
-    print("\n".join(lines))
+    (RESULTS / "size.md").write_text(report(results))
+    with (RESULTS / "size.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(results[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(results)
+    print(report(results))
 
 
 if __name__ == "__main__":
