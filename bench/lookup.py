@@ -1,37 +1,45 @@
 """Packed look-up against compressed sparse rows with int64 indices, at Criteo's shape.
 
-Run from the repository's root: ``OMP_NUM_THREADS=1 python bench/lookup.py``. One thread, all variants in turn in one
-process, every round on the same fresh batches; processor time, so that other processes count less; readers are checked
-to give the same vectors. The base of the ratios is ``csr numba`` where numba is installed, as published code does it (a
-scalar loop over rows that writes kept entries into an output filled with the codebook), else ``csr c++``, the same loop
-compiled with ``-O3``. Writes ``bench/results/lookup.md`` and ``.json``.
+Run from the repository's root: ``OMP_NUM_THREADS=1 python bench/lookup.py`` with the extra ``compare`` (numba).
+One thread, one process; every reader has arrays of its own. In each round every reader has a turn, the first one
+rotating: some batches untimed, then fresh batches of Zipf(1.1) ids, each timed by the thread's processor time and by
+the wall. Readers are checked to give the same vectors. The base of the ratios is ``csr numba``, as published code does
+it (a scalar loop over rows that writes kept entries into an output filled with the codebook); without numba it is
+``csr c++``, the same loop compiled with ``-O3``, and the results say so. Writes ``bench/results/lookup.md`` and
+``.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import ctypes
 import importlib
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from pocketrec import kernel
-from pocketrec.packed import Packed, PackedRange
+from pocketrec.packed import Packed, PackedRange, Storage
 
 RESULTS = Path(__file__).parent / "results"
-BATCHES = {1: 200, 64: 60, 2048: 9}
+TURNS = {1: (10, 20), 64: (10, 15), 2048: (1, 2)}
+"""Untimed and timed batches in a turn, by batch size."""
+
+POOL = {1: 600, 64: 400, 2048: 40}
+"""Batches drawn beforehand, by batch size; a turn takes its own at random."""
+
 CSR_SOURCE = """
 #include <cstdint>
 extern "C" void csr(const float *values, const int64_t *indptr, const int64_t *indices, const int64_t *rows,
@@ -41,6 +49,8 @@ extern "C" void csr(const float *values, const int64_t *indptr, const int64_t *i
 }
 """
 LEVELS: tuple[kernel.Level, ...] = ("portable", "avx2", "avx512")
+STORAGES: tuple[Storage, ...] = ("fp32", "fp16", "int8")
+TOLERANCE = {"fp32": 0.0, "fp16": 0.004, "int8": 0.05}
 Reader = Callable[[NDArray[np.int64], NDArray[np.float32]], Any]
 
 
@@ -52,7 +62,6 @@ class Csr:
         self.indices = np.nonzero(keep)[1].astype(np.int64)
         self.values = weight[keep]
         self.fill = fill
-        self.matrix = csr_matrix((self.values, self.indices, self.indptr), shape=keep.shape)
 
     def numba(self) -> Reader:
         """The published loop."""
@@ -93,118 +102,152 @@ class Csr:
 
         return read
 
-    def scipy(self) -> Reader:
-        """Row indexing by scipy, kept entries over the codebook."""
 
-        def read(rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-            found = self.matrix[rows.reshape(-1)]
-            out[...] = self.fill
-            out.reshape(-1, WIDTH)[np.repeat(np.arange(rows.size), np.diff(found.indptr)), found.indices] = found.data
+def packed_reader(
+    weight: NDArray[np.float32],
+    keep: NDArray[np.bool_],
+    fill: NDArray[np.float32],
+    fields: NDArray[np.int32],
+    storage: Storage,
+    most: kernel.Level | None,
+) -> Reader:
+    """Ours with arrays of its own: the compiled kernel at one instruction set, or numpy."""
+    block = PackedRange("embedding", 0, ROWS, 0, WIDTH)
+    packed = Packed.encode(weight, keep, fill, fill, (block,), fields, storage=storage)
+    columns = np.arange(FIELDS, dtype=np.int32)
+    if most is None:
+        return lambda rows, out: np.copyto(out, packed.lookup_numpy(rows, columns))
+    return lambda rows, out: packed.lookup(rows, columns, out=out)
 
-        return read
 
-
-def packed_readers(shape: CriteoShape, keep: NDArray[np.bool_], fill: NDArray[np.float32]) -> dict[str, Reader]:
-    """Ours: the compiled kernel at every instruction set and storage, and numpy."""
-    fields = np.arange(FIELDS, dtype=np.int32)
-    block = (PackedRange("embedding", 0, ROWS, 0, WIDTH),)
-    readers: dict[str, Reader] = {}
-
-    def at_level(packed: Packed, most: kernel.Level) -> Reader:
-        def read(rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-            kernel.limit(most)
-            packed.lookup(rows, fields, out=out)
-
-        return read
-
-    for storage in ("fp32", "fp16", "int8"):
-        packed = Packed.encode(shape.weight[:, :WIDTH], keep, fill, fill, block, shape.fields, storage=storage)
-        for most in LEVELS if storage == "fp32" else LEVELS[-1:]:
-            readers[f"packed {storage}, {most}"] = at_level(packed, most)
-        if storage == "fp32":
-            readers["packed fp32, numpy"] = lambda rows, out, p=packed: np.copyto(out, p.lookup_numpy(rows, fields))
+def all_readers(shape: CriteoShape, keep: NDArray[np.bool_], folder: Path) -> dict[str, tuple[Reader, kernel.Level]]:
+    """Every reader, and the instruction set to limit our kernel to; the base of the ratios first."""
+    weight = np.ascontiguousarray(shape.weight[:, :WIDTH])
+    fill = np.random.default_rng(1).normal(size=(FIELDS, WIDTH)).astype(np.float32)
+    top = LEVELS[-1]
+    readers: dict[str, tuple[Reader, kernel.Level]] = {}
+    if find_spec("numba"):
+        readers["csr numba"] = Csr(weight, keep, fill).numba(), top
+    readers["csr c++"] = Csr(weight, keep, fill).compiled(folder), top
+    readers["dense numpy"] = partial(dense_numpy, weight.copy()), top
+    readers["dense torch"] = partial(dense_torch, torch.nn.Embedding.from_pretrained(torch.tensor(weight))), top
+    pack = partial(packed_reader, weight, keep, fill, shape.fields)
+    for storage in STORAGES:
+        readers[f"packed {storage}, {top}"] = pack(storage, top), top
+    for most in LEVELS[:-1]:
+        readers[f"packed fp32, {most}"] = pack("fp32", most), most
+    readers["packed fp32, numpy"] = pack("fp32", None), top
     return readers
 
 
-def dense_reader(weight: NDArray[np.float32]) -> Reader:
+def dense_numpy(weight: NDArray[np.float32], rows: NDArray[np.int64], out: NDArray[np.float32]) -> None:
     """The uncompressed table, gathered by numpy."""
-    return lambda rows, out: np.take(weight, rows, axis=0, out=out, mode="clip")
+    np.take(weight, rows, axis=0, out=out, mode="clip")
 
 
-def time_all(readers: dict[str, Reader], shape: CriteoShape, size: int, rounds: int) -> dict[str, NDArray[np.float64]]:
-    """Microseconds of one call, ``(rounds,)`` per reader: the median of five batches in each round, readers in turn."""
+@torch.inference_mode()
+def dense_torch(embedding: torch.nn.Embedding, rows: NDArray[np.int64], _: NDArray[np.float32]) -> torch.Tensor:
+    """The uncompressed table, read by torch."""
+    return embedding(torch.from_numpy(rows))
+
+
+def time_all(
+    readers: dict[str, tuple[Reader, kernel.Level]], shape: CriteoShape, size: int, rounds: int
+) -> dict[str, NDArray[np.float64]]:
+    """Microseconds of one call, ``(rounds * timed, 2)`` per reader: processor time and wall time."""
+    pool = [shape.batch(size, step) for step in range(POOL[size])]
+    generator = np.random.default_rng(size)
     out = np.empty((size, FIELDS, WIDTH), np.float32)
-    times: dict[str, list[float]] = {name: [] for name in readers}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
+    untimed, timed = TURNS[size]
     for step in range(rounds):
-        rows = [shape.batch(size, 5 * step + i) for i in range(5)]
-        for name, read in readers.items():
+        order = list(readers)[step % len(readers) :] + list(readers)[: step % len(readers)]
+        for name in order:
+            read, most = readers[name]
+            kernel.limit(most)
             calls = []
-            for batch in rows:
-                begin = time.thread_time()
-                read(batch, out)
-                calls.append(time.thread_time() - begin)
-            times[name].append(float(np.median(calls)) * 1e6)
+            for i in generator.choice(len(pool), untimed + timed, replace=False):
+                wall, processor = time.perf_counter(), time.thread_time()
+                read(pool[i], out)
+                calls.append(((time.thread_time() - processor) * 1e6, (time.perf_counter() - wall) * 1e6))
+            times[name] += calls[untimed:]
     return {name: np.array(t) for name, t in times.items()}
 
 
-def check(readers: dict[str, Reader], shape: CriteoShape) -> None:
-    """Every fp32 reader gives the same vectors."""
+def check(readers: dict[str, tuple[Reader, kernel.Level]], shape: CriteoShape) -> None:
+    """Every reader of the pruned table gives the same vectors, up to its storage."""
     rows = shape.batch(512, 10_000)
-    results = {}
-    for name, read in readers.items():
-        results[name] = np.empty((512, FIELDS, WIDTH), np.float32)
-        read(rows, results[name])
-    base = results["csr c++"]
-    for name, found in results.items():
-        tolerance = 0.05 if "int8" in name else 0.002 if "fp16" in name else 0.0
-        if name != "dense numpy" and np.abs(found - base).max() > tolerance:
+    base, found = (np.empty((512, FIELDS, WIDTH), np.float32) for _ in range(2))
+    readers["csr c++"][0](rows, base)
+    for name, (read, most) in readers.items():
+        if name.startswith("dense"):
+            continue
+        kernel.limit(most)
+        read(rows, found)
+        tolerance = next((t for storage, t in TOLERANCE.items() if storage in name), 0.0)
+        if np.abs(found - base).max() > tolerance:
             sys.exit(f"{name} gives other vectors than csr c++")
+
+
+def measure(shape: CriteoShape, sparsity: float, rounds: int) -> list[dict[str, Any]]:
+    """One record for each reader and batch size."""
+    results = []
+    keep = shape.keep(sparsity)
+    with tempfile.TemporaryDirectory() as folder:
+        readers = all_readers(shape, keep, Path(folder))
+        check(readers, shape)
+        base = next(iter(readers))
+        for size in TURNS:
+            times = time_all(readers, shape, size, rounds)
+            for name, t in times.items():
+                low, median, high = np.percentile(t[:, 0], [10, 50, 90])
+                ratios = np.median(times[base], axis=0) / np.median(t, axis=0)
+                results.append({
+                    "sparsity": sparsity, "rows_with_values": round(float(keep.any(axis=1).mean()), 4), "base": base,
+                    "batch": size, "reader": name, "median_us": round(median, 1), "p10_us": round(low, 1),
+                    "p90_us": round(high, 1), "wall_median_us": round(float(np.median(t[:, 1])), 1),
+                    "ratio": round(ratios[0], 2), "ratio_wall": round(ratios[1], 2),
+                })  # fmt: skip
+    return results
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """The tables for people."""
+    base = results[0]["base"]
+    missing = "" if base == "csr numba" else " **numba is not installed: the base is the loop in C++.**"
+    lines = ["# Packed look-up, microseconds per call", "",
+             f"{FIELDS} fields, {ROWS:,} rows, {WIDTH} columns, one thread, fresh batches, readers in rotation. Times "
+             f"are processor time of the thread; the ratios' base is `{base}`.{missing}"]  # fmt: skip
+    for sparsity in dict.fromkeys(r["sparsity"] for r in results):
+        part = [r for r in results if r["sparsity"] == sparsity]
+        stored = part[0]["rows_with_values"]
+        lines += ["", f"## {sparsity:.0%} of values removed, {stored:.0%} of rows keep something", "",
+                  "| reader | batch | median | 10-90 % | wall median | ratio | ratio of wall |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"| {r['reader']} | {r['batch']} | {r['median_us']} | {r['p10_us']}-{r['p90_us']} | {r['wall_median_us']} "
+            f"| {r['ratio']:.2f} | {r['ratio_wall']:.2f} |"
+            for r in part
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.95])
-    parser.add_argument("--rounds", type=int, default=1, help="multiplies the number of rounds")
+    parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     shape = CriteoShape()
-    fill = np.random.default_rng(1).normal(size=(FIELDS, WIDTH)).astype(np.float32)
-    lines = ["# Packed look-up, microseconds per call", ""]
-    results: list[dict[str, Any]] = []
-    for sparsity in arguments.sparsity:
-        keep = shape.keep(sparsity)
-        csr = Csr(shape.weight[:, :WIDTH], keep, fill)
-        with tempfile.TemporaryDirectory() as folder:
-            readers = {"csr numba": csr.numba()} if find_spec("numba") else {}
-            readers |= {"csr c++": csr.compiled(Path(folder)), "csr scipy": csr.scipy()}
-            readers |= {"dense numpy": dense_reader(shape.weight[:, :WIDTH].copy())}
-            readers |= packed_readers(shape, keep, fill)
-            check(readers, shape)
-            base = next(iter(readers))
-            lines += [
-                f"## {sparsity:.0%} of values removed, {keep.any(axis=1).mean():.0%} of rows keep something", "",
-                f"{FIELDS} fields, {ROWS:,} rows, {WIDTH} columns, one thread; the ratio's base is `{base}`.", "",
-                "| reader | batch | min | median | 10-90 % | ratio of medians | of minima |",
-                "|---|---|---|---|---|---|---|",
-            ]  # fmt: skip
-            for size, rounds in BATCHES.items():
-                times = time_all(readers, shape, size, rounds * arguments.rounds)
-                for name, t in times.items():
-                    low, high = np.percentile(t, [10, 90])
-                    ratio, ratio_min = np.median(times[base]) / np.median(t), times[base].min() / t.min()
-                    lines.append(
-                        f"| {name} | {size} | {t.min():.1f} | {np.median(t):.1f} | {low:.1f}-{high:.1f} "
-                        f"| {ratio:.2f} | {ratio_min:.2f} |"
-                    )
-                    results.append({
-                        "sparsity": sparsity, "reader": name, "batch": size, "base": base, "min_us": t.min(),
-                        "median_us": float(np.median(t)), "ratio_median": float(ratio), "ratio_min": float(ratio_min),
-                    })  # fmt: skip
-            lines.append("")
+    results = [r for s in arguments.sparsity for r in measure(shape, s, arguments.rounds)]
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "lookup.md").write_text("\n".join(lines))
-    (RESULTS / "lookup.json").write_text(json.dumps(results, indent=1) + "\n")
-    print("\n".join(lines))
+    (RESULTS / "lookup.md").write_text(report(results))
+    with (RESULTS / "lookup.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(results[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(results)
+    print(report(results))
 
 
 if __name__ == "__main__":
