@@ -175,7 +175,7 @@ def test_permutation_telescopes_per_sample_and_in_total() -> None:
     assert abs(phi.sum().item() - drop.sum().item()) < 1e-5 * abs(drop.sum().item()) + 1e-5
 
 
-@pytest.mark.parametrize("estimator", [Owen(pairs=2), Permutation()])
+@pytest.mark.parametrize("estimator", [Owen(pairs=2), Owen(anchored=True), Permutation()])
 def test_null_players_get_nothing(estimator: Owen | Permutation) -> None:
     x, c = vectors(17, 8, 4, 4), vectors(18, 4, 4)
     x[:, 1, 2] = c[1, 2]
@@ -187,7 +187,7 @@ def test_null_players_get_nothing(estimator: Owen | Permutation) -> None:
     assert phi[:, 0].abs().min() > 0
 
 
-@pytest.mark.parametrize("estimator", [Owen(), Permutation(antithetic=False)])
+@pytest.mark.parametrize("estimator", [Owen(), Owen(anchored=True), Permutation(antithetic=False)])
 def test_linear_head_is_exact_in_one_draw(estimator: Owen | Permutation) -> None:
     weight = vectors(20, 1, 12)
     program = Program(
@@ -240,6 +240,29 @@ def test_ranking_game_walks_telescope() -> None:
     torch.testing.assert_close(phi.sum(dim=(1, 2)), drop, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("game_type", [ClickGame, RankingGame])
+def test_pair_is_the_sum_of_two_gradients(game_type: type[ClickGame] | type[RankingGame]) -> None:
+    program, shape = (DOT, (3, 4)) if game_type is RankingGame else (deepfm(4, 3, (8, 5), 34), (4, 4))
+    centre, offset, labels = vectors(35, 9, *shape), vectors(36, 9, *shape), (vectors(37, 9) > 0).float()
+    game = game_type(Head.of(program))
+    expected = game.gradient(centre + offset, labels) + game.gradient(centre - offset, labels)
+    torch.testing.assert_close(game.pair(centre, offset, labels), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_owen_is_nearer_to_the_truth_with_more_pairs(anchored: bool) -> None:
+    x, c = vectors(38, 24, 3, 4), vectors(39, 3, 4)
+    labels = (vectors(40, 24) > 0).float()
+    game = ClickGame(Head.of(deepfm(3, 3, (6,), 41)))
+    truth = exact(game, x, c, labels)
+    errors = [
+        (Owen(pairs, anchored).estimate(game, x, c, labels, Stream(7, "m"), 0) - truth).square().mean()
+        for pairs in (1, 16, 256)
+    ]
+    assert errors[0] > 2 * errors[1]
+    assert errors[2] < 0.1 * truth.square().mean()
+
+
 @given(st.integers(0, 2**32), st.integers(0, 10**9), st.integers(1, 40), st.integers(1, 50))
 def test_stream_does_not_depend_on_the_partition(seed: int, position: int, samples: int, count: int) -> None:
     stream = Stream(seed, "p")
@@ -281,7 +304,9 @@ def test_owen_reports_its_gap() -> None:
     game, weight, fill, rows = click_problem()
     scores = attribute(game, weight, fill, rows, Owen(pairs=8), batch_size=1000)
     assert scores.gap == pytest.approx((scores.explained - scores.drop) / abs(scores.drop))
-    assert 0 < abs(scores.gap) < 0.5
+    assert abs(scores.gap) > 0
+    anchored = attribute(game, weight, fill, rows, Owen(pairs=8, anchored=True), batch_size=1000)
+    assert anchored.explained == pytest.approx(anchored.drop, abs=1e-5)
 
 
 class Memory:

@@ -42,6 +42,11 @@ class Node:
         """From the output's gradient, one gradient per input."""
         raise UnsupportedOp(f"Head op {self.op.kind!r} has no gradient; add it to pocketrec.gradient.")
 
+    def pull_sum(self, slope: Tensor, parts: int) -> Tensor:
+        """``pull`` to the only input, summed over ``parts`` equal parts of the batch."""
+        gradient = self.pull(slope)[0]
+        return gradient.unflatten(0, (parts, -1)).sum(dim=0) if parts > 1 else gradient
+
 
 class _Flatten(Node):
     """``(B, F, d) -> (B, F d)``."""
@@ -90,7 +95,11 @@ class FirstLinear(_Linear):
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
         """``(B, o) -> (B, F, D)``."""
-        return (super().pull(slope)[0].view(self.inputs[0].shape),)
+        return (super().pull(slope)[0].unflatten(1, self.inputs[0].shape[1:]),)
+
+    def pull_sum(self, slope: Tensor, parts: int) -> Tensor:
+        """One product for all parts: they share the weight."""
+        return self.pull(slope.unflatten(0, (parts, -1)).sum(dim=0) if parts > 1 else slope)[0]
 
 
 class _Relu(Node):
@@ -205,27 +214,32 @@ class Head:
             values[step.output] = step.node.run(*step.read(vectors, values))
         return values[self.output]
 
-    def pull(self, slope: Tensor) -> Tensor:
-        """Vector-Jacobian product at the last ``logits`` call: ``slope (B,) -> (B, F, D)``."""
+    def pull(self, slope: Tensor, parts: int = 1) -> Tensor:
+        """Vector-Jacobian product at the last ``logits`` call: ``slope (B,) -> (B, F, D)``.
+
+        With ``parts``, that of as many equal parts of the batch summed: ``(B / parts, F, D)``.
+        """
         gradients = {self.output: slope}
-        parts: list[tuple[slice, Tensor]] = []
+        found: list[tuple[slice, Tensor]] = []
         for step in reversed(self.steps):
             if step.output not in gradients:
                 continue
-            for source, gradient in zip(step.inputs, step.node.pull(gradients.pop(step.output)), strict=True):
-                if isinstance(source, slice):
-                    parts.append((source, gradient))
-                else:
-                    gradients[source] = gradients[source] + gradient if source in gradients else gradient
-        return self._total(parts)
+            gradient = gradients.pop(step.output)
+            if isinstance(step.inputs[0], slice):
+                found.append((step.inputs[0], step.node.pull_sum(gradient, parts)))
+                continue
+            for source, pulled in zip(step.inputs, step.node.pull(gradient), strict=True):
+                gradients[str(source)] = gradients[str(source)] + pulled if source in gradients else pulled
+        return _total(found, torch.Size((len(slope) // parts, *self._shape[1:])))
 
-    def _total(self, parts: list[tuple[slice, Tensor]]) -> Tensor:
-        """The sum of gradients of columns."""
-        whole = next((i for i, (_, gradient) in enumerate(parts) if gradient.shape == self._shape), None)
-        total = torch.zeros(self._shape) if whole is None else _owned(parts.pop(whole)[1])
-        for columns, gradient in parts:
-            total[..., columns] += gradient
-        return total
+
+def _total(found: list[tuple[slice, Tensor]], shape: torch.Size) -> Tensor:
+    """The sum of gradients of columns."""
+    whole = next((i for i, (_, gradient) in enumerate(found) if gradient.shape == shape), None)
+    total = torch.zeros(shape) if whole is None else _owned(found.pop(whole)[1])
+    for columns, gradient in found:
+        total[..., columns] += gradient
+    return total
 
 
 def _owned(gradient: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pocketrec.scoring import (
     ClickSamples,
     RankingSamples,
     Score,
+    attribute_lists,
     attribute_propagated,
     ranking_keys,
     training_rows,
@@ -47,10 +48,16 @@ class Shaver(Method):
         exponent: The score is divided by the row's training count to this power.
         estimator: ``owen`` (a few gradients per sample) or ``permutation`` (unbiased, much slower).
         draws: Antithetic pairs per sample, at least 1.
+        anchored: Owen gradients with their noiseless part: more accurate, at four more gradients a sample.
         samples: Training rows to score in a pass, at most; by default all.
         passes: Most passes over them; fewer once the stop rule holds.
         tolerance: Stop after a pass once the largest standard error is below this share of the range of values.
-        masks: Antithetic pairs of table masks, for ranking models that propagate their table.
+        top: For ranking models, the game: the scores of each user's ``top`` items by the dense model, exact and without
+            sampling; 0 plays for the BPR loss of training pairs.
+        balance: Of that game, where the table is propagated: an item counts by its frequency in the lists to this
+            power less.
+        baked_exponent: As ``exponent``, for that game on baked vectors.
+        masks: Antithetic pairs of table masks, for the BPR loss of ranking models that propagate their table.
         batch_size: Samples at once.
         precision: Of the matrix products while scoring, ``fp32`` or ``bf16``.
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
@@ -72,9 +79,13 @@ class Shaver(Method):
     exponent: float = 0.0
     estimator: Literal["owen", "permutation"] = "owen"
     draws: int = 1
+    anchored: bool = False
     samples: int | None = None
     passes: int = 1
     tolerance: float = 0.01
+    top: int = 10
+    balance: float = 0.5
+    baked_exponent: float = 0.3
     masks: int = 32
     batch_size: int = 1024
     precision: Precision = "fp32"
@@ -85,6 +96,11 @@ class Shaver(Method):
         for name in ("draws", "passes", "masks", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, but got {name}={getattr(self, name)}.")
+        if self.top < 0 or not (self.balance >= 0 and np.isfinite(self.baked_exponent)):
+            raise ConfigError(
+                "`top` and `balance` must be at least 0 and `baked_exponent` finite, but got "
+                f"{self.top}, {self.balance} and {self.baked_exponent}."
+            )
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"`samples` must be at least 1, or None for all, but got samples={self.samples}.")
         if not (np.isfinite(self.exponent) and self.tolerance >= 0):
@@ -97,26 +113,42 @@ class Shaver(Method):
         weight = model.table.weight().detach().numpy()
         fill = fill_rows(self.fill, weight, data.schema, data.counts)
         scores = self.scores(model, data, run)
-        keys = ranking_keys(scores, data.counts, self.score, self.exponent)
+        keys = ranking_keys(scores, data.counts, self.score, self._exponent(model))
         ladder = PruningLadder(model.table, keys, fill, data.counts, self.scope)
         return ladder if self.tune == "none" else TunedLadder(ladder, model, data, run, self.tune == "codebook")
 
     def scores(self, model: Model, data: Dataset, run: Run) -> Scores:
         """Shapley values of every entry: computed at most once per run, model, data set and scoring settings."""
-        key = {"model": fingerprint(model), "data": data.digest, **self._scoring()}
+        key = {"model": fingerprint(model), "data": data.digest, **self._scoring(model)}
         stored = run.once("shapley", key, lambda checkpoint: self._attribute(model, data, run, checkpoint))
         scores = Scores.from_arrays(stored)
         run.log(stage="shapley", samples=scores.samples, efficiency_gap=scores.gap)
         return scores
 
-    def _scoring(self) -> dict[str, Any]:
+    def _scoring(self, model: Model) -> dict[str, Any]:
         """The settings that the score tables depend on; ranking and tuning come later."""
-        return {k: v for k, v in asdict(self).items() if k not in ("score", "exponent", "scope", "tune")}
+        if self._plays_lists(model):
+            return {"fill": self.fill, "top": self.top, "balance": self._balance(model)}
+        later = ("score", "exponent", "scope", "tune", "top", "balance", "baked_exponent")
+        return {k: v for k, v in asdict(self).items() if k not in later}
+
+    def _plays_lists(self, model: Model) -> TypeGuard[RankingModel]:
+        return self.top > 0 and isinstance(model, RankingModel)
+
+    def _exponent(self, model: Model) -> float:
+        if not self._plays_lists(model):
+            return self.exponent
+        return self.baked_exponent if isinstance(model, BakedModel) else 0.0
+
+    def _balance(self, model: RankingModel) -> float:
+        return 0.0 if isinstance(model, BakedModel) else self.balance
 
     def _attribute(self, model: Model, data: Dataset, run: Run, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
         split = training_rows(data.train)
         weight = model.table.weight().detach()
         fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
+        if self._plays_lists(model):
+            return attribute_lists(model, fill, split, top=self.top, balance=self._balance(model)).arrays()
         if isinstance(model, RankingModel) and not isinstance(model, BakedModel):
             pairs = RankingSamples(split, self.samples, run.seed)
             return attribute_propagated(
@@ -124,7 +156,7 @@ class Shaver(Method):
             ).arrays()
         clicks = isinstance(model, ClickModel)
         head = Head.of(model.lower(), self.precision)
-        estimator = Owen(self.draws) if self.estimator == "owen" else Permutation(self.draws)
+        estimator = Owen(self.draws, self.anchored) if self.estimator == "owen" else Permutation(self.draws)
         samples = ClickSamples if clicks else RankingSamples
         return attribute(
             ClickGame(head) if clicks else RankingGame(head),
