@@ -364,7 +364,7 @@ def _write_document(folder: Path, schema: Schema, tally: Tally, notes: list[str]
         "notes": notes,
         "recipe": recipe,
     }
-    atomic_write(folder / DOCUMENT, canonical_json(document))
+    atomic_write(folder / DOCUMENT, canonical_json({**document, "seal": digest(document)}))
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -378,7 +378,7 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise DataError(f"{file}: expected the document of a data set, but it is damaged ({error}).") from error
     if content["format"] != FORMAT:
         raise DataError(f"{file}: expected format {FORMAT}, but got {content['format']!r}; use a newer version.")
-    if document.get("digest") != digest(content):
+    if document.get("digest") != digest(content) or document.pop("seal", None) != digest(document):
         raise DataError(f"{file}: its digest does not match its content; encode the raw log again.")
     return document
 
