@@ -31,9 +31,9 @@ ML_1M_TRAINING = Training(epochs=15, batch_size=2048, learning_rate=1e-3, weight
 CRITEO_80K = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.5)
 CRITEO_80K_TRAINING = Training(epochs=8, batch_size=512, learning_rate=1e-3, weight_decay=3e-4, patience=2)
 
-LIGHTGCN = LightGCN(layers=3, regularisation=5e-4, contrast=0.4, temperature=0.2)
-LIGHTGCN_TRAINING = Training(epochs=6, learning_rate=1.2e-2, weight_decay=0.0, precision="bf16", patience=6)
-LIGHTGCN_COOLING = replace(LIGHTGCN_TRAINING, epochs=2, learning_rate=3e-3)
+LIGHTGCN = LightGCN(layers=4, regularisation=5e-3, contrast=0.8, temperature=0.2)
+LIGHTGCN_TRAINING = Training(epochs=11, learning_rate=1.2e-2, weight_decay=0.0, precision="bf16", patience=11)
+LIGHTGCN_COOLING = replace(LIGHTGCN_TRAINING, epochs=8, learning_rate=4e-3)
 
 
 def raw(*parts: str) -> Path:
@@ -75,6 +75,6 @@ def ranking_data(name: str) -> Dataset:
 
 def lightgcn(name: str, seed: int) -> tuple[Model, Run]:
     """LightGCN on ``gowalla`` or ``yelp2018``: trained, then cooled at a lower rate; and its run, open."""
-    run = Run(CACHE / "runs" / f"lightgcn-{name}-{seed}", seed=seed, threads=1)
+    run = Run(CACHE / "runs" / f"lightgcn-{name}-seed-{seed}", seed=seed, threads=1)
     data = ranking_data(name)
     return run.fit("cool", train(LIGHTGCN, data, run, LIGHTGCN_TRAINING), data, LIGHTGCN_COOLING), run
