@@ -25,6 +25,7 @@ from pocketrec.scoring import (
     ClickSamples,
     RankingSamples,
     _table_gradient,  # pyright: ignore[reportPrivateUsage]
+    attribute_lists,
     attribute_propagated,
     training_rows,
 )
@@ -284,6 +285,37 @@ def test_baked_vectors_are_the_propagated_ones(visits: Dataset, ranking_model: M
 def test_click_models_cannot_be_baked(clicks: Dataset, click_model: Model) -> None:
     with pytest.raises(UnsupportedOp, match="bake"):
         compress(click_model, clicks, MagPrune(), "sparsity=0.5", bake=True)
+
+
+@pytest.mark.parametrize("bake", [False, True])
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_list_game_is_worth_the_mean_of_first_and_last_marginals(
+    visits: Dataset, ranking_model: Model, bake: bool, balance: float
+) -> None:
+    model = BakedModel.of(ranking_model) if bake else ranking_model
+    users, items = visits.schema.fields
+    weight = model.table.weight().detach().double()
+    fill = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, (2, weight.shape[1])))
+    placeholder = fill[torch.from_numpy(visits.schema.field_of_row.astype(np.int64))]
+    vectors = model.propagate(weight.float())
+    dense = vectors[: users.size] @ vectors[users.size :].T
+    for user, item in visits.train.ids:
+        dense[user, item - items.offset] = -torch.inf
+    lists = dense.topk(3, dim=1).indices
+    share = torch.bincount(lists.flatten(), minlength=items.size)[lists].double() ** -balance / lists.numel()
+
+    def value(table: torch.Tensor) -> float:
+        final = model.propagate(table.float()).double()
+        return float(((final[: users.size, None] * final[users.size :][lists]).sum(dim=2) * share).sum())
+
+    scores = attribute_lists(model, fill.float(), visits.train, top=3, balance=balance)
+    assert scores.gap == pytest.approx(0, abs=1e-4)
+    scale = float(np.abs(scores.mean).max())
+    for row, column in ((0, 0), (1, 3), (users.size, 1), (users.size + 4, 7)):
+        first, last = placeholder.clone(), weight.clone()
+        first[row, column], last[row, column] = weight[row, column], placeholder[row, column]
+        marginals = value(first) - value(placeholder), value(weight) - value(last)
+        assert scores.mean[row, column] == pytest.approx(np.mean(marginals), rel=1e-3, abs=1e-3 * scale)
 
 
 def test_ego_gradient_equals_autograd_and_scores_nearly_add_up(visits: Dataset, ranking_model: Model) -> None:

@@ -2,7 +2,8 @@
 
 Click models and baked ranking models look up a few rows per sample: one game per sample
 (:func:`~pocketrec.attribution.attribute`). A ranking model that propagates its table reads all of it for every sample:
-one game per batch, whose players are all entries of the table (:func:`attribute_propagated`).
+one game per batch, whose players are all entries of the table (:func:`attribute_propagated`). What a ranking model
+would recommend is a single game over the whole table, solved in closed form (:func:`attribute_lists`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pocketrec import kernel
 from pocketrec.attribution import Batch, Checkpoint, Scores, Stream, Tally
 from pocketrec.backbone import RankingModel
 from pocketrec.dataset import Split
-from pocketrec.errors import DataError
+from pocketrec.errors import DataError, UnsupportedOp
+from pocketrec.metrics import to_csr
 from pocketrec.randomness import generator
 from pocketrec.sampling import triples
 
@@ -180,6 +183,59 @@ def _table_gradient(model: RankingModel, weight: Tensor, rows: Tensor) -> Tensor
     slope.index_add_(0, rows[:, 1], user)
     slope.index_add_(0, rows[:, 2], user, alpha=-1)
     return torch.autograd.grad(final, weight, slope)[0]
+
+
+def attribute_lists(model: RankingModel, fill: Tensor, split: Split, *, top: int, balance: float = 0.0) -> Scores:
+    """Shapley values of one game: the scores that a table gives to what the dense table would recommend.
+
+    ``v(S) = mean over users u and their top items i of s_ui(S) / n_i^balance``, with ``n_i`` the number of lists that
+    hold item ``i``; training items are left out. Inner products of linearly propagated rows are quadratic in the
+    table, and for a quadratic game the gradient at the centre is exact::
+
+        phi = (W - C) * grad v((W + C) / 2)
+
+    so that one propagation and its gradient score every entry, without sampling.
+
+    Args:
+        model: Scores by inner products.
+        fill: Placeholder per field, ``(2, D)``.
+        split: Training pairs.
+        top: Length of a list, at least 1.
+        balance: What a popular item counts less in each list, at least 0.
+
+    Raises:
+        UnsupportedOp: The head is not an inner product.
+    """
+    if [op.kind for op in model.lower().ops] != ["dot"]:
+        raise UnsupportedOp("Lists are scored by inner products, but this head is another; set `top=0`.")
+    users = model.schema.fields[0].size
+    weight = model.table.weight().detach()
+    placeholder = fill[torch.from_numpy(model.schema.field_of_row.astype(np.int64))]
+    lists, shares = _lists(model.propagate(weight), split, top, balance)
+
+    def value(table: Tensor) -> Tensor:
+        final = model.propagate(table)
+        wanted = functional.embedding_bag(lists, final[users:], mode="sum", per_sample_weights=shares)
+        return (final[:users] * wanted).sum()
+
+    centre = ((weight + placeholder) / 2).requires_grad_()
+    values = (weight - placeholder).mul_(torch.autograd.grad(value(centre), centre)[0])
+    with torch.no_grad():
+        drop = value(weight) - value(placeholder)
+    return Scores(values.numpy(), values.square().numpy(), lists.numel(), values.sum().item(), drop.item())
+
+
+def _lists(final: Tensor, split: Split, top: int, balance: float) -> tuple[Tensor, Tensor]:
+    """Local ids of each user's best unseen items ``(U, top)``, and what each counts; ranks without an item count 0."""
+    users, items = split.dataset.schema.fields
+    vectors, pairs = final.numpy(), np.asarray(split.ids)
+    seen = to_csr(pairs[:, 0], pairs[:, 1] - items.offset, users.size)
+    threads = torch.get_num_threads()
+    found, _ = kernel.topk(vectors[: users.size], vectors[users.size :], *seen, top, threads=threads)
+    there, lists = found >= 0, np.maximum(found, 0).astype(np.int64)
+    frequency = np.maximum(np.bincount(lists[there], minlength=items.size), 1).astype(np.float32)
+    shares = np.where(there, frequency[lists] ** np.float32(-balance), np.float32(0)) / np.float32(lists.size)
+    return torch.from_numpy(lists), torch.from_numpy(shares)
 
 
 def ranking_keys(scores: Scores, counts: NDArray[np.int64], score: Score, exponent: float) -> NDArray[np.float32]:
