@@ -191,13 +191,14 @@ class Owen:
         centre = (vectors + placeholder).mul_(0.5)
         half = vectors - centre
         signs = stream.signs(position, len(vectors), self.pairs * placeholder.numel())
-        total = torch.zeros_like(vectors)
-        for sign in signs.view(len(vectors), self.pairs, *placeholder.shape).unbind(1):
+        first, *others = signs.view(len(vectors), self.pairs, *placeholder.shape).unbind(1)
+        total = game.pair(centre, half.copysign(first), labels)
+        for sign in others:
             total += game.pair(centre, half.copysign(sign), labels)
-        total.div_(self.pairs)
         if not self.anchored:
-            return total.mul_(half)
-        values = total.lerp_(_diagonal(game, centre, half, labels), DIAGONAL).mul_(half)
+            return total.mul_(half.div_(self.pairs))
+        total.div_(self.pairs).lerp_(_diagonal(game, centre, half, labels), DIAGONAL)
+        values = total.mul_(half)
         drop = game.value(vectors, labels) - game.value(placeholder.expand_as(vectors), labels)
         return _adding_up(values, drop)
 

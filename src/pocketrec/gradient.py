@@ -124,6 +124,14 @@ class _Fm(Node):
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
         return ((self.total - self.inputs[0]).mul_(slope[:, None, None]),)
 
+    def pull_sum(self, slope: Tensor, parts: int) -> Tensor:
+        """``sum_p dy_p sum_g x_pgj - sum_p dy_p x_pfj``."""
+        slope = slope[:, None, None]
+        gradient = (self.total * slope).unflatten(0, (parts, -1)).sum(dim=0).expand(-1, self.inputs[0].shape[1], -1)
+        for part, share in zip(self.inputs[0].chunk(parts), slope.chunk(parts), strict=True):
+            gradient = torch.addcmul(gradient, part, share, value=-1)
+        return gradient
+
 
 class _Sum(Node):
     """``(B, ...) -> (B,)``; the gradient is the slope everywhere."""
