@@ -52,7 +52,8 @@ class Reference(nn.Module):
         places = torch.from_numpy(np.stack([rows, graph.indices.astype(np.int64)]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            matrix = torch.sparse_coo_tensor(places, values, (graph.rows, graph.rows)).coalesce()
+            shape = (graph.rows, graph.rows)
+            matrix = torch.sparse_coo_tensor(places, values, shape, check_invariants=False).coalesce()
             self.matrix = matrix.to_sparse_csr() if layout == "csr" else matrix
 
     def loss(self, triples: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ def write(rows: list[dict[str, object]], notes: list[str], per_epoch: int, round
     lines = [
         "# A training epoch of LightGCN on Gowalla", "",
         f"Batch {BATCH}, {per_epoch} steps an epoch, L = 3, d = 64; {rounds} rounds of {steps} steps, variants in "
-        f"turn in one process. torch {torch.__version__}, kernel {kernel.level()}. `ratio` is the median step of the "
+        f"turn in one process. torch {torch.__version__}, kernel {kernel.level()}. `ratio` is the median step of the"
         " faster reference over that of the variant.", "",
         f"| {head} |", "|" + "---|" * len(rows[0]),
         *(f"| {' | '.join(str(v) for v in row.values())} |" for row in rows), "",
