@@ -56,6 +56,7 @@ class Shaver(Method):
             sampling; 0 plays for the BPR loss of training pairs.
         balance: Of that game, where the table is propagated: an item counts by its frequency in the lists to this
             power less.
+        ego_exponent: As ``exponent``, for that game through the propagation.
         baked_exponent: As ``exponent``, for that game on baked vectors.
         masks: Antithetic pairs of table masks, for the BPR loss of ranking models that propagate their table.
         batch_size: Samples at once.
@@ -85,6 +86,7 @@ class Shaver(Method):
     tolerance: float = 0.01
     top: int = 10
     balance: float = 0.5
+    ego_exponent: float = -0.5
     baked_exponent: float = 0.3
     masks: int = 32
     batch_size: int = 1024
@@ -96,10 +98,12 @@ class Shaver(Method):
         for name in ("draws", "passes", "masks", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, but got {name}={getattr(self, name)}.")
-        if self.top < 0 or not (self.balance >= 0 and np.isfinite(self.baked_exponent)):
+        if self.top < 0 or not self.balance >= 0:
+            raise ConfigError(f"`top` and `balance` must be at least 0, but got {self.top} and {self.balance}.")
+        if not np.isfinite([self.ego_exponent, self.baked_exponent]).all():
             raise ConfigError(
-                "`top` and `balance` must be at least 0 and `baked_exponent` finite, but got "
-                f"{self.top}, {self.balance} and {self.baked_exponent}."
+                f"Exponents must be finite, but got ego_exponent={self.ego_exponent}, "
+                f"baked_exponent={self.baked_exponent}."
             )
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"`samples` must be at least 1, or None for all, but got samples={self.samples}.")
@@ -129,7 +133,7 @@ class Shaver(Method):
         """The settings that the score tables depend on; ranking and tuning come later."""
         if self._plays_lists(model):
             return {"fill": self.fill, "top": self.top, "balance": self._balance(model)}
-        later = ("score", "exponent", "scope", "tune", "top", "balance", "baked_exponent")
+        later = ("score", "exponent", "scope", "tune", "top", "balance", "ego_exponent", "baked_exponent")
         return {k: v for k, v in asdict(self).items() if k not in later}
 
     def _plays_lists(self, model: Model) -> TypeGuard[RankingModel]:
@@ -138,7 +142,7 @@ class Shaver(Method):
     def _exponent(self, model: Model) -> float:
         if not self._plays_lists(model):
             return self.exponent
-        return self.baked_exponent if isinstance(model, BakedModel) else 0.0
+        return self.baked_exponent if isinstance(model, BakedModel) else self.ego_exponent
 
     def _balance(self, model: RankingModel) -> float:
         return 0.0 if isinstance(model, BakedModel) else self.balance
