@@ -12,6 +12,7 @@ import argparse
 import csv
 import time
 from pathlib import Path
+from typing import get_args
 
 import configs
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from pocketrec.attribution import ClickGame, Estimator, Owen, Permutation, Scores, attribute
+from pocketrec.attribution import ClickGame, Estimator, Levels, Owen, Permutation, Scores, attribute
 from pocketrec.gradient import Head
 from pocketrec.pruning import fill_rows
 from pocketrec.scoring import ClickSamples
@@ -59,8 +60,11 @@ def main() -> None:
     variants: dict[str, tuple[Estimator, int]] = {
         f"permutation, {args.walks} antithetic pairs, another seed": (Permutation(args.walks), 2),
         "permutation, 1 walk": (Permutation(1, antithetic=False), 3),
-        **{f"owen, {pairs} pairs": (Owen(pairs), 4) for pairs in (1, 4, 16)},
-        **{f"owen, anchored, {pairs} pairs": (Owen(pairs, anchored=True), 4) for pairs in (1, 4, 16)},
+        **{
+            f"owen, {levels}, {pairs} pairs": (Owen(pairs, levels), 4)
+            for levels in get_args(Levels)
+            for pairs in (1, 4, 16)
+        },
     }
     seen = reference.square.any(axis=1)
     truth = reference.mean[seen].ravel()

@@ -18,6 +18,7 @@ from pocketrec.attribution import (
     Batch,
     ClickGame,
     Game,
+    Levels,
     Owen,
     Permutation,
     RankingGame,
@@ -175,7 +176,7 @@ def test_permutation_telescopes_per_sample_and_in_total() -> None:
     assert abs(phi.sum().item() - drop.sum().item()) < 1e-5 * abs(drop.sum().item()) + 1e-5
 
 
-@pytest.mark.parametrize("estimator", [Owen(pairs=2), Owen(anchored=True), Permutation()])
+@pytest.mark.parametrize("estimator", [Owen(2), Owen(1, "centre"), Owen(1, "anchored"), Permutation()])
 def test_null_players_get_nothing(estimator: Owen | Permutation) -> None:
     x, c = vectors(17, 8, 4, 4), vectors(18, 4, 4)
     x[:, 1, 2] = c[1, 2]
@@ -187,7 +188,7 @@ def test_null_players_get_nothing(estimator: Owen | Permutation) -> None:
     assert phi[:, 0].abs().min() > 0
 
 
-@pytest.mark.parametrize("estimator", [Owen(), Owen(anchored=True), Permutation(antithetic=False)])
+@pytest.mark.parametrize("estimator", [Owen(), Owen(1, "centre"), Owen(1, "anchored"), Permutation(antithetic=False)])
 def test_linear_head_is_exact_in_one_draw(estimator: Owen | Permutation) -> None:
     weight = vectors(20, 1, 12)
     program = Program(
@@ -202,12 +203,33 @@ def test_linear_head_is_exact_in_one_draw(estimator: Owen | Permutation) -> None
     torch.testing.assert_close(phi, weight.view(4, 3) * (x - c), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("program", "shape"), [(FM, (4, 2)), (DOT, (2, 4))])
-def test_owen_is_exact_in_expectation_on_multilinear_heads(program: Program, shape: tuple[int, int]) -> None:
+class ProductGame(Game):
+    """Worth: the product of all scalars plus that of the first three; multilinear of the highest degree there is."""
+
+    def value(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        flat = vectors.flatten(1)
+        return flat.prod(dim=1) + flat[:, :3].prod(dim=1)
+
+    def gradient(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = vectors.detach().requires_grad_()
+            return torch.autograd.grad(self.value(leaf, labels).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize(
+    ("game", "shape", "levels"),
+    [
+        (LogitGame(Head.of(FM)), (4, 2), "uniform"),
+        (LogitGame(Head.of(FM)), (4, 2), "centre"),
+        (LogitGame(Head.of(DOT)), (2, 4), "uniform"),
+        (LogitGame(Head.of(DOT)), (2, 4), "centre"),
+        (ProductGame(), (2, 3), "uniform"),
+    ],
+)
+def test_owen_is_exact_in_expectation_on_multilinear_heads(game: Game, shape: tuple[int, int], levels: Levels) -> None:
     x, c = vectors(23, 1, *shape), vectors(24, *shape)
-    game = LogitGame(Head.of(program))
     truth = exact(game, x, c, torch.ones(1))
-    draws = Owen(pairs=1).estimate(game, x.expand(20000, *shape), c, torch.ones(20000), Stream(4, "o"), 0).double()
+    draws = Owen(1, levels).estimate(game, x.expand(20000, *shape), c, torch.ones(20000), Stream(4, "o"), 0).double()
     error = draws.std(dim=0) / 20000**0.5
     assert ((draws.mean(dim=0) - truth[0]).abs() < 4 * error + 1e-5).all()
 
@@ -249,14 +271,14 @@ def test_pair_is_the_sum_of_two_gradients(game_type: type[ClickGame] | type[Rank
     torch.testing.assert_close(game.pair(centre, offset, labels), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("anchored", [False, True])
-def test_owen_is_nearer_to_the_truth_with_more_pairs(anchored: bool) -> None:
+@pytest.mark.parametrize("levels", ["uniform", "centre", "anchored"])
+def test_owen_is_nearer_to_the_truth_with_more_pairs(levels: Levels) -> None:
     x, c = vectors(38, 24, 3, 4), vectors(39, 3, 4)
     labels = (vectors(40, 24) > 0).float()
     game = ClickGame(Head.of(deepfm(3, 3, (6,), 41)))
     truth = exact(game, x, c, labels)
     errors = [
-        (Owen(pairs, anchored).estimate(game, x, c, labels, Stream(7, "m"), 0) - truth).square().mean()
+        (Owen(pairs, levels).estimate(game, x, c, labels, Stream(7, "m"), 0) - truth).square().mean()
         for pairs in (1, 16, 256)
     ]
     assert errors[0] > 2 * errors[1]
@@ -305,7 +327,7 @@ def test_owen_reports_its_gap() -> None:
     scores = attribute(game, weight, fill, rows, Owen(pairs=8), batch_size=1000)
     assert scores.gap == pytest.approx((scores.explained - scores.drop) / abs(scores.drop))
     assert abs(scores.gap) > 0
-    anchored = attribute(game, weight, fill, rows, Owen(pairs=8, anchored=True), batch_size=1000)
+    anchored = attribute(game, weight, fill, rows, Owen(8, "anchored"), batch_size=1000)
     assert anchored.explained == pytest.approx(anchored.drop, abs=1e-5)
 
 

@@ -6,8 +6,8 @@ The score of a table entry is the mean, over *all* samples, of its players' Shap
 and the scores add up: ``sum_i phi_i = mean[loss(empty) - loss(full)]``.
 
 Two estimators: :class:`Owen`, a few gradients of the multilinear extension per sample, exact in expectation where the
-head is linear or bilinear in the coordinates (linear weights, factorisation machine, inner product) and an
-approximation elsewhere; :class:`Permutation`, unbiased, much dearer.
+head is multilinear in the coordinates (linear weights, factorisation machine, inner product) and an approximation
+elsewhere; :class:`Permutation`, unbiased, much dearer.
 
 Reference: Castro et al., "Polynomial calculation of the Shapley value based on sampling", 2009; Okhrati and Lipani,
 "A multilinear sampling algorithm to estimate Shapley values", 2020; Covert et al., "Understanding global feature
@@ -20,7 +20,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from pocketrec.walk import Walk
 
 AUDIT_EVERY = 16
 DIAGONAL = 0.2
+
+Levels = Literal["uniform", "centre", "anchored"]
 
 
 @dataclass(frozen=True)
@@ -161,28 +163,33 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class Owen:
-    """Antithetic pairs of gradients at random corners: the Owen multilinear extension at its centre.
+    """Antithetic pairs of gradients of the Owen multilinear extension.
 
-    ``phi = (e - c) * E_z grad v(c + z (e - c))`` with ``z ~ Bernoulli(1/2)`` per coordinate; each pair also takes the
-    complement ``1 - z``. Owen's formula averages over the levels ``q`` of ``z ~ Bernoulli(q)``; at 1/2, its midpoint
-    rule, a coordinate meets its two ends equally often in every context, so that the mean gradient is a trapezoid rule
-    for the difference ``v(e) - v(c)`` that a Shapley value is made of. Random levels weigh the end that the context
-    favours, a bias of 13 to 21 % of the sum of values on MovieLens-1M. Exact in expectation where the value is
-    multilinear of degree two or less.
+    ``phi = (e - c) * E_q E_z grad v(c + z (e - c))`` with ``z ~ Bernoulli(q)`` per coordinate; each pair also takes the
+    complement ``1 - z``. ``levels`` says where ``q`` lies:
 
-    ``anchored`` adds a noiseless part, at four more gradients and two values a sample: one fifth of the estimate is the
-    integral along the diagonal from ``c`` to ``e`` (Gauss-Lobatto, four nodes), and what each sample's values lack to
-    ``v(e) - v(c)`` is shared out in proportion to their size.
+    * ``uniform``: ``q ~ U(0, 1)`` per sample, Owen's integral. Exact in expectation where the value is multilinear. On
+      other heads it weighs the end of a coordinate that the context favours: 13 to 21 % of the sum of values is lost on
+      MovieLens-1M.
+    * ``centre``: ``q = 1/2``, the midpoint rule. A coordinate meets both its ends equally often in every context, so
+      the mean gradient is a trapezoid rule for the difference ``v(e) - v(c)`` that a Shapley value is made of. Exact
+      for multilinear values of degree two or less, and less noisy.
+    * ``anchored``: as ``centre``, plus a noiseless part, at four more gradients and two values a sample: one fifth of
+      the estimate is the integral along the diagonal from ``c`` to ``e`` (Gauss-Lobatto, four nodes), and what each
+      sample's values lack to ``v(e) - v(c)`` is shared out in proportion to their size. Nearest to the true values.
 
-    Reference: Okhrati and Lipani, "A multilinear sampling algorithm to estimate Shapley values", 2020.
+    Reference: Owen, "Multilinear extensions of games", 1972; Okhrati and Lipani, "A multilinear sampling algorithm to
+    estimate Shapley values", 2020.
     """
 
     pairs: int = 1
-    anchored: bool = False
+    levels: Levels = "uniform"
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
             raise ConfigError(f"`pairs` must be at least 1, but got pairs={self.pairs}.")
+        if self.levels not in get_args(Levels):
+            raise ConfigError(f"`levels` must be one of {', '.join(get_args(Levels))}, but got {self.levels!r}.")
 
     def estimate(
         self, game: Game, vectors: Tensor, placeholder: Tensor, labels: Tensor, stream: Stream, position: int
@@ -190,17 +197,22 @@ class Owen:
         """See :class:`Estimator`."""
         centre = (vectors + placeholder).mul_(0.5)
         half = vectors - centre
-        signs = stream.signs(position, len(vectors), self.pairs * placeholder.numel())
-        first, *others = signs.view(len(vectors), self.pairs, *placeholder.shape).unbind(1)
-        total = game.pair(centre, half.copysign(first), labels)
-        for sign in others:
-            total += game.pair(centre, half.copysign(sign), labels)
-        if not self.anchored:
-            return total.mul_(half.div_(self.pairs))
-        total.div_(self.pairs).lerp_(_diagonal(game, centre, half, labels), DIAGONAL)
-        values = total.mul_(half)
+        total = torch.zeros_like(vectors)
+        for kept in self._coalitions(len(vectors), placeholder.numel(), stream, position).unbind(1):
+            total += game.pair(centre, torch.where(kept.view_as(half), half, -half), labels)
+        total.div_(self.pairs)
+        if self.levels != "anchored":
+            return total.mul_(half)
+        values = total.lerp_(_diagonal(game, centre, half, labels), DIAGONAL).mul_(half)
         drop = game.value(vectors, labels) - game.value(placeholder.expand_as(vectors), labels)
         return _adding_up(values, drop)
+
+    def _coalitions(self, samples: int, players: int, stream: Stream, position: int) -> Tensor:
+        """Which players the first member of each pair keeps: bool ``(samples, pairs, players)``."""
+        if self.levels != "uniform":
+            return stream.signs(position, samples, self.pairs * players).view(samples, self.pairs, players) < 0
+        bits = stream.shorts(position, samples, self.pairs * (players + 1)).view(samples, self.pairs, players + 1)
+        return bits[..., 1:] < bits[..., :1]
 
 
 def _diagonal(game: Game, centre: Tensor, half: Tensor, labels: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pocketrec.attribution import Checkpoint, ClickGame, Owen, Permutation, RankingGame, Scores, attribute
+from pocketrec.attribution import Checkpoint, ClickGame, Levels, Owen, Permutation, RankingGame, Scores, attribute
 from pocketrec.backbone import ClickModel, Model, RankingModel
 from pocketrec.baked import BakedModel
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.gradient import Head, Precision
 from pocketrec.method import Ladder, Method
-from pocketrec.packed import Storage
+from pocketrec.packed import Index, Storage
 from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
 from pocketrec.run import Run
 from pocketrec.scoring import (
@@ -48,7 +48,7 @@ class Shaver(Method):
         exponent: The score is divided by the row's training count to this power.
         estimator: ``owen`` (a few gradients per sample) or ``permutation`` (unbiased, much slower).
         draws: Antithetic pairs per sample, at least 1.
-        anchored: Owen gradients with their noiseless part: more accurate, at four more gradients a sample.
+        levels: Of the Owen gradients: ``uniform``, ``centre``, or ``anchored`` (most accurate, dearest).
         samples: Training rows to score in a pass, at most; by default all.
         passes: Most passes over them; fewer once the stop rule holds.
         tolerance: Stop after a pass once the largest standard error is below this share of the range of values.
@@ -80,7 +80,7 @@ class Shaver(Method):
     exponent: float = 0.0
     estimator: Literal["owen", "permutation"] = "owen"
     draws: int = 1
-    anchored: bool = False
+    levels: Levels = "uniform"
     samples: int | None = None
     passes: int = 1
     tolerance: float = 0.01
@@ -160,7 +160,7 @@ class Shaver(Method):
             ).arrays()
         clicks = isinstance(model, ClickModel)
         head = Head.of(model.lower(), self.precision)
-        estimator = Owen(self.draws, self.anchored) if self.estimator == "owen" else Permutation(self.draws)
+        estimator = Owen(self.draws, self.levels) if self.estimator == "owen" else Permutation(self.draws)
         samples = ClickSamples if clicks else RankingSamples
         return attribute(
             ClickGame(head) if clicks else RankingGame(head),
@@ -198,9 +198,11 @@ class TunedLadder(Ladder):
         """See :class:`PruningLadder`."""
         return self._tuned(self.ladder.at_values(values))
 
-    def at_bytes(self, size_bytes: int, storage: Storage, *, vocabulary: bool = False) -> PrunedTable:
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> PrunedTable:
         """See :class:`PruningLadder`."""
-        return self._tuned(self.ladder.at_bytes(size_bytes, storage, vocabulary=vocabulary))
+        return self._tuned(self.ladder.at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary))
 
     def _tuned(self, table: PrunedTable) -> PrunedTable:
         base = nn.Parameter(table.base.detach().clone())
