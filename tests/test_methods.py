@@ -20,6 +20,7 @@ from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DataError, DivergedError, UnsupportedOp
 from pocketrec.method import Budget, Method, Small, compress
 from pocketrec.methods import FrequencyDistance, MagPrune, Random, Shaver
+from pocketrec.packed import Index, Storage
 from pocketrec.run import Run
 from pocketrec.scoring import (
     ClickSamples,
@@ -83,12 +84,16 @@ def test_nothing_removed_changes_nothing(clicks: Dataset, click_model: Model, me
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
-@pytest.mark.parametrize("storage", ["fp32", "fp16", "int8"])
-def test_file_budget_is_real(clicks: Dataset, click_model: Model, method: Method, storage: str, tmp_path: Path) -> None:
-    least = _least(lambda b: compress(click_model, clicks, method, b, storage=storage))
+@pytest.mark.parametrize(
+    ("storage", "index"), [("fp32", "compact"), ("fp16", "compact"), ("int8", "compact"), ("int8", "direct")]
+)
+def test_file_budget_is_real(
+    clicks: Dataset, click_model: Model, method: Method, storage: Storage, index: Index, tmp_path: Path
+) -> None:
+    least = _least(lambda b: compress(click_model, clicks, method, b, storage=storage, index=index))
     kept = []
     for limit in np.linspace(least, least + 8000, 7).astype(int):
-        small = compress(click_model, clicks, method, f"{limit} B", storage=storage)
+        small = compress(click_model, clicks, method, f"{limit} B", storage=storage, index=index)
         written = small.save(tmp_path / "x.safetensors")
         size = (tmp_path / "x.safetensors").stat().st_size
         assert size == written["file"] == small.sizes["file"]
@@ -122,10 +127,15 @@ def test_share_too_small_is_a_budget_error(clicks: Dataset, click_model: Model) 
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
-def test_file_scores_as_the_model_does(clicks: Dataset, click_model: Model, method: Method, tmp_path: Path) -> None:
-    small = compress(click_model, clicks, method, "30%", storage="fp32")
+@pytest.mark.parametrize(("index", "layout"), [("compact", "bitmap"), ("direct", "direct")])
+def test_file_scores_as_the_model_does(
+    clicks: Dataset, click_model: Model, method: Method, index: Index, layout: str, tmp_path: Path
+) -> None:
+    small = compress(click_model, clicks, method, "50%", storage="fp32", index=index)
+    assert small.sizes["table"] <= 0.5 * 4 * clicks.schema.rows * 5
     small.save(tmp_path / "x.safetensors")
     artifact = Contents.open(tmp_path / "x.safetensors")
+    assert {b.layout for b in artifact.packed.blocks} == {layout}
     rows = artifact.vocabulary.file_rows(clicks.hashes)
     vectors = artifact.packed.lookup(rows[clicks.test.ids], np.arange(4, dtype=np.int32))
     np.testing.assert_allclose(artifact.program(vectors), logits(small.model, clicks.test), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from pocketrec.errors import ArtifactError, ConfigError, DivergedError
 from pocketrec.packed import DTYPES, Packed, PackedRange, side_size_for, size_for
 
 STORAGES = ("fp32", "fp16", "int8")
+INDEXES = ("compact", "direct")
 
 
 class Case:
@@ -46,11 +47,11 @@ class Case:
         out = np.where(kept, self.weight, self.fill[self.fields])
         return np.where(kept.any(axis=1, keepdims=True), out, self.absent[self.fields])
 
-    def pack(self, storage: str, dense: bool = False) -> Packed:
+    def pack(self, storage: str, dense: bool = False, index: str = "compact") -> Packed:
         keep = None if dense else self.keep
         packed = Packed.encode(
-            self.weight, keep, self.fill, self.absent, self.blocks, self.fields, storage=storage
-        )  # fmt: skip
+            self.weight, keep, self.fill, self.absent, self.blocks, self.fields, storage=storage, index=index
+        )
         return Packed.from_arrays(json.loads(json.dumps(packed.meta())), packed.arrays())
 
 
@@ -80,19 +81,25 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(), storage=st.sampled_from(STORAGES))
-def test_round_trip_is_within_the_bound_of_the_storage(case: Case, storage: str) -> None:
-    packed = case.pack(storage)
+@given(case=cases(), storage=st.sampled_from(STORAGES), index=st.sampled_from(INDEXES))
+def test_round_trip_is_within_the_bound_of_the_storage(case: Case, storage: str, index: str) -> None:
+    packed = case.pack(storage, index=index)
     error = np.abs(read_all(packed, case.fields, "lookup_numpy") - case.expected())
     assert (error <= tolerance(case, storage)[case.fields]).all()
     counts = [int(case.keep[b.start : b.stop, b.left : b.right].sum()) for b in case.blocks]
     assert [b.arrays["values"].size for b in packed.blocks] == counts
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=cases(), storage=st.sampled_from(STORAGES), dense=st.booleans(), threads=st.integers(1, 3))
-def test_kernel_reads_exactly_what_numpy_reads(case: Case, storage: str, dense: bool, threads: int) -> None:
-    packed = case.pack(storage, dense)
+@settings(max_examples=120, deadline=None)
+@given(
+    case=cases(),
+    storage=st.sampled_from(STORAGES),
+    dense=st.booleans(),
+    index=st.sampled_from(INDEXES),
+    threads=st.integers(1, 3),
+)
+def test_kernel_reads_exactly_what_numpy_reads(case: Case, storage: str, dense: bool, index: str, threads: int) -> None:
+    packed = case.pack(storage, dense, index)
     rng = np.random.default_rng(0)
     rows = rng.integers(-3, packed.rows + 3, size=(70, 5))
     rows[0] = [-(2**62), 2**62, packed.rows, -1, 0]
@@ -105,23 +112,25 @@ def test_kernel_reads_exactly_what_numpy_reads(case: Case, storage: str, dense: 
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(), storage=st.sampled_from(STORAGES))
-def test_size_formula_is_exact(case: Case, storage: str) -> None:
-    packed = case.pack(storage)
+@given(case=cases(), storage=st.sampled_from(STORAGES), index=st.sampled_from(INDEXES))
+def test_size_formula_is_exact(case: Case, storage: str, index: str) -> None:
+    packed = case.pack(storage, index=index)
     expected = 0
     for b in case.blocks:
         kept = case.keep[b.start : b.stop, b.left : b.right]
         counts = (len(kept), int(kept.any(axis=1).sum()), int(kept.sum()))
-        expected += size_for(*counts, b.right - b.left, len(case.fill), storage)
+        expected += size_for(*counts, b.right - b.left, len(case.fill), storage, index)
     own = int((case.absent != case.fill).any(axis=1).sum())
     assert packed.size_bytes == expected + side_size_for(*case.fill.shape, own)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_large_blocks_use_every_directory_entry(storage: str) -> None:
+@pytest.mark.parametrize("index", INDEXES)
+def test_large_blocks_use_every_directory_entry(storage: str, index: str) -> None:
     case = Case(1, [5000, 3000], [16, 1], 0.3)
-    packed = case.pack(storage)
-    assert len(packed.blocks[0].arrays["rank"]) == 8
+    packed = case.pack(storage, index=index)
+    sizes = {name: a.size for name, a in packed.blocks[0].arrays.items()}
+    assert sizes["records"] == 8000 * 6 if index == "direct" else sizes["rank"] == 8
     rows = np.arange(packed.rows).reshape(-1, 1)
     for f, part in enumerate([rows[:5000], rows[5000:]]):
         got = packed.lookup(part, np.array([f]))[:, 0]
@@ -129,10 +138,12 @@ def test_large_blocks_use_every_directory_entry(storage: str) -> None:
         assert np.array_equal(got, packed.lookup_numpy(part, np.array([f]))[:, 0])
 
 
-def test_rows_choose_and_order_what_is_stored() -> None:
+@pytest.mark.parametrize("index", INDEXES)
+def test_rows_choose_and_order_what_is_stored(index: str) -> None:
     case = Case(2, [30, 20], [4, 1], 0.5)
     rows = np.concatenate([np.arange(30)[::-3], 30 + np.arange(20)[::-2]])
-    packed = Packed.encode(case.weight, case.keep, case.fill, case.absent, case.blocks, case.fields, rows)
+    tables = (case.weight, case.keep, case.fill, case.absent, case.blocks, case.fields, rows)
+    packed = Packed.encode(*tables, index=index)
     assert np.array_equal(read_all(packed, case.fields[rows]), case.expected()[rows])
 
 
@@ -144,12 +155,13 @@ def test_rows_of_a_block_must_come_together() -> None:
         )  # fmt: skip
 
 
-def test_a_row_kept_in_one_block_reads_fill_in_the_others() -> None:
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_row_kept_in_one_block_reads_fill_in_the_others(index: str) -> None:
     weight = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
     keep = np.array([[0, 0, 1], [0, 0, 0]], bool)
     fill, absent = np.array([[7, 8, 9]], np.float32), np.array([[-1, -2, -3]], np.float32)
     blocks = (PackedRange("embedding", 0, 2, 0, 2), PackedRange("linear", 0, 2, 2, 3))
-    packed = Packed.encode(weight, keep, fill, absent, blocks, np.zeros(2, np.int32))
+    packed = Packed.encode(weight, keep, fill, absent, blocks, np.zeros(2, np.int32), index=index)
     got = packed.lookup(np.array([[0], [1], [-1], [2]]), np.zeros(1, np.int32))[:, 0]
     assert got.tolist() == [[7, 8, 3], [-1, -2, -3], [-1, -2, -3], [-1, -2, -3]]
 
@@ -211,12 +223,15 @@ def test_bad_values_and_settings() -> None:
         Packed.encode(case.weight + np.float32(1e6), None, *arguments, storage="fp16")
     with pytest.raises(ConfigError, match="`storage` must be one of"):
         Packed.encode(case.weight, None, *arguments, storage="int3")
+    with pytest.raises(ConfigError, match="`index` must be one of"):
+        Packed.encode(case.weight, None, *arguments, index="hashed")
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("damage", ["missing", "longer", "retyped"])
-def test_a_misshapen_array_is_an_artifact_error(storage: str, damage: str) -> None:
-    packed = Case(7, [2000, 30], [16, 1], 0.2).pack(storage)
+def test_a_misshapen_array_is_an_artifact_error(storage: str, index: str, damage: str) -> None:
+    packed = Case(7, [2000, 30], [16, 1], 0.2).pack(storage, index=index)
     for name, array in packed.arrays().items():
         others = {other: a for other, a in packed.arrays().items() if other != name}
         if damage == "longer" and (name == "fill" or name.endswith("values")):
@@ -233,16 +248,20 @@ def test_a_misshapen_array_is_an_artifact_error(storage: str, damage: str) -> No
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), name=st.sampled_from(["presence", "rank", "masks", "offsets"]))
-def test_damaged_directories_never_read_out_of_bounds(seed: int, name: str) -> None:
-    packed = Case(8, [3000], [13], 0.2).pack("fp16")
+@given(
+    seed=st.integers(0, 2**31),
+    name=st.sampled_from(["presence", "rank", "masks", "offsets", "records"]),
+    width=st.sampled_from([13, 33]),
+)
+def test_damaged_directories_never_read_out_of_bounds(seed: int, name: str, width: int) -> None:
+    packed = Case(8, [3000], [width], 0.2).pack("fp16", index="direct" if name == "records" else "compact")
     block = packed.blocks[0]
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, size=block.arrays[name].nbytes, dtype=np.uint8).view(block.arrays[name].dtype)
     damaged = replace(packed, blocks=(replace(block, arrays={**block.arrays, name: noise}),))
     for most in kernel.LEVELS:
         kernel.limit(most)
-        assert damaged.lookup(np.arange(3000).reshape(-1, 1), np.zeros(1, np.int32)).shape == (3000, 1, 13)
+        assert damaged.lookup(np.arange(3000).reshape(-1, 1), np.zeros(1, np.int32)).shape == (3000, 1, width)
     kernel.limit(kernel.LEVELS[-1])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
-from pocketrec.packed import Storage
+from pocketrec.packed import Index, Storage
 from pocketrec.pruning import PruningLadder, fill_rows, largest, ordered, protect
 from pocketrec.schema import Field, Schema
 from pocketrec.table import Block, DenseTable, PrunedTable
@@ -55,7 +55,7 @@ def ranking_ladder(seed: int, scope: str = "joint", n_min: int = 0) -> PruningLa
     return PruningLadder(table, np.abs(weight), fill, counts, scope, n_min)
 
 
-def packed_size(table: PrunedTable, storage: Storage, *, vocabulary: bool = False) -> int:
+def packed_size(table: PrunedTable, storage: Storage, *, index: Index = "compact", vocabulary: bool = False) -> int:
     """The true size, by packing."""
     schema = table.schema
 
@@ -64,7 +64,7 @@ def packed_size(table: PrunedTable, storage: Storage, *, vocabulary: bool = Fals
         return np.random.default_rng(field).integers(0, 2**63, size, dtype=np.uint64)
 
     words, rows = Vocabulary.build(schema, table.stored().numpy(), hashes)
-    return table.pack(storage, rows).size_bytes + (words.size_bytes if vocabulary else 0)
+    return table.pack(storage, rows, index).size_bytes + (words.size_bytes if vocabulary else 0)
 
 
 @given(st.lists(st.floats(-3, 3, width=16), max_size=60), st.integers(0, 60))
@@ -160,28 +160,33 @@ def test_protect_picks_the_largest_of_each_row() -> None:
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("vocabulary", [False, True])
-@given(seed=st.integers(0, 10**6), share=st.floats(0.02, 1.2), ties=st.booleans())
-@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    share=st.floats(0.02, 1.2),
+    ties=st.booleans(),
+    index=st.sampled_from(["compact", "direct"]),
+)
+@settings(max_examples=40, deadline=None)
 def test_bytes_budget_holds_and_is_used(
-    storage: Storage, vocabulary: bool, seed: int, share: float, ties: bool
+    storage: Storage, vocabulary: bool, seed: int, share: float, ties: bool, index: Index
 ) -> None:
     ladder = click_ladder(seed, ties=ties)
     limit = int(share * 4 * ladder.scores.size)
     with suppress(BudgetError):
-        _check_fit(ladder, limit, storage, vocabulary)
+        _check_fit(ladder, limit, storage, index, vocabulary)
         return
     with pytest.raises(BudgetError) as caught:
-        ladder.at_bytes(limit, storage, vocabulary=vocabulary)
+        ladder.at_bytes(limit, storage, index=index, vocabulary=vocabulary)
     assert caught.value.least_bytes is not None
     assert caught.value.least_bytes > limit
-    least = ladder.at_bytes(caught.value.least_bytes, storage, vocabulary=vocabulary)
-    assert packed_size(least, storage, vocabulary=vocabulary) <= caught.value.least_bytes
+    least = ladder.at_bytes(caught.value.least_bytes, storage, index=index, vocabulary=vocabulary)
+    assert packed_size(least, storage, index=index, vocabulary=vocabulary) <= caught.value.least_bytes
 
 
-def _check_fit(ladder: PruningLadder, limit: int, storage: Storage, vocabulary: bool) -> None:
+def _check_fit(ladder: PruningLadder, limit: int, storage: Storage, index: Index, vocabulary: bool) -> None:
     """The table fits, and the next entry would not, but for the absent rows and the steps of the offsets."""
-    table = ladder.at_bytes(limit, storage, vocabulary=vocabulary)
-    assert packed_size(table, storage, vocabulary=vocabulary) <= limit
+    table = ladder.at_bytes(limit, storage, index=index, vocabulary=vocabulary)
+    assert packed_size(table, storage, index=index, vocabulary=vocabulary) <= limit
     flat = table.keep.numpy() | ~(np.arange(ladder.schema.rows) != ladder.schema.offsets[1:, None] - 1).all(0)[:, None]
     order = np.argsort(ladder.scores.ravel(), kind="stable")
     best = [i for i in order[::-1] if not flat.ravel()[i]]
@@ -191,7 +196,7 @@ def _check_fit(ladder: PruningLadder, limit: int, storage: Storage, vocabulary: 
         wider = PrunedTable.from_counts(ladder.schema, ladder.table.blocks, table.base, keep, table.fill, ladder.counts)
         own = (4 + 4 * table.width) * ladder.schema.width
         slack = own + 4 * ladder.schema.rows // 64
-        assert packed_size(wider, storage, vocabulary=vocabulary) > limit - slack
+        assert packed_size(wider, storage, index=index, vocabulary=vocabulary) > limit - slack
 
 
 @pytest.mark.parametrize("storage", ["fp32", "int8"])

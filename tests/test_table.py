@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pocketrec.errors import ConfigError
+from pocketrec.packed import Index
 from pocketrec.schema import Field, Schema
 from pocketrec.table import Block, DenseTable, PrunedTable
 
@@ -40,15 +41,17 @@ def pruned(seed: int, sizes: list[int], width: int, rate: float, oov: bool) -> t
 @settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4), width=st.integers(1, 20),
-    rate=st.sampled_from([0.0, 0.05, 0.5, 1.0]), oov=st.booleans(),
+    rate=st.sampled_from([0.0, 0.05, 0.5, 1.0]), oov=st.booleans(), index=st.sampled_from(["compact", "direct"]),
 )  # fmt: skip
-def test_torch_and_packed_read_the_same_rows(seed: int, sizes: list[int], width: int, rate: float, oov: bool) -> None:
+def test_torch_and_packed_read_the_same_rows(
+    seed: int, sizes: list[int], width: int, rate: float, oov: bool, index: Index
+) -> None:
     table, _ = pruned(seed, sizes, width, rate, oov)
     schema, rows = table.schema, np.arange(table.schema.rows)
     whole = table.weight().numpy()
     assert np.array_equal(table(torch.from_numpy(rows)).numpy(), whole)
     for chosen in (rows, np.flatnonzero(table.stored().numpy())):
-        packed = table.pack(rows=chosen)
+        packed = table.pack(rows=chosen, index=index)
         file_rows = np.full(schema.rows, -1)
         file_rows[chosen] = np.arange(len(chosen))
         for f, field in enumerate(schema.fields):

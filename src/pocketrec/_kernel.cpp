@@ -87,7 +87,7 @@ struct Block {
   int32_t shift;           // an offset every 2 ** shift present rows
   const uint8_t *presence;
   const uint8_t *rank;     // uint32, perhaps unaligned in the file
-  const uint8_t *masks;
+  const uint8_t *masks;    // without offsets: a record for each row, its uint32 offset and then its mask
   const uint8_t *offsets;  // uint32
   const uint8_t *values;
   const uint8_t *scale;    // float (fields, width)
@@ -296,6 +296,7 @@ inline void store_floats(uint16_t *to, Floats values) {
 
 constexpr int64_t CHUNK = 64;         // rows in flight between two stages
 constexpr int64_t RANK_ROWS = 1024;   // rows per entry of the rank directory
+constexpr int64_t OFFSET_BYTES = 4;   // of a record, before its mask
 constexpr int64_t OUTSIDE = -2;       // the block does not cover the row
 constexpr int64_t MISSING = -1;       // it does, but stores nothing of it
 
@@ -321,6 +322,19 @@ inline int64_t count_bits(const uint8_t *bytes, int64_t count) {
 
 inline int64_t mask_bytes(const Block &block) { return (block.width + 7) / 8; }
 
+// Whether each row has a record, so that nothing is counted to find it.
+inline bool has_records(const Block &block) { return block.masks != nullptr && block.offsets == nullptr; }
+
+inline const uint8_t *record_of(const Block &block, int64_t row) {
+  return block.masks + row * (OFFSET_BYTES + mask_bytes(block));
+}
+
+// The column mask of a present row; null where every present row is whole.
+inline const uint8_t *mask_of(const Block &block, int64_t position) {
+  if (has_records(block)) return record_of(block, position) + OFFSET_BYTES;
+  return block.masks == nullptr ? nullptr : block.masks + position * mask_bytes(block);
+}
+
 // Columns [column, column + 16) of a row mask.
 inline uint32_t mask_bits(const Block &block, const uint8_t *mask, int64_t column) {
   const int64_t left = block.width - column;
@@ -329,10 +343,18 @@ inline uint32_t mask_bits(const Block &block, const uint8_t *mask, int64_t colum
   return all & (left > 8 ? load<uint16_t>(mask + column / 8) : mask[column / 8]);
 }
 
+inline int64_t count_kept(const Block &block, const uint8_t *mask) {
+  int64_t count = 0;
+  for (int64_t column = 0; column < block.width; column += 16)
+    count += __builtin_popcount(mask_bits(block, mask, column));
+  return count;
+}
+
 // Index of a row among the block's present rows, MISSING or OUTSIDE.
 inline int64_t locate(const Block &block, int64_t row) {
   if (row < block.start || row >= block.stop) return OUTSIDE;
   const uint64_t local = row - block.start;
+  if (has_records(block)) return count_kept(block, mask_of(block, local)) > 0 ? local : MISSING;
   if (block.presence == nullptr) return local;
   const uint32_t byte = block.presence[local / 8], bit = 1u << (local % 8);
   const uint64_t group = local / RANK_ROWS;
@@ -346,6 +368,7 @@ inline int64_t locate(const Block &block, int64_t row) {
 inline int64_t readable(int64_t position) { return position & ~(position >> 63); }
 
 inline void prefetch_mask(const Block &block, int64_t position) {
+  if (block.offsets == nullptr) return;
   const int64_t known = readable(position), group = known >> block.shift, bytes = mask_bytes(block);
   __builtin_prefetch(block.offsets + 4 * group);
   const uint8_t *masks = block.masks + (group << block.shift) * bytes;
@@ -361,21 +384,17 @@ struct Reader {
 
   int64_t groups() const { return GROUPS > 0 ? GROUPS : (block.width + 15) / 16; }
 
-  const uint8_t *mask(int64_t position) const {
-    return block.masks == nullptr ? nullptr : block.masks + position * mask_bytes(block);
-  }
-
   // Index of the row's first value, MISSING if the file's directory points outside the values.
   int64_t first_value(int64_t position) const {
-    int64_t first = position * block.width, count = block.width;
-    if (block.masks != nullptr) {
+    int64_t first = position * block.width;
+    if (has_records(block)) {
+      first = load<uint32_t>(record_of(block, position));
+    } else if (block.masks != nullptr) {
       const int64_t group = position >> block.shift, begin = group << block.shift, bytes = mask_bytes(block);
       first = load<uint32_t>(block.offsets + 4 * group) +
               count_bits(block.masks + begin * bytes, (position - begin) * bytes);
-      count = 0;
-      for (int64_t g = 0; g < groups(); ++g) count += __builtin_popcount(mask_bits(block, mask(position), 16 * g));
     }
-    return first + count <= block.values_count ? first : MISSING;
+    return first + count_kept(block, mask_of(block, position)) <= block.values_count ? first : MISSING;
   }
 
   void prefetch(int64_t first) const {
@@ -387,7 +406,7 @@ struct Reader {
   // out[c] = the c-th kept value where the mask has a bit, else base[c]; nothing is kept of a MISSING row.
   void expand(int64_t position, int64_t first, const float *base, int64_t field, float *out) const {
     const uint32_t kept = ~static_cast<uint32_t>(position >> 63);
-    const uint8_t *values = block.values + first * sizeof(Value), *row_mask = mask(readable(position));
+    const uint8_t *values = block.values + first * sizeof(Value), *row_mask = mask_of(block, readable(position));
     const float *scale = reinterpret_cast<const float *>(block.scale) + field * block.width;
     for (int64_t g = 0; g < groups(); ++g) {
       const int64_t column = 16 * g, columns = std::min<int64_t>(block.width - column, 16);
@@ -444,6 +463,14 @@ struct Reader {
 #endif
 };
 
+// Calls visit with a value of the block's stored type.
+template <class Visit>
+inline void with_value(const Block &block, const Visit &visit) {
+  if (block.number == FP32) return visit(float{});
+  if (block.number == FP16) return visit(uint16_t{});
+  return visit(int8_t{});
+}
+
 template <class Value, class Visit>
 inline void with_groups(const Block &block, const Visit &visit) {
   if (block.width <= 16) return visit(Reader<Value, 1>{block});
@@ -452,9 +479,7 @@ inline void with_groups(const Block &block, const Visit &visit) {
 
 template <class Visit>
 inline void with_reader(const Block &block, const Visit &visit) {
-  if (block.number == FP32) return with_groups<float>(block, visit);
-  if (block.number == FP16) return with_groups<uint16_t>(block, visit);
-  return with_groups<int8_t>(block, visit);
+  with_value(block, [&](auto value) { with_groups<decltype(value)>(block, visit); });
 }
 
 // One chunk of at most CHUNK rows in three passes, each prefetching what the next one reads.
@@ -484,7 +509,7 @@ struct Chunk {
         found[i] = position;
         stored[i] |= position >= 0;
         covered[i] += position == OUTSIDE ? 0 : block.width;
-        if (block.masks != nullptr) prefetch_mask(block, position);
+        prefetch_mask(block, position);
       }
     }
   }
@@ -531,9 +556,122 @@ struct Chunk {
   }
 };
 
+// Blocks of at most 16 columns that tile the table side by side, each with a record for every row, or every row whole:
+// one pass finds values and asks for them, a second one writes. No branch depends on a row.
+struct Tiles {
+  static constexpr int64_t MOST = 4;
+
+  const Lookup task;
+  int64_t begin = 0, count = 0;
+  uint32_t kept[MOST][CHUNK];
+  const uint8_t *values[MOST][CHUNK];
+  uint32_t stored[CHUNK];
+  int32_t fields[CHUNK];
+  const float *base[CHUNK];
+
+  static bool fit(const Lookup &task) {
+    int64_t right = 0;
+    for (int64_t b = 0; b < task.block_count; ++b) {
+      const Block &block = task.blocks[b];
+      const bool whole = block.masks == nullptr && block.presence == nullptr;
+      if (block.left != right || block.width > 16 || block.start >= block.stop) return false;
+      if (!whole && !has_records(block)) return false;
+      if (block.start != task.blocks[0].start || block.stop != task.blocks[0].stop) return false;
+      right += block.width;
+    }
+    return task.block_count <= MOST && right == task.width;
+  }
+
+  // MASK: bytes of a mask, 0 where every row is whole.
+  template <int MASK, int SIZE>
+  void find(int64_t b) {
+    const Block block = task.blocks[b];
+    const uint64_t first_row = block.start, rows = block.stop - block.start;
+    const uint32_t all = (1u << block.width) - 1u;
+    const int64_t *found = task.rows + begin;
+    const int64_t ahead = begin + count + CHUNK <= task.count ? CHUNK : 0;
+    for (int64_t i = 0, end = count; i < end; ++i) {
+      const uint64_t local = static_cast<uint64_t>(found[i]) - first_row;
+      const bool inside = local < rows;
+      const uint64_t known = inside ? local : 0;
+      uint64_t first = known * block.width;
+      uint32_t bits = all;
+      if constexpr (MASK > 0) {
+        const uint64_t next = static_cast<uint64_t>(found[i + ahead]) - first_row;
+        __builtin_prefetch(block.masks + (next < rows ? next : 0) * (OFFSET_BYTES + MASK));
+        const uint8_t *record = block.masks + known * (OFFSET_BYTES + MASK);
+        first = load<uint32_t>(record);
+        bits &= MASK == 1 ? record[OFFSET_BYTES] : load<uint16_t>(record + OFFSET_BYTES);
+      }
+      const bool readable = inside & (first + __builtin_popcount(bits) <= static_cast<uint64_t>(block.values_count));
+      const uint64_t lanes = -static_cast<uint64_t>(readable);
+      const uint8_t *from = block.values + (first & lanes) * SIZE;
+      __builtin_prefetch(from);
+      __builtin_prefetch(from + 16 * SIZE - 1);
+      bits &= lanes;
+      kept[b][i] = bits;
+      values[b][i] = from;
+      stored[i] |= bits;
+    }
+  }
+
+  void find_values() {
+    std::fill(stored, stored + count, 0);
+    for (int64_t b = 0; b < task.block_count; ++b) {
+      const Block &block = task.blocks[b];
+      with_value(block, [this, b, &block](auto value) {
+        if (block.masks == nullptr) return find<0, sizeof(value)>(b);
+        if (block.width <= 8) return find<1, sizeof(value)>(b);
+        return find<2, sizeof(value)>(b);
+      });
+    }
+  }
+
+  void choose_base() {
+    const float *const shown[2] = {task.absent, task.fill};
+    const int64_t rows = count, columns = task.columns, width = task.width;
+    int64_t column = begin % columns;
+    for (int64_t i = 0; i < rows; ++i) {
+      fields[i] = task.fields[column];
+      column = column + 1 == columns ? 0 : column + 1;
+      base[i] = shown[stored[i] != 0] + fields[i] * width;
+    }
+  }
+
+  void write() {
+    for (int64_t b = 0; b < task.block_count; ++b) {
+      const Block &block = task.blocks[b];
+      with_value(block, [this, b, &block](auto value) {
+        const float *scale = reinterpret_cast<const float *>(block.scale);
+        const int64_t width = block.width, left = block.left;
+        float *out = task.out + begin * task.width + left;
+        const int64_t step = task.width, rows = count;
+        for (int64_t i = 0; i < rows; ++i, out += step)
+          Reader<decltype(value), 1>::expand_columns(values[b][i], kept[b][i], width, base[i] + left,
+                                                     scale + fields[i] * width, out);
+      });
+    }
+  }
+};
+
+void lookup_tiles(const Lookup &task, int64_t begin, int64_t end) {
+  Tiles tiles{task};
+  for (int64_t i = begin; i < end; i += CHUNK) {
+    tiles.begin = i;
+    tiles.count = std::min(CHUNK, end - i);
+    tiles.find_values();
+    tiles.choose_base();
+    tiles.write();
+  }
+}
+
 int lookup(const Lookup &task, int threads) {
   for (int64_t c = 0; c < task.columns; ++c)
     if (task.fields[c] < 0 || task.fields[c] >= task.field_count) return BAD_INDEX;
+  if (Tiles::fit(task)) {
+    parallel(threads, task.count, 64 * CHUNK, [&](int64_t begin, int64_t end) { lookup_tiles(task, begin, end); });
+    return OK;
+  }
   std::atomic<int> status{OK};
   parallel(threads, task.count, 64 * CHUNK, [&](int64_t begin, int64_t end) {
     std::unique_ptr<int64_t[]> found(new (std::nothrow) int64_t[2 * CHUNK * task.block_count + 1]);

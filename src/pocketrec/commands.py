@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Document = Mapping[str, Any]
 _PATH = click.Path(path_type=Path)
 _STORAGE = "How kept values are stored.  [default: fp32 for a sparsity, else int8]"
+_INDEX = "How a row is found: in the fewest bytes, or in the least time."
 
 
 def run(arguments: list[str]) -> None:
@@ -168,6 +169,7 @@ def train(session: Session, data: Path, backbone: str, folder: Path, **flags: An
 @click.option("--budget", "budgets", multiple=True, required=True, help="sparsity=0.95, 5% or 4MiB; may be repeated.")
 @click.option("--out", type=_PATH, required=True, help="Folder of the artifacts, one file for each budget.")
 @click.option("--storage", type=click.Choice(["fp32", "fp16", "int8"]), help=_STORAGE)
+@click.option("--index", type=click.Choice(["compact", "direct"]), default="compact", show_default=True, help=_INDEX)
 @click.option("--bake", is_flag=True, help="Ranking models: propagate first, and compress what a device needs.")
 @click.option("--data", type=_PATH, help="The data set.  [default: where it was at training]")
 @verb
@@ -181,7 +183,7 @@ def compress(
 
     plugin = options.build(registry.load("methods", method), flags)
     model, dataset = load(folder, Dataset.open(data) if data else None)
-    how = {"storage": flags["storage"], "bake": flags["bake"]}
+    how = {"storage": flags["storage"], "index": flags["index"], "bake": flags["bake"]}
     artifacts = []
     out.mkdir(parents=True, exist_ok=True)
     with Watcher() as watcher, session.run(folder, watcher) as run:

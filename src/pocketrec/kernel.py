@@ -94,7 +94,12 @@ def limit(most: Level) -> None:
 
 
 def _pointer(array: NDArray[Any] | None) -> int | None:
-    return None if array is None else array.__array_interface__["data"][0]
+    """Address of a contiguous array's data; the buffer is the fastest way to it, but none that may not be written."""
+    if array is None:
+        return None
+    if array.size and array.flags.writeable:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    return array.ctypes.data
 
 
 def _check_status(status: int, what: str) -> None:
@@ -119,7 +124,8 @@ def block_view(
 ) -> BlockView:
     """Describe one packed block to the library; the caller keeps ``arrays`` alive and has checked their shapes."""
     values = arrays["values"]
-    names = ("presence", "rank", "masks", "offsets", "values", "scale")
+    masks = "records" if "records" in arrays else "masks"
+    names = ("presence", "rank", masks, "offsets", "values", "scale")
     pointers = [_pointer(arrays.get(name)) for name in names]
     return BlockView(
         start, stop, present, values.size, left, width, _NUMBERS[values.dtype], stride.bit_length() - 1, *pointers

@@ -19,7 +19,7 @@ from pocketrec.backbone import Model, RankingModel
 from pocketrec.baked import BakedModel
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.files import canonical_json
-from pocketrec.packed import Storage
+from pocketrec.packed import Index, Storage
 from pocketrec.run import Run
 from pocketrec.table import Table
 from pocketrec.vocabulary import Vocabulary
@@ -67,7 +67,9 @@ class Ladder(ABC):
         """The table that keeps at most ``values`` counted scalars (linear weights untouched)."""
 
     @abstractmethod
-    def at_bytes(self, size_bytes: int, storage: Storage, *, vocabulary: bool = False) -> Table:
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> Table:
         """The best table whose packed form (all blocks, side arrays included) takes at most ``size_bytes``.
 
         With ``vocabulary``, the keys of the stored rows have to fit in, too.
@@ -98,6 +100,7 @@ class Small:
         method: how the table was found.
         budget: what was asked for.
         storage: how kept values are stored in the file.
+        index: how the file finds a row.
     """
 
     model: Model
@@ -105,6 +108,7 @@ class Small:
     method: Method
     budget: Budget
     storage: Storage
+    index: Index = "compact"
 
     @property
     def table(self) -> Table:
@@ -141,7 +145,7 @@ class Small:
             "sparsity": self.sparsity,
             "data": self.data.digest,
         }
-        packed = self.table.pack(self.storage, rows)
+        packed = self.table.pack(self.storage, rows, self.index)
         return Contents(_kind(self.model), self.data.schema, vocabulary, packed, self.model.lower(), info)
 
     def save(self, path: str | Path) -> dict[str, int]:
@@ -158,6 +162,7 @@ def compress(
     *,
     run: Run | str | Path | None = None,
     storage: Storage | None = None,
+    index: Index = "compact",
     bake: bool = False,
 ) -> Small: ...
 
@@ -171,6 +176,7 @@ def compress(
     *,
     run: Run | str | Path | None = None,
     storage: Storage | None = None,
+    index: Index = "compact",
     bake: bool = False,
 ) -> list[Small]: ...
 
@@ -183,6 +189,7 @@ def compress(
     *,
     run: Run | str | Path | None = None,
     storage: Storage | None = None,
+    index: Index = "compact",
     bake: bool = False,
 ) -> Small | list[Small]:
     """Fit the model's table into a budget, or into each of several with one preparation.
@@ -195,11 +202,12 @@ def compress(
             whole file), or several of them.
         run: A folder that keeps the preparation: a later budget takes seconds.
         storage: ``fp32``, ``fp16`` or ``int8``; by default ``fp32`` for a sparsity, ``int8`` for a budget in bytes.
+        index: ``compact`` finds a row in the fewest bytes, ``direct`` in the least time.
         bake: For ranking models: propagate first and compress the final vectors, as a device needs them.
 
     Raises:
         BudgetError: A budget cannot be reached; the error knows the least size that can.
-        ConfigError: A budget or storage that is none.
+        ConfigError: A budget, storage or index that is none.
 
     Example:
         >>> small = compress(model, data, MagPrune(), "4MiB", run="runs/mag")  # doctest: +SKIP
@@ -208,7 +216,7 @@ def compress(
     """
     if not isinstance(run, Run):
         with Run(run) as opened:
-            return compress(model, data, method, budget, run=opened, storage=storage, bake=bake)
+            return compress(model, data, method, budget, run=opened, storage=storage, index=index, bake=bake)
     single = isinstance(budget, (str, Budget))
     budgets = [Budget.parse(b) for b in ([budget] if single else budget)]
     if bake:
@@ -217,7 +225,7 @@ def compress(
 
     def at(budget: Budget) -> Small:
         chosen = storage or ("fp32" if budget.kind == "sparsity" else "int8")
-        return _at(ladder, Small(model, data, method, budget, chosen))
+        return _at(ladder, Small(model, data, method, budget, chosen, index))
 
     return at(budgets[0]) if single else [at(b) for b in budgets]
 
@@ -229,7 +237,7 @@ def _at(ladder: Ladder, dense: Small) -> Small:
         return _fit_file(ladder, dense, int(budget.amount))
     if budget.kind == "share":
         dense_bytes = 4 * sum(b.values for b in table.blocks)
-        return _with(dense, ladder.at_bytes(int(budget.amount * dense_bytes), dense.storage))
+        return _with(dense, ladder.at_bytes(int(budget.amount * dense_bytes), dense.storage, index=dense.index))
     values = _counted(table)
     return _with(dense, ladder.at_values(values - int(values * budget.amount)))
 
@@ -260,9 +268,9 @@ def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
 def _fit_room(ladder: Ladder, dense: Small, limit: int, room: int) -> Small:
     """The largest table that fits with its vocabulary into ``room`` bytes, or else the smallest there is."""
     try:
-        return _with(dense, ladder.at_bytes(room, dense.storage, vocabulary=True))
+        return _with(dense, ladder.at_bytes(room, dense.storage, index=dense.index, vocabulary=True))
     except BudgetError as error:
-        small = _with(dense, _least(ladder, dense.storage, error))
+        small = _with(dense, _least(ladder, dense, error))
         named = replace(small, budget=Budget("bytes", small.sizes["file"]))
         if (least := max(small.sizes["file"], named.sizes["file"])) > limit:
             raise BudgetError(
@@ -278,15 +286,15 @@ def _beside(small: Small) -> int:
     return small.sizes["head"] + small.sizes["header"]
 
 
-def _least(ladder: Ladder, storage: Storage, error: BudgetError) -> Table:
+def _least(ladder: Ladder, dense: Small, error: BudgetError) -> Table:
     """The smallest table there is, from the error that named its size."""
     if error.least_bytes is None:
         raise error
-    return ladder.at_bytes(error.least_bytes, storage, vocabulary=True)
+    return ladder.at_bytes(error.least_bytes, dense.storage, index=dense.index, vocabulary=True)
 
 
 def _with(small: Small, table: Table) -> Small:
-    return Small(small.model.with_table(table), small.data, small.method, small.budget, small.storage)
+    return replace(small, model=small.model.with_table(table))
 
 
 def _counted(table: Table) -> int:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pocketrec.backbone import Model
 from pocketrec.errors import ConfigError, UnsupportedOp
-from pocketrec.packed import Packed, Storage
+from pocketrec.packed import Index, Packed, Storage
 from pocketrec.rowadam import BETAS, EPS, RowAdam, Rows
 from pocketrec.table import DenseTable, Table
 
@@ -208,7 +208,9 @@ class _Lookups(Table):
         """Every row."""
         return torch.ones(self.schema.rows, dtype=torch.bool)
 
-    def pack(self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None) -> Packed:
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
         """Not offered."""
         raise UnsupportedOp("A table in training cannot be packed; pack the model's own table.")
 

@@ -1,7 +1,7 @@
 """Packed table layouts: how a table lies in a file, and how one row is read without unpacking the rest.
 
 A packed table has ``rows`` file rows and ``D`` columns, tiled by blocks (rows ``[start, stop)`` x columns
-``[left, right)``). A block has one of two layouts.
+``[left, right)``). A block has one of three layouts.
 
 ``dense``
     Every row of the block is stored: ``values (rows, width)``.
@@ -10,6 +10,10 @@ A packed table has ``rows`` file rows and ``D`` columns, tiled by blocks (rows `
     1,024th row; both are left out where every row is present. Each present row has a column mask of
     ``ceil(width / 8)`` bytes in ``masks``, left out where every present row is whole. ``offsets`` is the number of
     values before every ``stride``-th present row, and ``values`` holds the kept entries, row by row.
+``direct``
+    The same values behind a faster index. ``records`` has ``4 + ceil(width / 8)`` bytes for every row: the number of
+    values before it as uint32, then its column mask, empty where the row is not present; left out where every row is
+    whole.
 
 Values are stored as ``fp32``, ``fp16`` or ``int8``; an int8 code ``q`` of field ``f`` and column ``c`` means
 ``q * scale[f, c]``. Bits are numbered from the least significant. Torch-free.
@@ -32,11 +36,13 @@ from pocketrec import kernel
 from pocketrec.errors import ArtifactError, ConfigError, DivergedError
 
 Storage = Literal["fp32", "fp16", "int8"]
-Layout = Literal["dense", "bitmap"]
+Layout = Literal["dense", "bitmap", "direct"]
+Index = Literal["compact", "direct"]
 
 DTYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 RANK_ROWS = 1024
 STRIDES = (64, 128, 256)
+OFFSET_BYTES = 4
 _CHUNK_ROWS = 1 << 16
 
 
@@ -83,8 +89,10 @@ def stride_for(present: int, width: int, kept: int, storage: Storage) -> int:
     return STRIDES[-1]
 
 
-def size_for(rows: int, present: int, kept: int, width: int, fields: int, storage: Storage) -> int:
-    """Bytes of a ``bitmap`` block, exactly, from its counts alone.
+def size_for(
+    rows: int, present: int, kept: int, width: int, fields: int, storage: Storage, index: Index = "compact"
+) -> int:
+    """Bytes of a pruned block, exactly, from its counts alone.
 
     Args:
         rows: File rows in the block's range.
@@ -93,6 +101,7 @@ def size_for(rows: int, present: int, kept: int, width: int, fields: int, storag
         width: Columns of the block.
         fields: Fields of the table (int8 has a scale per field and column).
         storage: How values are stored.
+        index: ``compact`` for the layout ``bitmap``, or ``direct``.
 
     Example:
         >>> size_for(rows=4096, present=1000, kept=3000, width=16, fields=2, storage="fp16")
@@ -101,6 +110,8 @@ def size_for(rows: int, present: int, kept: int, width: int, fields: int, storag
     size = kept * np.dtype(DTYPES[storage]).itemsize
     if storage == "int8":
         size += 4 * fields * width
+    if index == "direct":
+        return size + (rows * (OFFSET_BYTES + mask_bytes(width)) if kept < rows * width else 0)
     if present < rows:
         size += -(-rows // 8) + 4 * -(-rows // RANK_ROWS)
     if kept < present * width:
@@ -118,7 +129,7 @@ class PackedBlock:
     """One block as it lies in the file; rows are file rows, columns are the table's.
 
     ``arrays`` holds ``values`` and, where the layout needs them, ``presence``, ``rank``, ``masks``, ``offsets``,
-    ``scale`` (see the module's text).
+    ``records``, ``scale`` (see the module's text).
     """
 
     name: str
@@ -148,7 +159,7 @@ class PackedBlock:
 
     @cached_property
     def present_rows(self) -> int:
-        """Rows that keep at least one entry."""
+        """Rows that have a position: those that keep an entry, or all of them where there is no ``presence``."""
         if "presence" not in self.arrays:
             return self.rows
         if "masks" in self.arrays:
@@ -182,6 +193,10 @@ class PackedBlock:
         expected: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {}
         if self.layout == "dense":
             expected["values"] = (DTYPES[self.storage], (self.rows * self.width,))
+        elif self.layout == "direct":
+            expected["values"] = (DTYPES[self.storage], (count,))
+            if "records" in self.arrays or count != self.rows * self.width:
+                expected["records"] = (np.uint8, (self.rows * (OFFSET_BYTES + mask_bytes(self.width)),))
         else:
             whole = "masks" not in self.arrays
             values = self.present_rows * self.width if whole else count
@@ -208,10 +223,18 @@ class PackedBlock:
         counts = np.bitwise_count(self.arrays["masks"]).reshape(-1, mask_bytes(self.width)).sum(axis=1, dtype=np.int64)
         return np.concatenate([[0], np.cumsum(counts)])
 
+    def _records(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Values before each of ``positions (m,)``, and their masks ``(m, ceil(width / 8))``."""
+        records = self.arrays["records"].reshape(-1, OFFSET_BYTES + mask_bytes(self.width))[positions]
+        first = np.ascontiguousarray(records[:, :OFFSET_BYTES]).view("<u4")[:, 0]
+        return first.astype(np.int64), records[:, OFFSET_BYTES:]
+
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """File rows ``(m,)`` -> index among the block's present rows, or -1."""
         local = rows - self.start
         inside = (local >= 0) & (local < self.rows)
+        if "records" in self.arrays:
+            inside[inside] = self._records(local[inside])[1].any(axis=1)
         if "presence" not in self.arrays:
             return np.where(inside, local, -1)
         local = np.where(inside, local, 0)
@@ -223,13 +246,15 @@ class PackedBlock:
 
     def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Write the kept entries of present rows ``positions (m,)`` over ``out (m, width)``."""
-        if "masks" in self.arrays:
-            masks = self.arrays["masks"].reshape(-1, mask_bytes(self.width))[positions]
-            kept = np.unpackbits(masks, axis=1, count=self.width, bitorder="little").astype(bool)
+        if "records" in self.arrays:
+            first, masks = self._records(positions)
+        elif "masks" in self.arrays:
             first = self._row_offsets[positions]
+            masks = self.arrays["masks"].reshape(-1, mask_bytes(self.width))[positions]
         else:
-            kept = np.ones((len(positions), self.width), dtype=bool)
             first = positions * self.width
+            masks = np.full((len(positions), mask_bytes(self.width)), 255, np.uint8)
+        kept = np.unpackbits(masks, axis=1, count=self.width, bitorder="little").astype(bool)
         row, column = np.nonzero(kept)
         index = first[row] + (np.cumsum(kept, axis=1)[row, column] - 1)
         values = self.arrays["values"][index].astype(np.float32)
@@ -283,6 +308,7 @@ class Packed:
         rows: NDArray[np.int64] | None = None,
         storage: Storage = "fp32",
         present: NDArray[np.bool_] | None = None,
+        index: Index = "compact",
     ) -> Packed:
         """Pack the table rows ``rows`` (default: all, in order); nothing of the table's size is copied.
 
@@ -296,15 +322,18 @@ class Packed:
             rows: Table row of each file row; the rows of one block must come together, blocks in order.
             storage: How values are stored.
             present: Table rows that may be stored at all, ``(n,)`` (default: all).
+            index: How a pruned row is found: ``compact`` (layout ``bitmap``) or ``direct``.
 
         Raises:
-            ConfigError: An unknown storage, rows out of order, or values too large for fp16.
+            ConfigError: An unknown storage or index, rows out of order, or values too large for fp16.
             DivergedError: A stored value is not finite.
         """
         if storage not in get_args(Storage):
             raise ConfigError(f"`storage` must be one of {', '.join(get_args(Storage))}, but got {storage!r}.")
+        if index not in get_args(Index):
+            raise ConfigError(f"`index` must be one of {', '.join(get_args(Index))}, but got {index!r}.")
         count = len(weight) if rows is None else len(rows)
-        table = _Source(weight, keep, fields, present, rows, len(fill), storage)
+        table = _Source(weight, keep, fields, present, rows, len(fill), storage, index)
         packed = tuple(_encode_block(table, b) for b in blocks)
         return cls(count, packed, np.array(fill, np.float32), np.array(absent, np.float32))
 
@@ -451,6 +480,7 @@ class _Source:
     rows: NDArray[np.int64] | None
     field_count: int
     storage: Storage
+    index: Index
 
     def kept(self, chunk: slice | NDArray[np.int64], columns: slice) -> NDArray[np.bool_]:
         """Entries to store among ``chunk`` of table rows and ``columns``."""
@@ -491,9 +521,13 @@ def _encode_block(table: _Source, block: BlockRange) -> PackedBlock:
     values, arrays = _encode_values(found, table.field_count, width, table.storage)
     arrays["values"] = values
     stride = STRIDES[0]
-    if table.keep is not None:
+    layout: Layout = "dense"
+    if table.keep is not None and table.index == "direct":
+        layout = "direct"
+        _encode_records(found, arrays, stop - start, width)
+    elif table.keep is not None:
+        layout = "bitmap"
         stride = _encode_index(found, arrays, stop - start, width, table.storage)
-    layout: Layout = "dense" if table.keep is None else "bitmap"
     return PackedBlock(block.name, start, stop, block.left, block.right, layout, table.storage, stride, arrays)
 
 
@@ -531,6 +565,18 @@ def _encode_index(found: _Kept, arrays: dict[str, NDArray[Any]], rows: int, widt
         arrays["masks"] = masks.reshape(-1)
         arrays["offsets"] = _directory(np.bitwise_count(masks).sum(axis=1), stride)
     return stride
+
+
+def _encode_records(found: _Kept, arrays: dict[str, NDArray[Any]], rows: int, width: int) -> None:
+    """Add ``records`` to ``arrays`` unless every row is whole."""
+    if arrays["values"].size == rows * width:
+        return
+    present = np.concatenate([*found.present, np.empty(0, bool)])
+    records = np.zeros((rows, OFFSET_BYTES + mask_bytes(width)), np.uint8)
+    records[present, OFFSET_BYTES:] = np.concatenate([*found.masks, np.empty((0, mask_bytes(width)), np.uint8)])
+    counts = np.bitwise_count(records[:, OFFSET_BYTES:]).sum(axis=1)
+    records[:, :OFFSET_BYTES] = _directory(counts, 1).astype("<u4").view(np.uint8).reshape(rows, OFFSET_BYTES)
+    arrays["records"] = records.reshape(-1)
 
 
 def _directory(counts: NDArray[Any], stride: int) -> NDArray[np.uint32]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
 from pocketrec.method import Ladder
-from pocketrec.packed import Storage, side_size_for, size_for
+from pocketrec.packed import Index, Storage, side_size_for, size_for
 from pocketrec.schema import Schema
 from pocketrec.table import Block, PrunedTable, Table, oov_rows
 from pocketrec.vocabulary import size_for as vocabulary_size_for
@@ -150,7 +150,9 @@ class PruningLadder(Ladder):
                 keep[block.start : block.stop, block.left : block.right] = part.reshape(-1, block.width)
         return self._table(keep)
 
-    def at_bytes(self, size_bytes: int, storage: Storage, *, vocabulary: bool = False) -> PrunedTable:
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> PrunedTable:
         """The largest prefix of the ranking, over all blocks, that packs into ``size_bytes``, to 0.1 %.
 
         With ``vocabulary`` the keys of the stored rows count too.
@@ -159,19 +161,21 @@ class PruningLadder(Ladder):
             BudgetError: Not even the least table fits; ``least_bytes`` says what it takes.
         """
         assumed = sum(f.oov_row is not None for f in self.schema.fields)
-        table = self._fit(size_bytes, storage, vocabulary, assumed)
+        table = self._fit(size_bytes, storage, index, vocabulary, assumed)
         while (assumed - (own := _own_absent(table))) * (4 + 4 * table.width) > size_bytes // 1000:
-            assumed, wider = own, self._fit(size_bytes, storage, vocabulary, own)
+            assumed, wider = own, self._fit(size_bytes, storage, index, vocabulary, own)
             if _own_absent(wider) > own:
                 break
             table = wider
         return table
 
-    def _fit(self, size_bytes: int, storage: Storage, vocabulary: bool, absent_fields: int) -> PrunedTable:
+    def _fit(
+        self, size_bytes: int, storage: Storage, index: Index, vocabulary: bool, absent_fields: int
+    ) -> PrunedTable:
         """The largest selection that fits if ``absent_fields`` fields have an absent row of their own."""
 
         def size(counts: _Counts) -> int:
-            return self._size(counts, storage, vocabulary, absent_fields)
+            return self._size(counts, storage, index, vocabulary, absent_fields)
 
         low, high = int(np.iinfo(np.int32).min), int(INFINITE)
         if (least := size(self._above(high))) > size_bytes:
@@ -234,12 +238,12 @@ class PruningLadder(Ladder):
             first[inside] = _first(rows[inside]) & ~keep[rows[inside], block.left : block.right].any(axis=1)
             yield _running(fresh & hashed & in_rows), _running(first), _running(inside)
 
-    def _size(self, counts: _Counts, storage: Storage, vocabulary: bool, absent_fields: int) -> int:
+    def _size(self, counts: _Counts, storage: Storage, index: Index, vocabulary: bool, absent_fields: int) -> int:
         """Bytes of the packed table, and of its vocabulary if asked for."""
         fields = self.schema.width
         size = side_size_for(fields, self.table.width, absent_fields)
         for block, (file_rows, present, kept) in zip(self.table.blocks, counts.blocks, strict=True):
-            size += size_for(file_rows, present, kept, block.width, fields, storage)
+            size += size_for(file_rows, present, kept, block.width, fields, storage, index)
         return size + (vocabulary_size_for(self.schema, counts.keys) if vocabulary else 0)
 
     def _above(self, threshold: int) -> _Counts:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError
-from pocketrec.packed import Packed, Storage
+from pocketrec.packed import Index, Packed, Storage
 from pocketrec.schema import Schema
 
 
@@ -74,8 +74,13 @@ class Table(nn.Module, ABC):
         """Rows that a file must be able to find: bool ``(n,)``, never the out-of-vocabulary row."""
 
     @abstractmethod
-    def pack(self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None) -> Packed:
-        """The stored form, file row ``i`` holding table row ``rows[i]`` (default: every row, in order)."""
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
+        """The stored form, file row ``i`` holding table row ``rows[i]`` (default: every row, in order).
+
+        ``index`` says how a pruned row is found: ``compact`` takes the fewest bytes, ``direct`` the least time.
+        """
 
 
 def oov_rows(schema: Schema) -> Tensor:
@@ -116,7 +121,9 @@ class DenseTable(Table):
         """Every row but the out-of-vocabulary rows."""
         return ~oov_rows(self.schema)
 
-    def pack(self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None) -> Packed:
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
         """Layout ``dense``; a field without an out-of-vocabulary row has zeros for absent ids."""
         weight = self.matrix.detach().numpy()
         fill = np.zeros((self.schema.width, self.width), np.float32)
@@ -224,8 +231,10 @@ class PrunedTable(Table):
         """Rows that keep something, but the out-of-vocabulary rows."""
         return self.present
 
-    def pack(self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None) -> Packed:
-        """Layout ``bitmap``; the out-of-vocabulary row is not stored, it reads ``absent``."""
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
+        """Layout ``bitmap`` or ``direct``; the out-of-vocabulary row is not stored, it reads ``absent``."""
         return Packed.encode(
             self.base.detach().numpy(),
             self.keep.numpy(),
@@ -236,4 +245,5 @@ class PrunedTable(Table):
             rows,
             storage,
             present=self.present.numpy(),
+            index=index,
         )
