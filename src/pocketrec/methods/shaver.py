@@ -77,7 +77,7 @@ class Shaver(Method):
 
     fill: Fill = "codebook"
     score: Score = "geo"
-    exponent: float = 0.0
+    exponent: float = 0.25
     estimator: Literal["owen", "permutation"] = "owen"
     draws: int = 1
     levels: Levels = "uniform"
