@@ -65,7 +65,7 @@ def _sum(op: Op, x: Array) -> Array:
 
 def _add(op: Op, *xs: Array) -> Array:
     """Sum of its inputs, all ``(B,)``."""
-    return np.sum(xs, axis=0, dtype=np.float32)
+    return np.asarray(np.sum(xs, axis=0, dtype=np.float32))
 
 
 def _dot(op: Op, x: Array) -> Array:
