@@ -161,3 +161,13 @@ def test_workspace_gives_the_shape_and_type_that_is_asked_for():
     assert small.data_ptr() == big.data_ptr()
     assert space.take("a", (2, 3), torch.bfloat16).dtype == torch.bfloat16
     assert space.take("b", (2, 3), torch.bfloat16).data_ptr() != space.take("a", (2, 3), torch.bfloat16).data_ptr()
+
+
+def test_propagation_works_again_after_a_measurement() -> None:
+    graph = Graph.of(np.array([0, 0, 1]), np.array([2, 3, 3]), rows=4)
+    ego = torch.ones(4, 1, requires_grad=True)
+    with torch.inference_mode():
+        measured = graph.propagate(ego, layers=2)
+    final = graph.propagate(ego, layers=2)
+    final.sum().backward()
+    assert torch.equal(final.detach(), measured)

@@ -42,7 +42,8 @@ class Workspace:
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < size or buffer.dtype != dtype or buffer.device != torch.device(device):
-            buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(mode=False):
+                buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
 
