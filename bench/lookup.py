@@ -31,7 +31,7 @@ from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
 from pocketrec import kernel
-from pocketrec.packed import Packed, PackedRange, Storage
+from pocketrec.packed import Index, Packed, PackedRange, Storage
 
 RESULTS = Path(__file__).parent / "results"
 TURNS = {1: (10, 20), 64: (10, 15), 2048: (1, 2)}
@@ -50,6 +50,7 @@ extern "C" void csr(const float *values, const int64_t *indptr, const int64_t *i
 """
 LEVELS: tuple[kernel.Level, ...] = ("portable", "avx2", "avx512")
 STORAGES: tuple[Storage, ...] = ("fp32", "fp16", "int8")
+INDEXES: tuple[Index, ...] = ("compact", "direct")
 TOLERANCE = {"fp32": 0.0, "fp16": 0.004, "int8": 0.05}
 Reader = Callable[[NDArray[np.int64], NDArray[np.float32]], Any]
 
@@ -108,12 +109,13 @@ def packed_reader(
     keep: NDArray[np.bool_],
     fill: NDArray[np.float32],
     fields: NDArray[np.int32],
+    index: Index,
     storage: Storage,
     most: kernel.Level | None,
 ) -> Reader:
     """Ours with arrays of its own: the compiled kernel at one instruction set, or numpy."""
     block = PackedRange("embedding", 0, ROWS, 0, WIDTH)
-    packed = Packed.encode(weight, keep, fill, fill, (block,), fields, storage=storage)
+    packed = Packed.encode(weight, keep, fill, fill, (block,), fields, storage=storage, index=index)
     columns = np.arange(FIELDS, dtype=np.int32)
     if most is None:
         return lambda rows, out: np.copyto(out, packed.lookup_numpy(rows, columns))
@@ -132,11 +134,12 @@ def all_readers(shape: CriteoShape, keep: NDArray[np.bool_], folder: Path) -> di
     readers["dense numpy"] = partial(dense_numpy, weight.copy()), top
     readers["dense torch"] = partial(dense_torch, torch.nn.Embedding.from_pretrained(torch.tensor(weight))), top
     pack = partial(packed_reader, weight, keep, fill, shape.fields)
-    for storage in STORAGES:
-        readers[f"packed {storage}, {top}"] = pack(storage, top), top
-    for most in LEVELS[:-1]:
-        readers[f"packed fp32, {most}"] = pack("fp32", most), most
-    readers["packed fp32, numpy"] = pack("fp32", None), top
+    for index in INDEXES:
+        for storage in STORAGES:
+            readers[f"{index} {storage}, {top}"] = pack(index, storage, top), top
+        for most in LEVELS[:-1]:
+            readers[f"{index} fp32, {most}"] = pack(index, "fp32", most), most
+        readers[f"{index} fp32, numpy"] = pack(index, "fp32", None), top
     return readers
 
 
@@ -217,7 +220,8 @@ def report(results: list[dict[str, Any]]) -> str:
     missing = "" if base == "csr numba" else " **numba is not installed: the base is the loop in C++.**"
     lines = ["# Packed look-up, microseconds per call", "",
              f"{FIELDS} fields, {ROWS:,} rows, {WIDTH} columns, one thread, fresh batches, readers in rotation. Times "
-             f"are processor time of the thread; the ratios' base is `{base}`.{missing}"]  # fmt: skip
+             f"are processor time of the thread; the ratios' base is `{base}`; `compact` and `direct` are our two "
+             f"indexes.{missing}"]  # fmt: skip
     for sparsity in dict.fromkeys(r["sparsity"] for r in results):
         part = [r for r in results if r["sparsity"] == sparsity]
         stored = part[0]["rows_with_values"]

@@ -17,13 +17,16 @@ from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
 from pocketrec.artifact import Contents
-from pocketrec.packed import Packed, PackedRange, Storage
+from pocketrec.packed import Index, Packed, PackedRange, Storage
 from pocketrec.program import Op, Program
 from pocketrec.schema import Field, Keys, Schema
 from pocketrec.vocabulary import Vocabulary, hash64
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.5, 0.8, 0.95, 0.99)
+DIRECT_AT = 0.8
+"""The sparsity at which the direct index is counted, too."""
+
 STORAGES: tuple[Storage, ...] = ("fp32", "fp16", "int8")
 KEYS: tuple[Keys, ...] = ("dense", "hashed")
 HIDDEN = 400
@@ -65,7 +68,12 @@ def row_hashes(schema: Schema) -> list[NDArray[np.uint64]]:
 
 
 def measure(
-    shape: CriteoShape, hashes: list[NDArray[np.uint64]], keep: NDArray[np.bool_], storage: Storage, keys: Keys
+    shape: CriteoShape,
+    hashes: list[NDArray[np.uint64]],
+    keep: NDArray[np.bool_],
+    index: Index,
+    storage: Storage,
+    keys: Keys,
 ) -> dict[str, float | str]:
     """One file's parts: the table per dense parameter, the vocabulary per stored key, head and header in bytes."""
     schema = schema_of(shape, keys)
@@ -73,11 +81,12 @@ def measure(
     vocabulary, rows = Vocabulary.build(schema, stored, lambda i: hashes[i])
     fill = np.random.default_rng(1).normal(size=(FIELDS, WIDTH + 1)).astype(np.float32)
     whole = np.concatenate([keep, stored[:, None]], axis=1)
-    packed = Packed.encode(shape.weight, whole, fill, fill, BLOCKS, shape.fields, rows, storage)
+    packed = Packed.encode(shape.weight, whole, fill, fill, BLOCKS, shape.fields, rows, storage, index=index)
     sizes = Contents("ctr", schema, vocabulary, packed, head(), {"method": "bench"}).sizes()
     linear = packed.blocks[1].size_bytes
     return {
-        "removed": round(1 - float(keep.mean()), 4), "storage": storage, "keys": keys, "stored_rows": int(stored.sum()),
+        "removed": round(1 - float(keep.mean()), 4), "index": index, "storage": storage, "keys": keys,
+        "stored_rows": int(stored.sum()),
         "table_per_parameter": (sizes["table"] - linear) / PARAMETERS, "linear_per_parameter": linear / PARAMETERS,
         "vocabulary_per_key": sizes["vocabulary"] / int(stored.sum()) if keys == "hashed" else 0.0, **sizes,
     }  # fmt: skip
@@ -91,15 +100,15 @@ def report(results: list[dict[str, float | str]]) -> str:
         f"{FIELDS} fields, {ROWS:,} rows, {WIDTH} columns and a linear weight, perceptron 3 x {HIDDEN}, masks that "
         "follow Zipf frequencies. Table: values, masks, presence, directories, scales and fill rows, all that an "
         "embedding look-up needs; table and linear weights in bytes per dense parameter (fp32 dense: 4), vocabulary in "
-        "bytes per stored key, the rest in bytes.",
+        "bytes per stored key, the rest in bytes. Removed: share of values.",
         "",
-        "| values removed | storage | keys | rows stored | table | linear | vocabulary | head | header | file |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| removed | index | storage | keys | rows stored | table | linear | vocabulary | head | header | file |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['removed']:.0%} | {r['storage']} | {r['keys']} | {r['stored_rows']:,} | {r['table_per_parameter']:.4f} "
-        f"| {r['linear_per_parameter']:.4f} | {r['vocabulary_per_key']:.2f} | {r['head']:,} | {r['header']:,} "
-        f"| {r['file']:,} |"
+        f"| {r['removed']:.0%} | {r['index']} | {r['storage']} | {r['keys']} | {r['stored_rows']:,} "
+        f"| {r['table_per_parameter']:.4f} | {r['linear_per_parameter']:.4f} | {r['vocabulary_per_key']:.2f} "
+        f"| {r['head']:,} | {r['header']:,} | {r['file']:,} |"
         for r in results
     ]
     return "\n".join(lines) + "\n"
@@ -113,7 +122,8 @@ def main() -> None:
     for sparsity in SPARSITIES:
         keep = shape.keep(sparsity)
         keep[shape.offsets + shape.sizes - 1] = False
-        results += [measure(shape, hashes, keep, s, k) for s in STORAGES for k in KEYS]
+        indexes: tuple[Index, ...] = ("compact", "direct") if sparsity == DIRECT_AT else ("compact",)
+        results += [measure(shape, hashes, keep, i, s, k) for i in indexes for s in STORAGES for k in KEYS]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "size.md").write_text(report(results))
     with (RESULTS / "size.csv").open("w", newline="") as file:

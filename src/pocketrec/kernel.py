@@ -98,7 +98,7 @@ def _pointer(array: NDArray[Any] | None) -> int | None:
     if array is None:
         return None
     if array.size and array.flags.writeable:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # pyright: ignore[reportArgumentType]
     return array.ctypes.data
 
 
