@@ -40,7 +40,7 @@ def main() -> None:
     """Score and write bench/results/shapley_accuracy.{md,csv}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=8192)
-    parser.add_argument("--walks", type=int, default=12, help="antithetic pairs of walks of the reference")
+    parser.add_argument("--walks", type=int, default=32, help="antithetic pairs of walks of the reference")
     args = parser.parse_args()
     torch.set_num_threads(1)
     configs.use_cache()
