@@ -605,13 +605,12 @@ struct Tiles {
       }
       const bool readable = inside & (first + __builtin_popcount(bits) <= static_cast<uint64_t>(block.values_count));
       const uint64_t lanes = -static_cast<uint64_t>(readable);
+      stored[i] |= bits & -static_cast<uint32_t>(inside);
       const uint8_t *from = block.values + (first & lanes) * SIZE;
       __builtin_prefetch(from);
       __builtin_prefetch(from + 16 * SIZE - 1);
-      bits &= lanes;
-      kept[b][i] = bits;
+      kept[b][i] = bits & lanes;
       values[b][i] = from;
-      stored[i] |= bits;
     }
   }
 

@@ -245,7 +245,10 @@ class PackedBlock:
         return np.where(present, self._byte_ranks[byte] + below, -1)
 
     def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-        """Write the kept entries of present rows ``positions (m,)`` over ``out (m, width)``."""
+        """Write the kept entries of present rows ``positions (m,)`` over ``out (m, width)``.
+
+        A row whose record points outside the values (a damaged file) keeps nothing, as in the compiled kernel.
+        """
         if "records" in self.arrays:
             first, masks = self._records(positions)
         elif "masks" in self.arrays:
@@ -255,6 +258,7 @@ class PackedBlock:
             first = positions * self.width
             masks = np.full((len(positions), mask_bytes(self.width)), 255, np.uint8)
         kept = np.unpackbits(masks, axis=1, count=self.width, bitorder="little").astype(bool)
+        kept &= (first + kept.sum(axis=1) <= self.arrays["values"].size)[:, None]
         row, column = np.nonzero(kept)
         index = first[row] + (np.cumsum(kept, axis=1)[row, column] - 1)
         values = self.arrays["values"][index].astype(np.float32)
