@@ -27,7 +27,7 @@ import torch
 from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
-from pocketrec.attribution import Checkpoint, Scores
+from pocketrec.attribution.shapley import Checkpoint, Scores
 from pocketrec.backbone import Model
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.method import compress

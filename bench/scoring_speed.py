@@ -25,8 +25,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from pocketrec.attribution import Batch, ClickGame, Game, Owen, Permutation, Stream, Tally, attribute
-from pocketrec.gradient import Head, Precision
+from pocketrec.attribution.gradient import Head, Precision
+from pocketrec.attribution.shapley import Batch, ClickGame, Game, Owen, Permutation, Stream, Tally, attribute
 from pocketrec.program import Op, Program
 
 FIELDS, ROWS, DIM, HIDDEN = 39, 1_086_810, 16, (400, 400, 400)
@@ -64,7 +64,7 @@ class Clicks:
         return len(self.ids)
 
     def batch(self, start: int, stop: int, pass_index: int) -> Batch:
-        """See pocketrec.attribution.Samples."""
+        """See pocketrec.attribution.shapley.Samples."""
         return Batch(start, self.ids[start:stop], self.labels[start:stop])
 
 

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from pocketrec.attribution import ClickGame, Estimator, Levels, Owen, Permutation, Scores, attribute
-from pocketrec.gradient import Head
+from pocketrec.attribution.gradient import Head
+from pocketrec.attribution.scoring import ClickSamples
+from pocketrec.attribution.shapley import ClickGame, Estimator, Levels, Owen, Permutation, Scores, attribute
 from pocketrec.pruning import fill_rows
-from pocketrec.scoring import ClickSamples
 from pocketrec.train import train
 
 SPARSITIES = (0.5, 0.8, 0.95)

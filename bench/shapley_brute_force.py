@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketrec.attribution import ClickGame, Estimator, Owen, Permutation, Stream
-from pocketrec.gradient import Head
+from pocketrec.attribution.gradient import Head
+from pocketrec.attribution.shapley import ClickGame, Estimator, Owen, Permutation, Stream
 from pocketrec.program import Op, Program
 
 GAMES, DRAWS, SEED = 200, 4096, 0

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch.profiler
 
-from pocketrec import cli, commands, dataset, measure, method, registry, train  # noqa: F401
+from pocketrec import cli, dataset, measure, method, registry, train  # noqa: F401
+from pocketrec.command import verbs as commands  # noqa: F401
 from pocketrec.run import Run
 
 for axis in ("sources", "backbones", "methods"):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from pocketrec.attribution import (
+from pocketrec.attribution.gradient import Head
+from pocketrec.attribution.shapley import (
     Batch,
     ClickGame,
     Game,
@@ -26,7 +27,6 @@ from pocketrec.attribution import (
     attribute,
 )
 from pocketrec.errors import ConfigError, DivergedError, UnsupportedOp
-from pocketrec.gradient import Head
 from pocketrec.program import Op, Program
 
 

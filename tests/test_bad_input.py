@@ -106,8 +106,8 @@ def test_cut_and_broken_compression(tmp_path, out):
 
 
 def test_a_line_without_end(tmp_path, out, monkeypatch):
-    monkeypatch.setattr("pocketrec.lines.BLOCK_BYTES", 1 << 10)
-    monkeypatch.setattr("pocketrec.lines.LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("pocketrec.encoding.lines.BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("pocketrec.encoding.lines.LINE_BYTES", 1 << 16)
     assert "a line of over 65,536 bytes" in refused(Table(), write(tmp_path, HEADER + "x" * (1 << 18)), out)
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 import pocketrec
-from pocketrec import cli, commands, options, shown
+from pocketrec import cli
+from pocketrec.command import options, shown
+from pocketrec.command import verbs as commands
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError, DataError, DivergedError, RunLocked, StorageError
 
 PARTS = {"file", "table", "vocabulary", "head", "header"}

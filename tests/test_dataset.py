@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocketrec import splits
 from pocketrec.dataset import Dataset, encode
+from pocketrec.encoding import splits
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.sources.interactions import Interactions
 from pocketrec.sources.synthetic import Synthetic
@@ -291,8 +291,8 @@ def test_synthetic_ids_stay_within_their_fields(tmp_path):
 
 def test_many_batches_count_as_one(tmp_path, monkeypatch, log):
     whole = encode(Table(), log, tmp_path / "whole")
-    monkeypatch.setattr("pocketrec.lines.BLOCK_BYTES", 64)
-    monkeypatch.setattr("pocketrec.clicks.BATCH_ROWS", 7)
+    monkeypatch.setattr("pocketrec.encoding.lines.BLOCK_BYTES", 64)
+    monkeypatch.setattr("pocketrec.encoding.clicks.BATCH_ROWS", 7)
     assert encode(Table(), log, tmp_path / "pieces").digest == whole.digest
 
 

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from pocketrec import demo
 from pocketrec.artifact import Artifact
-from pocketrec.picture import Chart, Point, page, png, size, summary
+from pocketrec.command import demo
+from pocketrec.command.picture import Chart, Point, page, png, size, summary
 
 
 class Silent:

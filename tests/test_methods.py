@@ -13,7 +13,15 @@ import torch
 
 import pocketrec as pr
 from pocketrec.artifact import Contents
-from pocketrec.attribution import Tally
+from pocketrec.attribution.scoring import (
+    ClickSamples,
+    RankingSamples,
+    _table_gradient,  # pyright: ignore[reportPrivateUsage]
+    attribute_lists,
+    attribute_propagated,
+    training_rows,
+)
+from pocketrec.attribution.shapley import Tally
 from pocketrec.backbone import Model
 from pocketrec.baked import BakedModel
 from pocketrec.dataset import Dataset
@@ -22,14 +30,6 @@ from pocketrec.method import Budget, Method, Small, compress
 from pocketrec.methods import FrequencyDistance, MagPrune, Random, Shaver
 from pocketrec.packed import Index, Storage
 from pocketrec.run import Run
-from pocketrec.scoring import (
-    ClickSamples,
-    RankingSamples,
-    _table_gradient,  # pyright: ignore[reportPrivateUsage]
-    attribute_lists,
-    attribute_propagated,
-    training_rows,
-)
 from pocketrec.table import DenseTable
 from pocketrec.train import logits
 

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``pocketrec`` with ``arguments`` (default: the process's) and exit."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        from pocketrec.commands import run
+        from pocketrec.command.verbs import run
 
         run(list(sys.argv[1:] if arguments is None else arguments))
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
 """The encoded data set: a folder of ``.npy`` files and one ``dataset.json``, memory-mapped on open.
 
-Ids are global table rows. Vocabulary and counts come from training rows (see :mod:`pocketrec.clicks`). Every raw row
-that is not kept is counted by reason: ``rows_in == sum(len(split)) + sum(dropped.values())``.
+Ids are global table rows. Vocabulary and counts come from training rows (see :mod:`pocketrec.encoding.clicks`). Every
+raw row that is not kept is counted by reason: ``rows_in == sum(len(split)) + sum(dropped.values())``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.clicks import Counting, Order, write_clicks
+from pocketrec.encoding.clicks import Counting, Order, write_clicks
+from pocketrec.encoding.pairs import write_pairs
+from pocketrec.encoding.splits import by_ratio, parse_fraction, parse_ratio
+from pocketrec.encoding.staging import staged_folder
+from pocketrec.encoding.tally import Part, Progress, Tally
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.files import atomic_write, canonical_json, digest
-from pocketrec.pairs import write_pairs
 from pocketrec.schema import Schema
 from pocketrec.source import Scan, Source, require_file
-from pocketrec.splits import by_ratio, parse_fraction, parse_ratio
-from pocketrec.staging import staged_folder
-from pocketrec.tally import Part, Progress, Tally
 
 SplitName = Literal["train", "valid", "test"]
 

@@ -11,17 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pocketrec.attribution import Checkpoint, ClickGame, Levels, Owen, Permutation, RankingGame, Scores, attribute
-from pocketrec.backbone import ClickModel, Model, RankingModel
-from pocketrec.baked import BakedModel
-from pocketrec.dataset import Dataset
-from pocketrec.errors import ConfigError
-from pocketrec.gradient import Head, Precision
-from pocketrec.method import Ladder, Method
-from pocketrec.packed import Index, Storage
-from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
-from pocketrec.run import Run
-from pocketrec.scoring import (
+from pocketrec.attribution.gradient import Head, Precision
+from pocketrec.attribution.scoring import (
     ClickSamples,
     RankingSamples,
     Score,
@@ -30,6 +21,24 @@ from pocketrec.scoring import (
     ranking_keys,
     training_rows,
 )
+from pocketrec.attribution.shapley import (
+    Checkpoint,
+    ClickGame,
+    Levels,
+    Owen,
+    Permutation,
+    RankingGame,
+    Scores,
+    attribute,
+)
+from pocketrec.backbone import ClickModel, Model, RankingModel
+from pocketrec.baked import BakedModel
+from pocketrec.dataset import Dataset
+from pocketrec.errors import ConfigError
+from pocketrec.method import Ladder, Method
+from pocketrec.packed import Index, Storage
+from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
+from pocketrec.run import Run
 from pocketrec.table import PrunedTable
 from pocketrec.train import Training, fingerprint
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
-from pocketrec.lines import Lines, read_lines
+from pocketrec.encoding.lines import Lines, read_lines
 from pocketrec.schema import Task
 from pocketrec.source import BadRow, Batch, Column, Scan, Source
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pocketrec.columnar import open_table
+from pocketrec.encoding.columnar import open_table
 from pocketrec.source import Column, Scan, Source
 
 FIELDS = (

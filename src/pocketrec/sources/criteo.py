@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
-from pocketrec.lines import read_delimited
+from pocketrec.encoding.lines import read_delimited
 from pocketrec.source import Batch, Column, Scan, Source, reject
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))

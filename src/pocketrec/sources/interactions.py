@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pocketrec.columnar import open_table
+from pocketrec.encoding.columnar import open_table
 from pocketrec.schema import Task
 from pocketrec.source import Batch, Column, Scan, Source, whole_numbers
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from pocketrec.lines import read_delimited
+from pocketrec.encoding.lines import read_delimited
 from pocketrec.source import Batch, Column, Scan, Source, reject
 
 FIELDS = (

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
+from pocketrec.encoding.lines import Lines, delimit, read_lines
 from pocketrec.errors import ConfigError, DataError
-from pocketrec.lines import Lines, delimit, read_lines
 from pocketrec.source import Batch, Column, Scan, Source, reject
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import polars as pl
 
-from pocketrec.columnar import TableFile, open_table
+from pocketrec.encoding.columnar import TableFile, open_table
 from pocketrec.errors import ConfigError
 from pocketrec.source import Batch, Column, Kind, Scan, Source, reject
 

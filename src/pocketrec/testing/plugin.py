@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from pocketrec import options, registry
+from pocketrec import registry
+from pocketrec.command import options
 from pocketrec.errors import ConfigError
 from pocketrec.source import Source
 from pocketrec.testing.lab import Lab, require

@@ -36,11 +36,11 @@ class Node:
 
     def value(self, *inputs: Tensor) -> Tensor:
         """The mathematics of ``run``, without keeping the inputs."""
-        raise UnsupportedOp(f"Head op {self.op.kind!r} has no torch form; add it to pocketrec.gradient.")
+        raise UnsupportedOp(f"Head op {self.op.kind!r} has no torch form; add it to pocketrec.attribution.gradient.")
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
         """From the output's gradient, one gradient per input."""
-        raise UnsupportedOp(f"Head op {self.op.kind!r} has no gradient; add it to pocketrec.gradient.")
+        raise UnsupportedOp(f"Head op {self.op.kind!r} has no gradient; add it to pocketrec.attribution.gradient.")
 
     def pull_sum(self, slope: Tensor, parts: int) -> Tensor:
         """``pull`` to the only input, summed over ``parts`` equal parts of the batch."""

@@ -21,12 +21,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pocketrec import splits
+from pocketrec.encoding import splits
+from pocketrec.encoding.staging import appending, array_file, save_array
+from pocketrec.encoding.tally import Part, Progress, Tally
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.schema import Field, Schema
 from pocketrec.source import BATCH_ROWS, Batch, Column, Scan
-from pocketrec.staging import appending, array_file, save_array
-from pocketrec.tally import Part, Progress, Tally
 from pocketrec.vocabulary import hash64
 
 Counting = Literal["train", "published"]

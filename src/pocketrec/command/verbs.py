@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketrec import options, registry, shown
+from pocketrec import registry
+from pocketrec.command import options, shown
+from pocketrec.command.progress import Watcher
 from pocketrec.errors import ConfigError, DataError
-from pocketrec.progress import Watcher
 
 if TYPE_CHECKING:
     from pocketrec.run import Progress, Run
@@ -284,7 +285,7 @@ def _inspected(path: Path, verify: bool) -> Document:
 @verb
 def demo(session: Session, out: Path) -> None:
     """Run the main job on a synthetic click log: train, compress to a ladder of budgets, table and picture."""
-    from pocketrec import demo as main_job
+    from pocketrec.command import demo as main_job
 
     with Watcher() as watcher:
         report = main_job.run(out, seed=session.seed, threads=session.threads, watcher=watcher)

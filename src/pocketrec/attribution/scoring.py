@@ -1,9 +1,9 @@
 """The training rows of a data set as games, and their Shapley values as ranking keys.
 
 Click models and baked ranking models look up a few rows per sample: one game per sample
-(:func:`~pocketrec.attribution.attribute`). A ranking model that propagates its table reads all of it for every sample:
-one game per batch, whose players are all entries of the table (:func:`attribute_propagated`). What a ranking model
-would recommend is a single game over the whole table, solved in closed form (:func:`attribute_lists`).
+(:func:`~pocketrec.attribution.shapley.attribute`). A ranking model that propagates its table reads all of it for every
+sample: one game per batch, whose players are all entries of the table (:func:`attribute_propagated`). What a ranking
+model would recommend is a single game over the whole table, solved in closed form (:func:`attribute_lists`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketrec import kernel
-from pocketrec.attribution import Batch, Checkpoint, Scores, Stream, Tally
+from pocketrec.attribution.shapley import Batch, Checkpoint, Scores, Stream, Tally
 from pocketrec.backbone import RankingModel
 from pocketrec.dataset import Split
 from pocketrec.errors import DataError, UnsupportedOp

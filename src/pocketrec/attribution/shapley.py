@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pocketrec.attribution.gradient import Head
+from pocketrec.attribution.walk import Walk
 from pocketrec.errors import ConfigError, DivergedError
 from pocketrec.files import boundary
-from pocketrec.gradient import Head
-from pocketrec.walk import Walk
 
 AUDIT_EVERY = 16
 DIAGONAL = 0.2

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from pocketrec.encoding.lines import read_delimited, read_lines, split_quoted
 from pocketrec.errors import DataError
-from pocketrec.lines import read_delimited, read_lines, split_quoted
 from pocketrec.source import BATCH_ROWS, Batch, require_file
 
 _SEPARATORS = ",\t;|"

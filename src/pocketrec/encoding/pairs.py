@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import splits
+from pocketrec.encoding import splits
+from pocketrec.encoding.staging import save_array
+from pocketrec.encoding.tally import Part, Progress, Tally
 from pocketrec.errors import DataError
 from pocketrec.schema import Field, Schema
 from pocketrec.source import Scan
-from pocketrec.staging import save_array
-from pocketrec.tally import Part, Progress, Tally
 
 _PAIR = np.dtype([("user", "<i8"), ("item", "<i8"), ("line", "<i8")])
 _MOST_IDS = 2**30

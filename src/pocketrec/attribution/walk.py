@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketrec.gradient import FirstLinear, Head, Step
+from pocketrec.attribution.gradient import FirstLinear, Head, Step
 
 
 @dataclass(frozen=True)

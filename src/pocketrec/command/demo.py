@@ -13,14 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pocketrec import registry, shown
+from pocketrec import registry
+from pocketrec.command import shown
+from pocketrec.command.picture import Chart, Point, page, png, size, summary
 from pocketrec.dataset import Dataset, encode
 from pocketrec.errors import BudgetError, DataError
 from pocketrec.files import atomic_write
 from pocketrec.measure import measure
 from pocketrec.method import Method, compress
 from pocketrec.metrics import auc
-from pocketrec.picture import Chart, Point, page, png, size, summary
 from pocketrec.run import Run
 from pocketrec.train import Training, train
 
@@ -34,7 +35,7 @@ ROWS = 1_000_000
 
 
 class Watching(Protocol):
-    """Told how far the work is; see :class:`pocketrec.progress.Watcher`."""
+    """Told how far the work is; see :class:`pocketrec.command.progress.Watcher`."""
 
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         """``done`` of ``total`` units of ``stage``."""

@@ -1,0 +1,1 @@
+"""From raw rows to integer ids: what ``dataset.encode`` is made of."""
