@@ -45,7 +45,7 @@ FOLDER = CACHE / "lightgcn_pruned"
 METHODS: dict[str, Method] = {
     "shaver": Shaver(),
     "shaver, zero fill": Shaver(fill="zero"),
-    "shaver, BPR loss": Shaver(top=0, fill="zero", masks=8),
+    "shaver, BPR loss": Shaver(top=0, fill="zero", exponent=0.0, masks=8),
     "frequency distance": FrequencyDistance(fill="zero"),
     "random": Random(),
 }
