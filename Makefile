@@ -1,5 +1,5 @@
 # `make demo` shows the whole path; `make test` proves it. Both make their own virtual environment.
-# TORCH_ARGS chooses another wheel index, e.g. TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu".
+# TORCH_ARGS adds options to the installation of torch, for another build of it.
 
 PYTHON ?= python3
 BIN := .venv/bin

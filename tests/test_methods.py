@@ -174,6 +174,13 @@ def test_shaver_scores_add_up(clicks: Dataset, click_model: Model) -> None:
     assert not scores.mean[unseen].any()
 
 
+def test_shaver_tells_its_efficiency_gap(clicks: Dataset, click_model: Model) -> None:
+    told: dict[str, float] = {}
+    with Run(None, progress=lambda stage, done, total, figures: told.update(figures)) as run:
+        gap = Shaver().scores(click_model, clicks, run).gap
+    assert told["efficiency gap"] == gap != 0
+
+
 def test_a_second_budget_reads_the_stored_scores(
     clicks: Dataset, click_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

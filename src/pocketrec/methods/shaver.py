@@ -136,6 +136,7 @@ class Shaver(Method):
         stored = run.once("shapley", key, lambda checkpoint: self._attribute(model, data, run, checkpoint))
         scores = Scores.from_arrays(stored)
         run.log(stage="shapley", samples=scores.samples, efficiency_gap=scores.gap)
+        run.progress("shapley", scores.samples, scores.samples, {"efficiency gap": scores.gap})
         return scores
 
     def _scoring(self, model: Model) -> dict[str, Any]:
