@@ -41,6 +41,11 @@ def raw(*parts: str) -> Path:
     return Path(os.environ["POCKETREC_DATA"]).joinpath(*parts)
 
 
+def peak_mib() -> float:
+    """Peak resident MiB of this process since it was started (``ru_maxrss`` would count its parent's too)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
 def use_cache() -> None:
     """Keep and find trained models in ``cache/models``."""
     folder = CACHE / "models"

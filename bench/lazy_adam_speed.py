@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import resource
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from configs import RESULTS
+from configs import RESULTS, peak_mib
 from torch import Tensor
 
 from pocketrec import kernel
@@ -100,7 +99,7 @@ def report_memory(name: str) -> None:
     step = stepper(name, schema)
     for number, batch in enumerate(draw_batches(schema)[:4]):
         step(batch, number)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(round(peak_mib()))
 
 
 def peak_memory(name: str) -> int:

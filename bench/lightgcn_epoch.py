@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from configs import RESULTS, ranking_data
+from configs import RESULTS, peak_mib, ranking_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,12 +156,11 @@ def memory(name: str, contrast: float) -> None:
     """Print peak resident memory in MiB before and after training steps."""
     model = LightGCN(contrast=contrast).build(ranking_data("gowalla"), seed=0)
     batches = list(islice(batches_of(model), 4))
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731
-    loaded = peak()
+    loaded = peak_mib()
     (variant,) = variants(model, (name,))
     for batch in batches:
         variant.step(batch)
-    print(loaded, peak())
+    print(loaded, peak_mib())
 
 
 def main() -> None:
