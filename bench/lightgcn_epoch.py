@@ -145,7 +145,7 @@ def measure(model: LightGCNModel, threads: int, rounds: int, steps: int) -> tupl
     return seconds, gap
 
 
-def peak_mib(name: str, contrast: float) -> tuple[float, float]:
+def child_peak(name: str, contrast: float) -> tuple[float, float]:
     """Peak resident memory of a process that trains a few steps this way, and of one that only loads, in MiB."""
     command = [sys.executable, __file__, "--memory", name, "--contrast", str(contrast)]
     loaded, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
@@ -179,7 +179,7 @@ def main() -> None:
     per_epoch = math.ceil(len(ranking_data("gowalla").train) / BATCH)
     for contrast in (0.0, 0.1):
         model = LightGCN(contrast=contrast).build(ranking_data("gowalla"), seed=0)
-        peaks = {name: peak_mib(name, contrast) for name in BASES + OURS}
+        peaks = {name: child_peak(name, contrast) for name in BASES + OURS}
         for threads in (1, 2):
             seconds, gap = measure(model, threads, options.rounds, options.steps)
             median = {name: float(np.median(values)) for name, values in seconds.items()}
