@@ -60,7 +60,7 @@ class Budget:
 
 
 class Ladder(ABC):
-    """What ``prepare`` leaves behind: everything needed to make a table for any budget in seconds."""
+    """What ``prepare`` leaves behind: a table of the right size for any budget in seconds, then ``finish``."""
 
     @abstractmethod
     def at_values(self, values: int) -> Table:
@@ -74,6 +74,16 @@ class Ladder(ABC):
 
         With ``vocabulary``, the keys of the stored rows have to fit in, too.
         """
+
+    def finish(self, model: Model) -> Model:
+        """The final model around a table that ``at_values`` or ``at_bytes`` has made; by default it is final already.
+
+        A method that trains does so here, once per budget: the size of the file must not depend on what is learned.
+
+        Args:
+            model: the dense model's head around the table.
+        """
+        return model
 
 
 class Method(ABC):
@@ -232,6 +242,12 @@ def compress(
 
 def _at(ladder: Ladder, dense: Small) -> Small:
     """The table for one budget, in place of the dense one."""
+    small = _sized(ladder, dense)
+    return replace(small, model=ladder.finish(small.model))
+
+
+def _sized(ladder: Ladder, dense: Small) -> Small:
+    """The table of the right size, not yet trained where the method trains."""
     budget, table = dense.budget, dense.table
     if budget.kind == "bytes":
         return _fit_file(ladder, dense, int(budget.amount))

@@ -6,18 +6,19 @@ result. ``Run(None)`` keeps everything in memory. Torch-free until something is 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from numpy.typing import NDArray
 
-from pocketrec.errors import ArtifactError
+from pocketrec.errors import ArtifactError, RunLocked
 from pocketrec.files import (
     Journal,
     Lock,
@@ -46,6 +47,17 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         """Called at every step of the work."""
+
+
+class Watch(Protocol):
+    """Told how each epoch of a training came out; may raise :class:`Abandoned`."""
+
+    def __call__(self, stage: str, epoch: int, metric: float | None) -> None:
+        """Called after every epoch with its figure on validation."""
+
+
+class Abandoned(Exception):
+    """Whoever watches a step has seen enough: it ends unfinished, and leaves no checkpoint."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -148,6 +160,9 @@ class Run:
         threads: threads of torch while a step runs; ``None`` leaves them as they are.
         device: where models are trained.
         progress: told how far steps are.
+        store: a folder of finished steps and trained models that runs share, so that none is computed twice; by
+            default the one that ``POCKETREC_CACHE`` names, else each run keeps its own.
+        watch: told of every epoch's figure on validation.
         checkpoint_seconds: least time between two checkpoints of a step.
         checkpoint_calls: also save at every so many boundaries of a step; 0 for never.
 
@@ -170,6 +185,8 @@ class Run:
         threads: int | None = None,
         device: str = "cpu",
         progress: Progress | None = None,
+        store: str | Path | None = None,
+        watch: Watch | None = None,
         checkpoint_seconds: float = 60.0,
         checkpoint_calls: int = 0,
     ) -> None:
@@ -178,6 +195,9 @@ class Run:
         self.threads = threads
         self.device = device
         self.progress: Progress = progress or _silent
+        self.watch: Watch = watch or _unwatched
+        named = store or os.environ.get("POCKETREC_CACHE")
+        self.store = None if named is None else Path(named)
         self._every = (checkpoint_seconds, checkpoint_calls)
         self._memory: dict[str, Arrays] = {}
         self._records: dict[str, list[dict[str, Any]]] = {}
@@ -213,29 +233,48 @@ class Run:
             Arrays by name; memory-mapped and read-only where the run has a folder.
         """
         identity = digest({"name": name, "key": key, "seed": self.seed})
-        if self.path is None:
+        folder = self.store or (None if self.path is None else self.path / "steps")
+        if folder is None:
             if identity not in self._memory:
                 with self.working(None, identity) as checkpoint:
                     self._memory[identity] = dict(fn(checkpoint))
             return self._memory[identity]
-        folder = self.path / "steps"
         with storage_errors(folder, "make"):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         finished = folder / f"{name}-{identity[:16]}.safetensors"
-        with self.working(finished.with_suffix(".partial"), identity) as checkpoint:
+        with self.claimed(finished), self.working(finished.with_suffix(".partial"), identity) as checkpoint:
             if not finished.exists():
                 save_arrays(finished, fn(checkpoint), {"name": name, "key": key, "seed": self.seed})
             checkpoint.clear()
         return open_arrays(finished)[0]
 
-    def fit(self, name: str, model: Model, data: Dataset, training: Training | None = None) -> Model:
+    @contextmanager
+    def claimed(self, finished: Path) -> Iterator[None]:
+        """Sole use of a place in the store: another process that computes it is waited for."""
+        while True:
+            lock = nullcontext() if self.store is None else Lock(finished.with_suffix(".lock"))
+            try:
+                lock.__enter__()
+            except RunLocked:
+                time.sleep(0.2)
+                continue
+            try:
+                yield
+            finally:
+                lock.__exit__(None, None, None)
+            return
+
+    def fit(
+        self, name: str, model: Model, data: Dataset, training: Training | Sequence[Training] | None = None
+    ) -> Model:
         """A trained copy of ``model``, from its present weights on; trained at most once per model, data and settings.
 
         Args:
             name: of the step.
             model: trained are its parameters that require a gradient; it is left as it is.
             data: the training and validation splits are read.
-            training: settings; by default those of the data's task.
+            training: settings, by default those of the data's task; of several, each goes on from the best weights of
+                the one before.
 
         Returns:
             A copy with the weights of the best epoch on validation.
@@ -248,8 +287,13 @@ class Run:
     def working(self, partial: Path | None, identity: str) -> Iterator[Checkpoint]:
         """The state in which a step computes: its checkpoint, deferred signals, the run's number of threads."""
         signals = Signals()
+        checkpoint = Checkpoint(partial, identity, *self._every, signals)
         with signals.deferred(), _torch_threads(self.threads):
-            yield Checkpoint(partial, identity, *self._every, signals)
+            try:
+                yield checkpoint
+            except Abandoned:
+                checkpoint.clear()
+                raise
 
     def ledger(self, **record: Any) -> None:
         """Note that a test split was read: which file, which split, which figures."""
@@ -322,3 +366,7 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 def _silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
     """Progress that nobody watches."""
+
+
+def _unwatched(stage: str, epoch: int, metric: float | None) -> None:
+    """Epochs that nobody judges."""

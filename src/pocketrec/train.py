@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -120,7 +119,7 @@ def train(
     """Train a backbone from scratch; the run's folder gets ``model.safetensors`` and ``run.json``.
 
     The model is known by the digest of backbone, settings, data set and seed: the same training in the same folder is
-    read, not repeated. With ``POCKETREC_CACHE`` naming a folder, all runs share trained models there.
+    read, not repeated, and all runs with one store share it.
 
     Args:
         backbone: configuration of the recommender.
@@ -193,9 +192,14 @@ def history(path: str | Path) -> list[Epoch]:
     return [Epoch(**e) for e in read_document(Path(path))["history"]]
 
 
-def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Training | None) -> Model:
+def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Training | Sequence[Training] | None) -> Model:
     """See :meth:`pocketrec.run.Run.fit`."""
-    training = training or Training.default(data.schema.task)
+    if training is None:
+        training = Training.default(data.schema.task)
+    if not isinstance(training, Training):
+        for stage in training:
+            model = fit_step(run, name, model, data, stage)
+        return model
     key = {"model": fingerprint(model), "training": asdict(training), "data": data.digest}
 
     def compute(checkpoint: Checkpoint) -> Arrays:
@@ -258,9 +262,11 @@ def _interactions(split: Split, schema: Schema) -> tuple[NDArray[np.int64], NDAr
 def _trained(run: Run, model: Model, data: Dataset, training: Training, key: dict[str, Any]) -> Arrays:
     """Learned tensors of a training: from the run's folder, from the shared cache, or computed now."""
     places = _places(run, key)
-    known = next((arrays for place in places if (arrays := _stored(place, key)) is not None), None)
-    partial = None if run.path is None else run.path / "training.partial"
-    with run.working(partial, digest(key)) as checkpoint:
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    shared = places[-1] if places else Path()
+    with run.claimed(shared), run.working(_partial(run, shared), digest(key)) as checkpoint:
+        known = next((arrays for place in places if (arrays := _stored(place, key)) is not None), None)
         arrays = known or _fit(run, "train", model, data, training, checkpoint)
         for place in places:
             if _stored(place, key) is None:
@@ -274,10 +280,16 @@ def _trained(run: Run, model: Model, data: Dataset, training: Training, key: dic
 
 
 def _places(run: Run, key: dict[str, Any]) -> list[Path]:
-    """Where a trained model is kept: the run's folder, and the folder that ``POCKETREC_CACHE`` names."""
-    cache = os.environ.get("POCKETREC_CACHE")
+    """Where a trained model is kept: the run's folder, and the store."""
     places = [] if run.path is None else [run.path / "model.safetensors"]
-    return [*places, Path(cache) / f"{digest(key)}.safetensors"] if cache else places
+    return places if run.store is None else [*places, run.store / f"{digest(key)}.safetensors"]
+
+
+def _partial(run: Run, shared: Path) -> Path | None:
+    """Where a training leaves its checkpoint."""
+    if run.path is not None:
+        return run.path / "training.partial"
+    return None if run.store is None else shared.with_suffix(".partial")
 
 
 def _stored(place: Path, key: dict[str, Any]) -> Arrays | None:
@@ -368,6 +380,7 @@ class _Loop:
             at.best = at.epoch
             self.best = {name: t.detach().clone() for name, t in _learned(self.model).items()}
         self.run.log(stage=self.stage, epoch=at.epoch, seconds=seconds, **asdict(epoch))
+        self.run.watch(self.stage, at.epoch, metric)
         at.epoch, at.step, at.loss_sum = at.epoch + 1, 0, 0.0
 
     def _require_finite(self, what: str, value: float) -> None:

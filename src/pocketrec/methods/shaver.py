@@ -40,7 +40,7 @@ from pocketrec.packed import Index, Storage
 from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
 from pocketrec.run import Run
 from pocketrec.table import PrunedTable
-from pocketrec.train import Training, fingerprint
+from pocketrec.train import fingerprint
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Shaver(Method):
         scores = self.scores(model, data, run)
         keys = ranking_keys(scores, data.counts, self.score, self._exponent(model))
         ladder = PruningLadder(model.table, keys, fill, data.counts, self.scope)
-        return ladder if self.tune == "none" else TunedLadder(ladder, model, data, run, self.tune == "codebook")
+        return ladder if self.tune == "none" else TunedLadder(ladder, data, run, self.tune == "codebook")
 
     def scores(self, model: Model, data: Dataset, run: Run) -> Scores:
         """Shapley values of every entry: computed at most once per run, model, data set and scoring settings."""
@@ -192,42 +192,46 @@ class TunedLadder(Ladder):
 
     Args:
         ladder: Where the masks come from.
-        model: The dense model.
         data: Training and validation rows.
         run: Keeps each tuned table.
         codebook: Whether the fill rows are trained, too.
     """
 
     ladder: PruningLadder
-    model: Model
     data: Dataset
     run: Run
     codebook: bool
 
     def at_values(self, values: int) -> PrunedTable:
         """See :class:`PruningLadder`."""
-        return self._tuned(self.ladder.at_values(values))
+        return self.ladder.at_values(values)
 
     def at_bytes(
         self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
     ) -> PrunedTable:
         """See :class:`PruningLadder`."""
-        return self._tuned(self.ladder.at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary))
+        return self.ladder.at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary)
 
-    def _tuned(self, table: PrunedTable) -> PrunedTable:
+    def finish(self, model: Model) -> Model:
+        """Train what is kept, and the codebook if asked for."""
+        table = model.table
+        if not isinstance(table, PrunedTable):
+            raise ConfigError(f"Tuning needs a pruned table, but got {type(table).__name__}.")
         base = nn.Parameter(table.base.detach().clone())
         fill = nn.Parameter(table.fill.detach().clone()) if self.codebook else table.fill
         start = PrunedTable(table.schema, table.blocks, base, table.keep, fill, table.absent)
-        model = deepcopy(self.model.with_table(start))
-        for name, parameter in model.named_parameters():
+        trainable = deepcopy(model.with_table(start))
+        for name, parameter in trainable.named_parameters():
             parameter.requires_grad_(name.startswith("table."))
-        tuned = self.run.fit("tune", model, self.data, Training.default(self.data.schema.task)).table
+        tuned = self.run.fit("tune", trainable, self.data).table
         learned = {name: parameter.detach() for name, parameter in tuned.named_parameters()}
-        return PrunedTable.from_counts(
-            table.schema,
-            table.blocks,
-            learned["base"],
-            table.keep,
-            learned.get("fill", table.fill),
-            self.ladder.counts,
+        return model.with_table(
+            PrunedTable.from_counts(
+                table.schema,
+                table.blocks,
+                learned["base"],
+                table.keep,
+                learned.get("fill", table.fill),
+                self.ladder.counts,
+            )
         )
