@@ -87,9 +87,15 @@ class Ladder(ABC):
 
 
 class Method(ABC):
-    """A frozen dataclass that is its own configuration; one file per method in ``methods/``."""
+    """A frozen dataclass that is its own configuration; one file per method in ``methods/``.
+
+    Attributes:
+        name: in the registry and on the command line.
+        trains: whether it trains a model of its own, by its field ``training``, instead of shrinking a trained one.
+    """
 
     name: ClassVar[str]
+    trains: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
