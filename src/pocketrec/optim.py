@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pocketrec.active import ActiveTable, Rule
 from pocketrec.backbone import Model
 from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.packed import Index, Packed, Storage
@@ -54,6 +55,8 @@ class Optimizer(ABC):
 class DenseAdam(Optimizer):
     """Adam with coupled weight decay on all trainable parameters, in one fused pass.
 
+    An :class:`~pocketrec.active.ActiveTable` may have other rules for some of its parameters.
+
     Args:
         model: the model to train.
         learning_rate: step size, above 0.
@@ -66,7 +69,17 @@ class DenseAdam(Optimizer):
     def __init__(self, model: Model, learning_rate: float, weight_decay: float) -> None:
         self.model = model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._adam = _fused_adam(list(self._named.values()), learning_rate, weight_decay)
+        table = model.table
+        rules = table.rules() if isinstance(table, ActiveTable) else {}
+        self._clip = table.clip if isinstance(table, ActiveTable) else 0.0
+        own = {f"table.{name}": rule for name, rule in rules.items()}
+        common = [p for name, p in self._named.items() if name not in own]
+        self._adam = _fused_adam(common, learning_rate, weight_decay)
+        for name, rule in own.items():
+            if rule.kind == "adam":
+                group = {"params": [self._named[name]], "lr": rule.learning_rate, "weight_decay": rule.weight_decay}
+                self._adam.add_param_group(group)
+        self._plain = [(self._named[name], rule) for name, rule in own.items() if rule.kind == "sgd"]
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients of the last ``backward``."""
@@ -74,8 +87,12 @@ class DenseAdam(Optimizer):
 
     def step(self) -> None:
         """Update the weights."""
+        if self._clip > 0:
+            nn.utils.clip_grad_norm_(self._named.values(), self._clip)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+        for parameter, rule in self._plain:
+            _descend(parameter, rule)
 
     def synchronise(self) -> None:
         """Nothing is ever late."""
@@ -218,6 +235,14 @@ class _Lookups(Table):
 def _fused_adam(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Adam:
     """Torch's Adam in one pass over all parameters."""
     return torch.optim.Adam(parameters, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
+
+
+@torch.no_grad()
+def _descend(parameter: nn.Parameter, rule: Rule) -> None:
+    """A step of plain gradient descent."""
+    if parameter.grad is not None:
+        parameter -= rule.learning_rate * (parameter.grad + rule.weight_decay * parameter)
+        parameter.grad = None
 
 
 def _moments(adam: torch.optim.Adam, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

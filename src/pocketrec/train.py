@@ -2,7 +2,7 @@
 
 Batches and noise are pure functions of ``(seed, epoch, step)``, so a killed training goes on from its last checkpoint
 and ends with the same bytes. After every epoch the model is judged on the validation split (AUC, or NDCG@20); the
-weights of the best epoch are the result.
+weights of the best epoch are the result. An :class:`~pocketrec.active.ActiveTable` takes part by its hooks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec import registry
+from pocketrec.active import ActiveTable
 from pocketrec.backbone import Backbone, ClickModel, Model, RankingModel, noise
 from pocketrec.dataset import Dataset, Split
 from pocketrec.errors import ArtifactError, ConfigError, DataError, DivergedError
@@ -203,16 +204,19 @@ def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Trainin
     key = {"model": fingerprint(model), "training": asdict(training), "data": data.digest}
 
     def compute(checkpoint: Checkpoint) -> Arrays:
-        return _fit(run, name, deepcopy(model), data, training, checkpoint)
+        return _fit(run, name, deepcopy(model).to(run.device), data, training, checkpoint)
 
     fitted = deepcopy(model)
-    _load_learned(fitted, run.once(name, key, compute))
+    arrays = run.once(name, key, compute)
+    _load_learned(fitted, arrays)
+    run.log(stage=name, curve=[[e.loss, e.metric] for e in _epochs(arrays["history"])])
     return fitted
 
 
 def fingerprint(model: Model) -> str:
     """SHA-256 over the configuration and every tensor of a model."""
-    state = sha256(canonical_json([type(model).__name__, repr(model.backbone), type(model.table).__name__]))
+    table = f"{type(model.table).__name__}{model.table.extra_repr()}"
+    state = sha256(canonical_json([type(model).__name__, repr(model.backbone), table]))
     for name, tensor in model.state_dict(keep_vars=True).items():
         state.update(f"{name}{tuple(tensor.shape)}{tensor.requires_grad}".encode())
         state.update(buffer(tensor.detach().cpu().numpy()))
@@ -348,19 +352,30 @@ class _Loop:
         """One update, and a checkpoint where it is due."""
         at = self.at
         with _precision(self.training.precision, self.run.device):
-            loss = self.optimizer.model.loss(batch, noise(self.run.seed, "noise", at.epoch, at.step))
+            loss = self._loss(batch)
         value = float(loss.detach())
         self._require_finite("loss", value)
         loss.backward()
         for name, gradient in self.optimizer.gradients():
             self._require_finite(f"gradient of {name}", float(gradient.sum()))
         self.optimizer.step()
+        if isinstance(self.model.table, ActiveTable):
+            self.model.table.observe()
         at.loss_sum += value
         at.step += 1
         boundary("step")
         if self.checkpoint.due():
             self.save()
         self._report(value)
+
+    def _loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The model's loss, and the table's own term if it has one."""
+        at, model = self.at, self.optimizer.model
+        random = noise(self.run.seed, "noise", at.epoch, at.step)
+        if not isinstance(model.table, ActiveTable):
+            return model.loss(batch, random)
+        drawn = model.table.drawn(noise(self.run.seed, "table", at.epoch, at.step))
+        return model.with_table(drawn).loss(batch, random) + model.table.penalty(batch[0], at.epoch)
 
     def _report(self, loss: float) -> None:
         per_epoch = max(1, math.ceil(len(self.data.train) / self.training.batch_size))
@@ -376,7 +391,8 @@ class _Loop:
         epoch = Epoch(at.loss_sum / max(1, at.step), metric)
         best = at.history[at.best].metric if at.best >= 0 else None
         at.history.append(epoch)
-        if metric is None or best is None or metric > best:
+        lasting = isinstance(self.model.table, ActiveTable) and self.model.table.lasting
+        if lasting or metric is None or best is None or metric > best:
             at.best = at.epoch
             self.best = {name: t.detach().clone() for name, t in _learned(self.model).items()}
         self.run.log(stage=self.stage, epoch=at.epoch, seconds=seconds, **asdict(epoch))
@@ -426,11 +442,12 @@ def _precision(precision: str, device: str) -> AbstractContextManager[Any]:
 
 
 def _learned(model: Model) -> dict[str, Tensor]:
-    """Every tensor that training changes: trainable parameters, and buffers of the head (running statistics)."""
+    """Every tensor that training changes: trainable parameters, and buffers of the head or of an active table."""
+    active = isinstance(model.table, ActiveTable)
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if (tensor.requires_grad if isinstance(tensor, nn.Parameter) else not name.startswith("table."))
+        if (tensor.requires_grad if isinstance(tensor, nn.Parameter) else active or not name.startswith("table."))
     }
 
 
