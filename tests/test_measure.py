@@ -14,6 +14,7 @@ from pocketrec import sources
 from pocketrec.artifact import Contents
 from pocketrec.backbone import Backbone, RankingModel
 from pocketrec.backbones import DeepFM
+from pocketrec.beyond import beyond
 from pocketrec.dataset import encode
 from pocketrec.errors import ArtifactError, ConfigError, DataError, UnsupportedOp
 from pocketrec.measure import CALLS, interactions, measure
@@ -194,6 +195,9 @@ def test_a_ranking_model_is_ranked_by_its_final_vectors(visits):
     assert result.quality == expected.quality()
     assert (result.ranking.ndcg == expected.ndcg).all()
     assert set(result.latency_us) == {"batch_1"}
+    seen, truth = interactions(visits.train), interactions(visits.test)
+    assert result.beyond == beyond(expected.lists, seen, truth, len(final) - 60)
+    assert result.to_json()["beyond"] == result.beyond
 
 
 def test_validation_items_are_left_out_only_on_request(visits):

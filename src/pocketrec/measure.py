@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pocketrec import registry, runtime
 from pocketrec.artifact import Artifact
+from pocketrec.beyond import beyond
 from pocketrec.errors import ArtifactError, ConfigError, DataError, UnsupportedOp
 from pocketrec.metrics import Csr, Ranking, auc, logloss, ranking, to_csr
 from pocketrec.program import Program
@@ -50,6 +51,7 @@ class Measurement:
         digest: SHA-256 that names what was measured.
         logits: ``(N,)`` per row of the split, where predictions were asked for.
         ranking: figures per user, for ranking data.
+        beyond: what the lists are like beyond accuracy, for ranking data, see :mod:`pocketrec.beyond`.
     """
 
     quality: Mapping[str, float | None]
@@ -58,11 +60,13 @@ class Measurement:
     digest: str
     logits: Floats | None = None
     ranking: Ranking | None = None
+    beyond: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``pocketrec measure --json``."""
         latency = {batch: dict(figures) for batch, figures in self.latency_us.items()}
-        return {"quality": dict(self.quality), "bytes": dict(self.bytes), "latency_us": latency}
+        more = {"beyond": dict(self.beyond)} if self.beyond else {}
+        return {"quality": dict(self.quality), **more, "bytes": dict(self.bytes), "latency_us": latency}
 
 
 def measure(
@@ -152,9 +156,11 @@ def _measure_ranking(
     data = split.dataset
     hidden = [data.train, data.valid] if mask_valid and split.name == "test" else [data.train]
     seen = interactions(*hidden)
-    result = ranking(users, items, seen, interactions(split), k, threads=threads)
+    truth = interactions(split)
+    result = ranking(users, items, seen, truth, k, threads=threads)
+    lists = beyond(result.lists, interactions(data.train), truth, len(items))
     timed = {"batch_1": _time(lambda i: _recommend(users[[i % len(users)]], items, k), threads)} if latency else {}
-    return Measurement(result.quality(), subject.bytes, timed, subject.digest, ranking=result)
+    return Measurement(result.quality(), subject.bytes, timed, subject.digest, ranking=result, beyond=lists)
 
 
 def _recommend(user: Floats, items: Floats, k: int) -> NDArray[np.int64]:

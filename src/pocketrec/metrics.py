@@ -101,7 +101,8 @@ class Ranking:
 
     ``hits_r`` is 1 where the item at rank ``r`` is in the user's truth set ``T``:
     ``ndcg = sum_{r<=k} hits_r / log2(r + 1)  /  sum_{r<=min(|T|,k)} 1 / log2(r + 1)``;
-    ``recall = |hits| / |T|``; ``recall_capped = |hits| / min(|T|, k)``.
+    ``recall = |hits| / |T|``; ``recall_capped = |hits| / min(|T|, k)``. ``lists`` ``(U', k)`` holds the items at the
+    ranks, -1 where fewer are left to rank.
     """
 
     k: int
@@ -109,6 +110,7 @@ class Ranking:
     ndcg: NDArray[np.float64]
     recall: NDArray[np.float64]
     recall_capped: NDArray[np.float64]
+    lists: NDArray[np.int32]
 
     def quality(self) -> dict[str, float | None]:
         """Means over users: ``ndcg@k``, ``recall@k``, ``recall_capped@k``; ``None`` where no user has a truth set."""
@@ -131,7 +133,7 @@ def ranking(
     """Rank all items for every user with a truth set and score the first ``k``.
 
     Scores are inner products; items in ``seen`` are left out; equal scores rank by item id. Memory is
-    ``O(block * k)`` on top of that of :func:`~pocketrec.kernel.topk`, and the result does not depend on ``block``.
+    ``O(U k)`` on top of that of :func:`~pocketrec.kernel.topk`, and the result does not depend on ``block``.
 
     Args:
         user_vectors: ``(U, d)`` float32.
@@ -150,41 +152,35 @@ def ranking(
     sizes = np.diff(truth[0])
     users = np.flatnonzero(sizes)
     step = -(-block // TILE) * TILE
-    blocks = [
-        _relevance(user_vectors, item_vectors, seen, truth, users[start : start + step], k, threads)
-        for start in range(0, len(users), step)
-    ]
-    relevance = np.concatenate(blocks) if blocks else np.zeros((0, k), np.bool_)
-    return _score_lists(users, relevance, sizes[users], k)
+    lists = np.empty((len(users), k), dtype=np.int32)
+    relevance = np.empty((len(users), k), dtype=np.bool_)
+    for start in range(0, len(users), step):
+        part, block = slice(start, start + step), users[start : start + step]
+        lists[part], _ = kernel.topk(user_vectors[block], item_vectors, *take_rows(seen, block), k, threads=threads)
+        relevance[part] = _relevance(lists[part], take_rows(truth, block), len(item_vectors))
+    return _score_lists(users, lists, relevance, sizes[users])
 
 
-def _score_lists(users: NDArray[np.int64], relevance: NDArray[np.bool_], sizes: NDArray[np.int64], k: int) -> Ranking:
+def _score_lists(
+    users: NDArray[np.int64], lists: NDArray[np.int32], relevance: NDArray[np.bool_], sizes: NDArray[np.int64]
+) -> Ranking:
     """The three figures from relevance flags ``(U', k)`` and truth-set sizes ``(U',)``."""
+    k = lists.shape[1]
     discount = 1.0 / np.log2(np.arange(2, k + 2))
     gains = np.cumsum(relevance * discount, axis=1)[:, -1]
     ideal = np.cumsum(discount)[np.minimum(sizes, k) - 1]
     hits = relevance.sum(axis=1)
-    return Ranking(k, users, gains / ideal, hits / sizes, hits / np.minimum(sizes, k))
+    return Ranking(k, users, gains / ideal, hits / sizes, hits / np.minimum(sizes, k), lists)
 
 
-def _relevance(
-    user_vectors: NDArray[np.float32],
-    item_vectors: NDArray[np.float32],
-    seen: Csr,
-    truth: Csr,
-    users: NDArray[np.int64],
-    k: int,
-    threads: int,
-) -> NDArray[np.bool_]:
-    """For the listed users, whether the item at each rank is in the truth set: ``(len(users), k)``."""
-    width = len(item_vectors)
-    ids, _ = kernel.topk(user_vectors[users], item_vectors, *take_rows(seen, users), k, threads=threads)
-    indptr, indices = take_rows(truth, users)
-    owner = np.repeat(np.arange(len(users)), np.diff(indptr))
+def _relevance(lists: NDArray[np.int32], truth: Csr, width: int) -> NDArray[np.bool_]:
+    """Whether the item at each rank is in the truth set of its user: ``(U', k)``."""
+    indptr, indices = truth
+    owner = np.repeat(np.arange(len(lists)), np.diff(indptr))
     wanted = np.sort(owner * width + indices)
-    keys = np.arange(len(users))[:, None] * width + ids.astype(np.int64)
+    keys = np.arange(len(lists))[:, None] * width + lists.astype(np.int64)
     position = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
-    return (wanted[position] == keys) & (ids >= 0)
+    return (wanted[position] == keys) & (lists >= 0)
 
 
 def take_rows(matrix: Csr, rows: NDArray[np.int64]) -> Csr:
