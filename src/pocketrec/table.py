@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +48,13 @@ class Table(nn.Module, ABC):
 
     Law: ``forward(ids) == weight()[ids]``. Compressed tables also obey the *absent law*: every row that is stored
     nowhere, and the out-of-vocabulary row, reads its field's ``absent`` row, exactly as the file does.
+
+    Attributes:
+        forms: Ways to hold the table for inference, by the names that efficiency is reported under. The first is the
+            table as it is; the others are made by ``form``.
     """
+
+    forms: ClassVar[tuple[str, ...]] = ("table",)
 
     schema: Schema
     blocks: tuple[Block, ...]
@@ -64,6 +71,12 @@ class Table(nn.Module, ABC):
     @abstractmethod
     def weight(self) -> Tensor:
         """The whole matrix ``(n, D)``."""
+
+    def form(self, name: str) -> Table:
+        """The same vectors held in another of the ``forms``, at another cost in time and memory."""
+        if name != self.forms[0]:
+            raise ConfigError(f"`name` must be {self.forms[0]!r}, the only form of this table, but got {name!r}.")
+        return self
 
     @abstractmethod
     def values(self) -> int:
@@ -97,6 +110,8 @@ def _check_matrix(name: str, matrix: Tensor, shape: tuple[int, int], dtype: torc
 
 class DenseTable(Table):
     """The uncompressed table: one trainable float32 matrix ``(n, D)``; the out-of-vocabulary row is its absent row."""
+
+    forms: ClassVar[tuple[str, ...]] = ("dense",)
 
     def __init__(self, schema: Schema, blocks: tuple[Block, ...], weight: Tensor) -> None:
         super().__init__()
@@ -149,6 +164,8 @@ class PrunedTable(Table):
         fill: Float32 ``(F, D)``: zeros, or the codebook.
         absent: Float32 ``(F, D)``; see ``from_counts``.
     """
+
+    forms: ClassVar[tuple[str, ...]] = ("masked",)
 
     base: Tensor
     keep: Tensor
