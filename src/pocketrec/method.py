@@ -248,12 +248,15 @@ def compress(
 
 def _at(ladder: Ladder, dense: Small) -> Small:
     """The table for one budget, in place of the dense one."""
-    small = _sized(ladder, dense)
+    small = sized(ladder, dense)
     return replace(small, model=ladder.finish(small.model))
 
 
-def _sized(ladder: Ladder, dense: Small) -> Small:
-    """The table of the right size, not yet trained where the method trains."""
+def sized(ladder: Ladder, dense: Small) -> Small:
+    """The table of the right size in place of the dense one, not yet trained where the method trains.
+
+    ``ladder.finish(small.model)`` is then what :func:`compress` returns.
+    """
     budget, table = dense.budget, dense.table
     if budget.kind == "bytes":
         return _fit_file(ladder, dense, int(budget.amount))
