@@ -25,6 +25,7 @@ from pocketrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pocketrec.run import Progress, Run
+    from pocketrec.study.bench import Workers
 
 Document = Mapping[str, Any]
 _PATH = click.Path(path_type=Path)
@@ -278,6 +279,50 @@ def _inspected(path: Path, verify: bool) -> Document:
         artifact.verify()
     document = artifact.describe()
     return {**document, "kind": "artifact", "path": str(path), "model": document["kind"]}
+
+
+@app.command()
+@click.argument("plan", metavar="FILE")
+@click.option("--out", type=_PATH, required=True, help="Folder of the study; made, or gone on with.")
+@click.option("--dry-run", is_flag=True, help="Show the grid, the time and the disk that it will take; do nothing.")
+@click.option("--store", type=_PATH, help="Folder of trained models that studies share.  [default: inside the study]")
+@click.option("--cluster", help="Work on a cluster: local:N for N workers here, or an address like ray://host:10001.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write the report at the end.")
+@verb
+def bench(
+    session: Session, plan: str, out: Path, dry_run: bool, store: Path | None, cluster: str | None, report: bool
+) -> None:
+    """Run the study of a plan, a TOML FILE or the name of a shipped one, and report it.
+
+    What is finished is not done again: a killed study goes on. --seed shifts all seeds of the plan.
+    """
+    from pocketrec.study.bench import bench as run_study
+    from pocketrec.study.estimate import estimate
+    from pocketrec.study.plan import Plan
+
+    study = Plan.read(plan).shifted(session.seed, session.threads, session.device)
+    if dry_run:
+        expected = estimate(study, out, store)
+        session.show(expected.to_json(), expected.to_text)
+        return
+    started = time.monotonic()
+    with Watcher() as watcher:
+        counts = run_study(study, out, store=store, progress=watcher, workers=_workers(cluster))
+    document = {"study": str(out), **counts, "seconds": time.monotonic() - started}
+    if report:
+        from pocketrec.report import write
+
+        document["report"] = str(write(out).page)
+    session.show(document, lambda: shown.pairs(document))
+
+
+def _workers(cluster: str | None) -> Workers | None:
+    """Who does the jobs: this process, or a cluster."""
+    if cluster is None:
+        return None
+    from pocketrec.study.cluster import on_cluster
+
+    return on_cluster(cluster)
 
 
 @app.command()

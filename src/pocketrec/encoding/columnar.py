@@ -33,7 +33,7 @@ def open_table(path: Path, separator: str | None, needed: Sequence[str]) -> Tabl
         DataError: no such file, no rows, one column only, repeated or missing columns (with the nearest name).
     """
     require_file(path)
-    table = _parquet(path) if _is_parquet(path) else _text(path, separator)
+    table = _parquet(path) if is_parquet(path) else _text(path, separator)
     repeated = sorted({n for n in table.names if table.names.count(n) > 1})
     if repeated:
         raise DataError(f"{path}: expected every column name once, but {repeated[0]!r} is repeated; rename one.")
@@ -46,7 +46,8 @@ def open_table(path: Path, separator: str | None, needed: Sequence[str]) -> Tabl
     return table
 
 
-def _is_parquet(path: Path) -> bool:
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as parquet does."""
     with path.open("rb") as stream:
         return stream.read(4) == b"PAR1"
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
+from pocketrec.encoding.columnar import is_parquet, open_table
 from pocketrec.encoding.lines import read_delimited
-from pocketrec.source import Batch, Column, Scan, Source, reject
+from pocketrec.source import Batch, Column, Scan, Source, reject, require_file
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
@@ -21,6 +22,7 @@ class Criteo(Source):
     """Integers are bucketed as in the published code, and an empty cell is a value of its own.
 
     Bucket of an integer ``v``: ``floor(ln(v)^2)`` for ``v > 2``, else ``v - 2``; of an empty cell: ``NULL``.
+    The file is the original text, or parquet with the columns ``label``, ``I1`` .. ``I13``, ``C1`` .. ``C26``.
     The papers use ``threshold=10`` with ``counting="published"``.
 
     Example:
@@ -36,7 +38,11 @@ class Criteo(Source):
 
     def scan(self, path: Path, columns: tuple[Column, ...] | None = None) -> Scan:
         """See :meth:`Source.scan`."""
-        batches = read_delimited(path, ("label", *INTEGERS, *CATEGORIES), "\t", header=False, quotes=False)
+        names = ("label", *INTEGERS, *CATEGORIES)
+        if is_parquet(require_file(path)):
+            batches = open_table(path, None, names).batches()
+        else:
+            batches = read_delimited(path, names, "\t", header=False, quotes=False)
         return Scan(self.columns, map(_bucketed, batches), label="label")
 
 

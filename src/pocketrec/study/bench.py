@@ -1,0 +1,181 @@
+"""The study at work: every job of a plan once, each a record of the journal, by as many processes as like to.
+
+Killed at any moment and started again, only what is missing runs. A job that fails is a ``failed`` record with its
+error, as is every job that needs it; the next start tries it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketrec.errors import ConfigError, RunLocked
+from pocketrec.files import Journal, Lock, atomic_write, canonical_json, digest, parse_json
+from pocketrec.run import Progress
+from pocketrec.study.cell import Bench, Choices, Record, cell
+from pocketrec.study.job import Job
+from pocketrec.study.plan import Plan, Point
+
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class Known:
+    """What the journal of a study says: finished jobs by key, and failures of this and of earlier starts."""
+
+    journal: Journal
+    done: dict[str, Record]
+    failed: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Known:
+        """The journal of a folder; earlier failures are to be tried again."""
+        known = cls(Journal(folder / "journal"), {}, {})
+        known.refresh()
+        return known
+
+    def refresh(self) -> None:
+        """See what other processes have finished."""
+        self.done = {r["key"]: r for r in self.journal.read() if r["kind"] in ("cell", "choice")}
+
+
+def bench(
+    plan: Plan,
+    folder: str | Path,
+    *,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+    workers: Workers | None = None,
+) -> dict[str, int]:
+    """Do what is missing of a study.
+
+    Args:
+        plan: what is studied.
+        folder: of the study; another process may work in it at the same time.
+        store: of trained models, shared by any number of studies; by default inside the folder.
+        progress: told how many jobs are done.
+        workers: who does the jobs; by default this process.
+
+    Returns:
+        How many jobs are ``done`` and ``failed``.
+
+    Raises:
+        ConfigError: the folder holds another study.
+    """
+    context = prepare(plan, folder, store, progress)
+    known = Known.read(context.folder)
+    (workers or here)(context, known, progress or _quiet)
+    known.refresh()
+    keys = {context.grid.key(job) for job in context.grid.jobs}
+    done = len(keys & known.done.keys())
+    return {"done": done, "failed": len(keys) - done}
+
+
+Workers = Callable[[Bench, Known, Progress], None]
+"""Does every job that is missing, and journals it."""
+
+
+def prepare(plan: Plan, folder: str | Path, store: str | Path | None, progress: Progress | None = None) -> Bench:
+    """The folder of a study, with its plan in it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = folder / "plan.json"
+    content = canonical_json(plan.to_json())
+    if document.exists() and (old := parse_json(document.read_bytes()))["name"] != plan.name:
+        raise ConfigError(f"{folder} holds the study {old['name']!r}, not {plan.name!r}; choose another folder.")
+    atomic_write(document, content)
+    return Bench(plan, folder, Path(store) if store else folder / "store", progress)
+
+
+def here(context: Bench, known: Known, tell: Progress) -> None:
+    """Job after job in this process; what another process works on is left to it."""
+    while True:
+        waiting = advanced = False
+        for job in context.grid.jobs:
+            state = _state(context, known, job)
+            if state == "ready":
+                taken = _claimed(context, known, job)
+                advanced, waiting = advanced or taken, waiting or not taken
+                _report(context, known, tell)
+            waiting = waiting or state == "waiting"
+        if not (waiting or advanced):
+            return
+        if not advanced:
+            time.sleep(POLL_SECONDS)
+            known.refresh()
+
+
+def _state(context: Bench, known: Known, job: Job) -> str:
+    """Whether a job is ``over``, ``waiting`` for another, or ``ready``; what needs a failed job fails."""
+    key = context.grid.key(job)
+    if key in known.done or key in known.failed:
+        return "over"
+    for needed in context.grid.needs(job):
+        other = context.grid.key(needed)
+        if other in known.failed:
+            fail(context, known, job, f"needs {needed}, which failed")
+            return "over"
+        if other not in known.done:
+            return "waiting"
+    return "ready"
+
+
+def _claimed(context: Bench, known: Known, job: Job) -> bool:
+    """Do a job unless another process has it, or its group."""
+    locks = context.folder / "locks"
+    locks.mkdir(exist_ok=True)
+    try:
+        with Lock(locks / digest(list(job.group))[:16]):
+            known.refresh()
+            if context.grid.key(job) not in known.done:
+                record(context, known, job, *attempt(context, job, chosen(context, known)))
+    except RunLocked:
+        return False
+    return True
+
+
+def attempt(context: Bench, job: Job, choices: Choices) -> tuple[list[Record], str]:
+    """The records of a job, or the error that stopped it; only signals get through."""
+    try:
+        if job.kind == "cell":
+            return [{"kind": "cell", **cell(context, job, choices)}], ""
+        from pocketrec.study.search import search
+
+        choice, trials = search(context, job, choices)
+        return [*({"kind": "trial", **t} for t in trials), {"kind": "choice", **choice}], ""
+    except Exception as error:
+        return [], f"{type(error).__name__}: {error}"
+
+
+def record(context: Bench, known: Known, job: Job, records: list[Record], error: str) -> None:
+    """Journal what came of a job; the record that finishes it comes last."""
+    if error:
+        fail(context, known, job, error)
+        return
+    key = context.grid.key(job)
+    for found in records:
+        known.journal.append({**job.labels(), "key": key, **found})
+    known.done[key] = {**job.labels(), "key": key, **records[-1]}
+
+
+def fail(context: Bench, known: Known, job: Job, error: str) -> None:
+    """Journal a failure."""
+    key = context.grid.key(job)
+    known.failed[key] = error
+    known.journal.append({**job.labels(), "key": key, "kind": "failed", "job": job.kind, "error": error})
+
+
+def chosen(context: Bench, known: Known) -> dict[Job, Point]:
+    """What finished searches have chosen."""
+    keys = {context.grid.key(job): job for job in context.grid.jobs if job.kind == "choice"}
+    return {job: known.done[key]["params"] for key, job in keys.items() if key in known.done}
+
+
+def _report(context: Bench, known: Known, tell: Progress) -> None:
+    tell("jobs", len(known.done), len(context.grid.jobs), {"failed": float(len(known.failed))})
+
+
+def _quiet(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+    """Progress that nobody watches."""

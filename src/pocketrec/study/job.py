@@ -1,0 +1,136 @@
+"""What is to be done: choices of hyper-parameters and final cells, what each needs, and the key it is known by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pocketrec import registry
+from pocketrec.files import digest
+from pocketrec.study.plan import DENSE, ORIGINAL, STAGE, Data, Plan, Recipe, Space
+
+Kind = Literal["choice", "cell"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do, by the plan's labels. A ``choice`` is a search on the first seed; a ``cell`` reads test once."""
+
+    kind: Kind
+    data: str
+    backbone: str
+    method: str
+    budget: str
+    seed: int
+
+    def labels(self) -> dict[str, Any]:
+        """The labels that every record has."""
+        return asdict(self)
+
+    @property
+    def group(self) -> tuple[str, str, str, str, int]:
+        """Jobs of one group share a preparation: one worker does them one after the other."""
+        return self.kind, self.data, self.backbone, self.method, self.seed
+
+    def __str__(self) -> str:
+        """For people."""
+        what = "search" if self.kind == "choice" else "cell"
+        return f"{what} {self.data} {self.backbone} {self.method} {self.budget} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All jobs of a plan, in an order in which each comes after what it needs."""
+
+    plan: Plan
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every job."""
+        return tuple(self._jobs())
+
+    def _jobs(self) -> Iterator[Job]:
+        for data, backbone in self.plan.pairs_of():
+            seeds, budgets = self.plan.seeds_of(data), self.plan.budgets_of(data)
+            for kind, over in (("choice", seeds[:1]), ("cell", seeds)):
+                for seed in over:
+                    yield from self._some(Job(kind, data.label, backbone.label, ORIGINAL, DENSE, seed))
+            for method in self.plan.methods:
+                for kind, over in (("choice", seeds[:1]), ("cell", seeds)):
+                    for seed in over:
+                        for budget in budgets:
+                            yield from self._some(Job(kind, data.label, backbone.label, method, budget, seed))
+
+    def _some(self, job: Job) -> Iterator[Job]:
+        """The job, unless it is a search with nothing to search."""
+        if job.kind == "cell" or (self.space(job) and self.plan.trials_of(self.data(job)) > 0):
+            yield job
+
+    def needs(self, job: Job) -> tuple[Job, ...]:
+        """What has to be done before."""
+        seed = self.plan.seeds_of(self.data(job))[0]
+        wanted = []
+        if job.kind == "cell":
+            wanted.append(Job("choice", job.data, job.backbone, job.method, job.budget, seed))
+        if job.method != ORIGINAL and not self.trains(job):
+            wanted.append(Job("choice", job.data, job.backbone, ORIGINAL, DENSE, seed))
+            wanted.append(Job("cell", job.data, job.backbone, ORIGINAL, DENSE, job.seed))
+        return tuple(w for w in wanted if w in self._known)
+
+    @cached_property
+    def _known(self) -> frozenset[Job]:
+        return frozenset(self.jobs)
+
+    def trains(self, job: Job) -> bool:
+        """Whether the job trains a model of its own."""
+        return job.method == ORIGINAL or registry.load("methods", self.plan.methods[job.method].plugin).trains
+
+    def data(self, job: Job) -> Data:
+        """The data set of a job."""
+        return self.plan.data[job.data]
+
+    def backbone(self, job: Job) -> Recipe:
+        """The backbone of a job, with the changes for its data set."""
+        return self.plan.backbones[job.backbone].at(job.data)
+
+    def method(self, job: Job) -> Recipe | None:
+        """The method of a job, with the changes for its data set; ``None`` for the original."""
+        return None if job.method == ORIGINAL else self.plan.methods[job.method].at(job.data)
+
+    def training(self, job: Job) -> Recipe:
+        """Where the training of a job is said: at a method that says one, else at the backbone."""
+        method = self.method(job)
+        return method if method is not None and method.training else self.backbone(job)
+
+    def space(self, job: Job) -> dict[str, Space]:
+        """What the search of a job is over: the method's settings; where it trains, backbone and training, too."""
+        method = self.method(job)
+        own = {} if method is None else {f"method.{n}": s for n, s in _plain(method).items()}
+        if not self.trains(job):
+            return own
+        backbone = {f"backbone.{n}": s for n, s in _plain(self.backbone(job)).items()}
+        training = {n: s for n, s in self.training(job).space().items() if n.startswith(STAGE)}
+        return {**backbone, **own, **training}
+
+    def key(self, job: Job) -> str:
+        """Digest of all that the result of a job depends on; a changed plan never meets a stale result."""
+        data, method = self.data(job), self.method(job)
+        searched = self.plan.trials_of(data) if self.space(job) else 0
+        return digest(
+            {
+                "job": job.labels(),
+                "data": data.identity(),
+                "backbone": self.backbone(job).to_json(),
+                "method": None if method is None else method.to_json(),
+                "search": [searched, self.plan.at_once] if searched else None,
+                "first": self.plan.seeds_of(data)[0],
+                "bake": self.plan.bake,
+                "device": self.plan.device,
+            }
+        )
+
+
+def _plain(recipe: Recipe) -> dict[str, Space]:
+    return {n: s for n, s in recipe.space().items() if not n.startswith(STAGE)}
