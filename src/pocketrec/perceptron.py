@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,7 +66,7 @@ class Perceptron:
         layers, norms = cast("list[nn.Linear]", list(self.layers)), cast("list[nn.BatchNorm1d]", list(self.norms))
         return list(zip_longest(layers, norms))
 
-    def _folded(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _folded(self) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Weight ``(o, i)`` and bias ``(o,)`` of each layer, ``s W`` and ``s (b - mean) + beta`` under batch norm."""
         folded = []
         for layer, norm in self._stack():
@@ -74,7 +75,7 @@ class Perceptron:
                 mean, variance = _statistics(norm)
                 scale = norm.weight.detach() / torch.sqrt(variance.double() + norm.eps)
                 weight, bias = scale[:, None] * weight, scale * (bias - mean) + norm.bias.detach()
-            folded.append((weight.float().cpu().numpy(), bias.float().cpu().numpy()))
+            folded.append((array(weight), array(bias)))
         return folded
 
 
@@ -101,6 +102,11 @@ def linear(inputs: int, outputs: int, source: torch.Generator, init: Init = "uni
         layer.weight.uniform_(-wide, wide, generator=source)
         layer.bias.uniform_(-bound, bound, generator=source)
     return layer
+
+
+def array(tensor: Tensor) -> NDArray[np.float32]:
+    """A copy of a weight, for a program."""
+    return tensor.detach().float().cpu().numpy().copy()
 
 
 def dropout_mask(x: Tensor, rate: float, noise: torch.Generator) -> Tensor:

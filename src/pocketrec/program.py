@@ -69,8 +69,34 @@ def _add(op: Op, *xs: Array) -> Array:
 
 
 def _dot(op: Op, x: Array) -> Array:
-    """``(B, 2, d) -> (B,)``: inner product of the two fields' vectors."""
-    return (x[:, 0] * x[:, 1]).sum(axis=-1)
+    """``(B, 2, d) -> (B,)``: ``sum_j h_j x_0j x_1j + bias`` with ``weight`` ``h (d,)``, or ones."""
+    product = x[:, 0] * x[:, 1]
+    weighted = product * op.tensors["weight"] if "weight" in op.tensors else product
+    return weighted.sum(axis=-1) + np.float32(op.attributes.get("bias", 0.0))
+
+
+def _nonzero_mean(op: Op, x: Array) -> Array:
+    """``(B, i) -> (B, i)``: each row divided by its number of non-zero entries (by one where it has none)."""
+    return x / np.maximum(np.count_nonzero(x, axis=1), 1).astype(x.dtype)[:, None]
+
+
+def _cross(op: Op, x0: Array, x: Array) -> Array:
+    """``(B, f), (B, f) -> (B, f)``: ``x_0 * (W x + b) + x`` with ``weight (f, f)``, ``bias (f,)``."""
+    return x0 * (x @ op.tensors["weight"].T + op.tensors["bias"]) + x
+
+
+def _mixture(op: Op, x0: Array, x: Array) -> Array:
+    """``(B, f), (B, f) -> (B, f)``: ``x + x_0 * sum_k (w_k . x) (U_k tanh(C_k tanh(V_k^T x)) + b)``.
+
+    Tensors: ``down (K r, f)`` holds the ``V_k^T``, ``core (K, r, r)`` the ``C_k``, ``up (f, K r)`` the ``U_k``,
+    ``gate (K, f)`` the ``w_k``, ``bias (f,)``.
+    """
+    core = op.tensors["core"]
+    inner = np.tanh(x @ op.tensors["down"].T).reshape(len(x), *core.shape[:2]).swapaxes(0, 1)
+    inner = np.tanh(inner @ core.swapaxes(1, 2)).swapaxes(0, 1)
+    gates = x @ op.tensors["gate"].T
+    update = (inner * gates[..., None]).reshape(len(x), -1) @ op.tensors["up"].T
+    return x + x0 * (update + gates.sum(axis=1, keepdims=True) * op.tensors["bias"])
 
 
 OPS: Mapping[str, Callable[..., Array]] = {
@@ -82,6 +108,9 @@ OPS: Mapping[str, Callable[..., Array]] = {
     "sum": _sum,
     "add": _add,
     "dot": _dot,
+    "nonzero_mean": _nonzero_mean,
+    "cross": _cross,
+    "mixture": _mixture,
 }
 """The closed list. ``sigmoid`` is not an op: programs end in logits, and the caller chooses the link."""
 

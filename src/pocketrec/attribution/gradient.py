@@ -154,14 +154,73 @@ class _Add(Node):
         return (slope,) * len(self.inputs)
 
 
-class _Dot(Node):
-    """``y = x_0 . x_1``; the gradient swaps the two."""
+class Dot(Node):
+    """``y = sum_j h_j x_0j x_1j + b``; the gradient swaps the two, times ``h (d,)``."""
+
+    def __init__(self, op: Op, dtype: torch.dtype) -> None:
+        super().__init__(op, dtype)
+        self.weight = torch.tensor(op.tensors["weight"]) if "weight" in op.tensors else None
 
     def value(self, *inputs: Tensor) -> Tensor:
-        return (inputs[0][:, 0] * inputs[0][:, 1]).sum(dim=-1)
+        """``(B, 2, d) -> (B,)``."""
+        product = inputs[0][:, 0] * inputs[0][:, 1]
+        product = product if self.weight is None else product * self.weight
+        return product.sum(dim=-1) + float(self.op.attributes.get("bias", 0.0))
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
-        return (self.inputs[0].flip(1).mul_(slope[:, None, None]),)
+        """``(B,) -> (B, 2, d)``."""
+        gradient = self.inputs[0].flip(1).mul_(slope[:, None, None])
+        return (gradient if self.weight is None else gradient.mul_(self.weight),)
+
+
+class _NonzeroMean(Node):
+    """``y = x / n`` with ``n`` the number of non-zero entries of the row, which no gradient sees."""
+
+    def value(self, *inputs: Tensor) -> Tensor:
+        self.count = inputs[0].count_nonzero(dim=1).clamp_min(1)[:, None]
+        return inputs[0] / self.count
+
+    def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
+        return (slope / self.count,)
+
+
+class _Cross(_Linear):
+    """``y = x_0 * (W x + b) + x``; ``dx_0 = dy * (W x + b)``, ``dx = dy + (dy * x_0) W``."""
+
+    def value(self, *inputs: Tensor) -> Tensor:
+        self.gain = super().value(inputs[1]).float()
+        return torch.addcmul(inputs[1], inputs[0], self.gain)
+
+    def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
+        return slope * self.gain, slope + super().pull(slope * self.inputs[0])[0].float()
+
+
+class _Mixture(Node):
+    """``y = x + x_0 * (U (g * c) + s b)``, ``c = tanh(C v)``, ``v = tanh(V^T x)``, ``g = w x``, ``s = sum g``."""
+
+    def __init__(self, op: Op, dtype: torch.dtype) -> None:
+        super().__init__(op, dtype)
+        names = ("down", "core", "up", "gate", "bias")
+        self.down, self.core, self.up, self.gate, self.bias = (torch.tensor(op.tensors[n]).to(dtype) for n in names)
+
+    def value(self, *inputs: Tensor) -> Tensor:
+        x = inputs[1].to(self.dtype)
+        experts, rank, _ = self.core.shape
+        self.inner = torch.mm(x, self.down.T).tanh_().view(-1, experts, rank).transpose(0, 1)
+        self.outer = torch.bmm(self.inner, self.core.transpose(1, 2)).tanh_()
+        self.gates = torch.mm(x, self.gate.T)
+        weighted = (self.outer.transpose(0, 1) * self.gates[..., None]).flatten(1)
+        self.gain = (torch.mm(weighted, self.up.T) + self.gates.sum(dim=1, keepdim=True) * self.bias).float()
+        return torch.addcmul(inputs[1], inputs[0], self.gain)
+
+    def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
+        gain = (slope * self.inputs[0]).to(self.dtype)
+        weighted = torch.mm(gain, self.up).view(len(slope), *self.core.shape[:2]).transpose(0, 1)
+        gates = (weighted * self.outer).sum(dim=2).T + torch.mv(gain, self.bias)[:, None]
+        outer = weighted * self.gates.T[..., None] * (1 - self.outer.square())
+        inner = torch.bmm(outer, self.core) * (1 - self.inner.square())
+        pulled = torch.mm(inner.transpose(0, 1).flatten(1), self.down).addmm_(gates, self.gate)
+        return slope * self.gain, slope + pulled.float()
 
 
 _NODES: Mapping[str, Callable[[Op, torch.dtype], Node]] = {
@@ -171,7 +230,10 @@ _NODES: Mapping[str, Callable[[Op, torch.dtype], Node]] = {
     "fm": _Fm,
     "sum": _Sum,
     "add": _Add,
-    "dot": _Dot,
+    "dot": Dot,
+    "nonzero_mean": _NonzeroMean,
+    "cross": _Cross,
+    "mixture": _Mixture,
 }
 
 

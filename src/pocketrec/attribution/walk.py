@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocketrec.attribution.gradient import FirstLinear, Head, Step
+from pocketrec.attribution.gradient import Dot, FirstLinear, Head, Step
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,14 @@ class _FmUpdate(_Update):
 
 
 class _DotUpdate(_Update):
-    """``y += change * x_(other field)``."""
+    """``y += change * h * x_(other field)``."""
 
     def apply(self, change: _Change) -> None:
         other = change.before[change.row, 1 - change.field, change.column]
+        weight = self.step.node.weight if isinstance(self.step.node, Dot) else None
+        if weight is not None:
+            first = self.columns.start or 0
+            other = other * weight[(change.column - first).clamp(0, len(weight) - 1)]
         self.output.addcmul_(change.within(self.columns), other)
 
 
