@@ -109,7 +109,7 @@ def diversity(lists: Lists, seen: Csr, items: int) -> float | None:
     for start in range(0, len(rows), step):
         block = rows[start : start + step]
         position, place = np.nonzero(lists[block] >= 0)
-        listed = lists[block][position, place]
+        listed = lists[block][position, place].astype(np.int64)
         _, who = take_rows(owners, listed)
         cells = np.repeat(position * users, audience[listed]) + who
         sums = np.bincount(cells, np.repeat(scale[listed], audience[listed]), minlength=len(block) * users)

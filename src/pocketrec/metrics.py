@@ -155,9 +155,10 @@ def ranking(
     lists = np.empty((len(users), k), dtype=np.int32)
     relevance = np.empty((len(users), k), dtype=np.bool_)
     for start in range(0, len(users), step):
-        part, block = slice(start, start + step), users[start : start + step]
-        lists[part], _ = kernel.topk(user_vectors[block], item_vectors, *take_rows(seen, block), k, threads=threads)
-        relevance[part] = _relevance(lists[part], take_rows(truth, block), len(item_vectors))
+        part = slice(start, start + step)
+        some = users[part]
+        lists[part], _ = kernel.topk(user_vectors[some], item_vectors, *take_rows(seen, some), k, threads=threads)
+        relevance[part] = _relevance(lists[part], take_rows(truth, some), len(item_vectors))
     return _score_lists(users, lists, relevance, sizes[users])
 
 
