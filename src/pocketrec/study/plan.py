@@ -478,5 +478,8 @@ def _tuples(settings: Settings) -> dict[str, Any]:
 
 
 def _raw(name: str) -> Path:
-    """A raw file: absolute, or below the folder that ``POCKETREC_DATA`` names."""
-    return Path(os.environ.get("POCKETREC_DATA", ".")) / name
+    """A raw file: absolute, or below the folder that ``POCKETREC_DATA`` names, or below the present one."""
+    path = Path(os.environ.get("POCKETREC_DATA", ".")) / name
+    if not path.exists():
+        raise ConfigError(f"Expected the raw file {path}, but there is none; set POCKETREC_DATA to the folder of data.")
+    return path
