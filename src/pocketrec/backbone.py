@@ -95,7 +95,14 @@ class ClickModel(Model):
 
 
 class RankingModel(Model):
-    """Top-k recommendation: final vectors per user and item; the lowered program scores a pair ``(B, 2, d)``."""
+    """Top-k recommendation: final vectors per user and item; the lowered program scores a pair ``(B, 2, d)``.
+
+    Attributes:
+        propagates: whether final vectors differ from the rows of the table. If not, a file of the table is enough to
+            recommend, and there is nothing to bake.
+    """
+
+    propagates: ClassVar[bool] = True
 
     @abstractmethod
     def propagate(self, weight: Tensor) -> Tensor:

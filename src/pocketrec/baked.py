@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class BakedModel(RankingModel):
     It can be compressed by post-training methods and saved, not trained.
     """
 
+    propagates: ClassVar[bool] = False
+
     def __init__(self, source: RankingModel, table: DenseTable) -> None:
         super().__init__()
         self.backbone = source.backbone
@@ -32,16 +34,16 @@ class BakedModel(RankingModel):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Model) -> BakedModel:
-        """Propagate once. A model that is baked already is returned as it is.
+    def of(cls, model: Model) -> RankingModel:
+        """Propagate once. A model whose vectors are final already, baked or without a graph, is returned as it is.
 
         Raises:
             UnsupportedOp: The model is not a ranking model.
         """
-        if isinstance(model, BakedModel):
-            return model
         if not isinstance(model, RankingModel):
             raise UnsupportedOp(f"Only ranking models can be baked, but got {type(model).__name__}; leave `bake` out.")
+        if not model.propagates:
+            return model
         vectors = model.propagate(model.table.weight()).detach().float().contiguous()
         blocks = tuple(Block(f.name, f.offset, f.stop, 0, vectors.shape[1]) for f in model.schema.fields)
         return cls(model, DenseTable(model.schema, blocks, vectors))

@@ -366,22 +366,44 @@ def _topk_numpy(
     k: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     block = 64
-    ids = np.full((len(users), k), -1, np.int32)
-    best = np.full((len(users), k), -np.inf, np.float32)
-    take = min(k, len(items))
-    for begin in range(0, len(users) if take else 0, block):
-        end = min(begin + block, len(users))
-        scores = users[begin:end] @ items.T
-        bounds = seen_indptr[begin : end + 1]
-        scores[np.repeat(np.arange(end - begin), np.diff(bounds)), seen_indices[bounds[0] : bounds[-1]]] = -np.inf
-        scores[np.isnan(scores)] = -np.inf
-        last = -np.partition(-scores, take - 1, axis=1)[:, take - 1 : take]
-        ties = scores == last
-        room = take - (scores > last).sum(axis=1, keepdims=True)
-        chosen = np.nonzero((scores > last) | (ties & (ties.cumsum(axis=1) <= room)))[1].reshape(-1, take)
-        values = np.take_along_axis(scores, chosen, axis=1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        best[begin:end, :take] = np.take_along_axis(values, order, axis=1)
-        ids[begin:end, :take] = np.take_along_axis(chosen, order, axis=1)
-    ids[best == -np.inf] = -1
-    return ids, best
+    found = [
+        best(
+            users[begin : begin + block] @ items.T,
+            seen_indptr[begin : begin + block + 1],
+            seen_indices,
+            k,
+        )
+        for begin in range(0, len(users), block)
+    ]
+    if not found:
+        return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
+    return np.concatenate([ids for ids, _ in found]), np.concatenate([scores for _, scores in found])
+
+
+def best(
+    scores: NDArray[np.float32], seen_indptr: NDArray[np.int64], seen_indices: NDArray[np.int32], k: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Find the ``k`` largest of each user's scores, without the items it has seen; see :func:`topk`.
+
+    Args:
+        scores: ``(U, I)``; it is overwritten.
+        seen_indptr: ``(U + 1,)``, into ``seen_indices``.
+        seen_indices: items.
+        k: At least 1.
+    """
+    users, take = len(scores), min(k, scores.shape[1])
+    ids, kept = np.full((users, k), -1, np.int32), np.full((users, k), -np.inf, np.float32)
+    if not take:
+        return ids, kept
+    scores[np.repeat(np.arange(users), np.diff(seen_indptr)), seen_indices[seen_indptr[0] : seen_indptr[-1]]] = -np.inf
+    scores[np.isnan(scores)] = -np.inf
+    last = np.partition(scores, scores.shape[1] - take, axis=1)[:, -take, None]
+    ties = scores == last
+    room = take - (scores > last).sum(axis=1, keepdims=True)
+    chosen = np.nonzero((scores > last) | (ties & (ties.cumsum(axis=1) <= room)))[1].reshape(-1, take)
+    values = np.take_along_axis(scores, chosen, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    kept[:, :take] = np.take_along_axis(values, order, axis=1)
+    ids[:, :take] = np.take_along_axis(chosen, order, axis=1)
+    ids[kept == -np.inf] = -1
+    return ids, kept

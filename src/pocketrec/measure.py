@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec import registry, runtime
+from pocketrec.allpairs import AllPairs
 from pocketrec.artifact import Artifact
 from pocketrec.beyond import beyond
 from pocketrec.errors import ArtifactError, ConfigError, DataError, UnsupportedOp
@@ -115,21 +116,21 @@ def measure(
 
 @dataclass(frozen=True)
 class _Subject:
-    """One target, opened: click models have ``logits`` and ``score``, ranking models ``vectors``.
+    """One target, opened: click models have ``logits`` and ``score``, ranking models ``pairs``.
 
     Attributes:
         digest: names the contents.
         bytes: of the file and its parts.
         logits: ids ``(B, F)`` -> ``(B,)``; equal rows get equal logits wherever they stand, so ties stay ties.
         score: the same as fast as the target can, to be timed.
-        vectors: final vectors ``(U, d), (I, d)``.
+        pairs: the head, and final vectors ``(U, d), (I, d)``.
     """
 
     digest: str
     bytes: Mapping[str, int]
     logits: Callable[[Ids], Floats]
     score: Callable[[Ids], Floats]
-    vectors: Callable[[], tuple[Floats, Floats]]
+    pairs: Callable[[], tuple[Program, Floats, Floats]]
 
 
 def _measure_clicks(subject: _Subject, split: Split, threads: int, *, latency: bool, predictions: bool) -> Measurement:
@@ -152,20 +153,23 @@ def _measure_ranking(
     subject: _Subject, split: Split, k: int, threads: int, *, latency: bool, mask_valid: bool
 ) -> Measurement:
     """Full ranking of all items for every user of the split."""
-    users, items = subject.vectors()
+    head, users, items = subject.pairs()
     data = split.dataset
     hidden = [data.train, data.valid] if mask_valid and split.name == "test" else [data.train]
     seen = interactions(*hidden)
     truth = interactions(split)
-    result = ranking(users, items, seen, truth, k, threads=threads)
+    result = ranking(users, items, seen, truth, k, head=head, threads=threads)
     lists = beyond(result.lists, interactions(data.train), truth, len(items))
-    timed = {"batch_1": _time(lambda i: _recommend(users[[i % len(users)]], items, k), threads)} if latency else {}
+    timed: dict[str, dict[str, float]] = {}
+    if latency:
+        pairs = AllPairs(head, users, items)
+        timed["batch_1"] = _time(lambda i: _recommend(pairs, i % len(users), k), threads)
     return Measurement(result.quality(), subject.bytes, timed, subject.digest, ranking=result, beyond=lists)
 
 
-def _recommend(user: Floats, items: Floats, k: int) -> NDArray[np.int64]:
-    """Positions of the best ``k`` items for one user ``(1, d)``, as a device would find them."""
-    scores = (user @ items.T)[0]
+def _recommend(pairs: AllPairs, user: int, k: int) -> NDArray[np.int64]:
+    """Positions of the best ``k`` items for one user, as a device would find them."""
+    scores = pairs.scores(np.array([user]))[0]
     return np.argpartition(-scores, min(k, len(scores)) - 1)[:k]
 
 
@@ -218,15 +222,15 @@ def _file_subject(recommender: runtime.Recommender, data: Dataset, threads: int)
     def score(ids: Ids) -> Floats:
         return recommender.logits(rows[ids])
 
-    def vectors() -> tuple[Floats, Floats]:
-        _require_dot(artifact.program)
+    def pairs() -> tuple[Program, Floats, Floats]:
         parts = [rows[f.offset : f.stop, None] for f in data.schema.fields]
         found = [artifact.packed.lookup(part, np.array([i]), threads=threads)[:, 0] for i, part in enumerate(parts)]
         table = np.concatenate(found)
-        return _split_vectors(_propagate(artifact, data, table) if artifact.kind == "ego" else table, data)
+        final = _propagate(artifact, data, table) if artifact.kind == "ego" else table
+        return artifact.program, *_split_vectors(final, data)
 
     graph = {"graph": _graph_bytes(data)} if artifact.kind == "ego" else {}
-    return _Subject(artifact.digest, {**artifact.sizes(), **graph}, logits, score, vectors)
+    return _Subject(artifact.digest, {**artifact.sizes(), **graph}, logits, score, pairs)
 
 
 def _propagate(artifact: Artifact, data: Dataset, table: Floats) -> Floats:
@@ -271,14 +275,14 @@ def _model_subject(model: Model, data: Dataset) -> _Subject:
         with torch.inference_mode():
             return model(torch.from_numpy(ids)).numpy()
 
-    def vectors() -> tuple[Floats, Floats]:
+    def pairs() -> tuple[Program, Floats, Floats]:
         if not isinstance(model, RankingModel):
             raise UnsupportedOp("Ranking data needs a ranking model, but this one predicts clicks.")
-        _require_dot(model.lower())
         with torch.inference_mode():
-            return _split_vectors(model.propagate(model.table.weight()).numpy(), data)
+            final = model.propagate(model.table.weight()).numpy()
+        return model.lower(), *_split_vectors(final, data)
 
-    return _Subject(_model_digest(model), _model_bytes(model), logits, logits, vectors)
+    return _Subject(_model_digest(model), _model_bytes(model), logits, logits, pairs)
 
 
 def _model_digest(model: Model) -> str:
@@ -303,10 +307,3 @@ def _model_bytes(model: Model) -> dict[str, int]:
 def _split_vectors(table: Floats, data: Dataset) -> tuple[Floats, Floats]:
     users, items = data.schema.fields
     return table[: users.size], table[items.offset : items.stop]
-
-
-def _require_dot(program: Program) -> None:
-    """Full ranking is by inner product of final vectors."""
-    kinds = [op.kind for op in program.ops]
-    if kinds != ["dot"]:
-        raise UnsupportedOp(f"Full ranking needs a head that is one `dot`, but this head is {', '.join(kinds)}.")

@@ -328,6 +328,6 @@ def _counted(table: Table) -> int:
 
 
 def _kind(model: Model) -> Kind:
-    if isinstance(model, BakedModel):
-        return "baked"
-    return "ego" if isinstance(model, RankingModel) else "ctr"
+    if not isinstance(model, RankingModel):
+        return "ctr"
+    return "ego" if model.propagates else "baked"

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pocketrec import kernel
+from pocketrec.allpairs import INNER_PRODUCT, AllPairs, Csr
 from pocketrec.errors import DataError, DivergedError
-
-Csr = tuple[NDArray[np.int64], NDArray[np.int32]]
-"""``(indptr (rows + 1,), indices (nnz,))``: the columns of row ``r`` are ``indices[indptr[r]:indptr[r + 1]]``."""
+from pocketrec.program import Program
 
 TILE = 64
 """Users that share a tile of scores: blocks are whole tiles, so each user's scores are the same in all of them."""
@@ -127,13 +125,14 @@ def ranking(
     truth: Csr,
     k: int = 20,
     *,
+    head: Program = INNER_PRODUCT,
     block: int = 4096,
     threads: int = 1,
 ) -> Ranking:
     """Rank all items for every user with a truth set and score the first ``k``.
 
-    Scores are inner products; items in ``seen`` are left out; equal scores rank by item id. Memory is
-    ``O(U k)`` on top of that of :func:`~pocketrec.kernel.topk`, and the result does not depend on ``block``.
+    Items in ``seen`` are left out; equal scores rank by item id. Memory is ``O(U k)`` on top of that of
+    :class:`~pocketrec.allpairs.AllPairs`, and the result does not depend on ``block``.
 
     Args:
         user_vectors: ``(U, d)`` float32.
@@ -141,6 +140,7 @@ def ranking(
         seen: training items per user, sorted, never ranked.
         truth: the items to find per user.
         k: length of the list, at least 1.
+        head: scores a pair of vectors; by default their inner product.
         block: users per block, rounded up to whole tiles.
         threads: threads of the scoring kernel.
 
@@ -149,6 +149,7 @@ def ranking(
         DivergedError: a vector is not finite.
     """
     _check_ranking(user_vectors, item_vectors, seen, truth, k)
+    pairs = AllPairs(head, user_vectors, item_vectors)
     sizes = np.diff(truth[0])
     users = np.flatnonzero(sizes)
     step = -(-block // TILE) * TILE
@@ -157,7 +158,7 @@ def ranking(
     for start in range(0, len(users), step):
         part = slice(start, start + step)
         some = users[part]
-        lists[part], _ = kernel.topk(user_vectors[some], item_vectors, *take_rows(seen, some), k, threads=threads)
+        lists[part], _ = pairs.topk(some, take_rows(seen, some), k, threads=threads)
         relevance[part] = _relevance(lists[part], take_rows(truth, some), len(item_vectors))
     return _score_lists(users, lists, relevance, sizes[users])
 

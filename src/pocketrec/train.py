@@ -252,7 +252,12 @@ def _ndcg(model: RankingModel, split: Split) -> float | None:
     vectors = model.propagate(model.table.weight()).cpu().numpy()
     users = schema.fields[0].size
     quality = ranking(
-        vectors[:users], vectors[users:], _interactions(split.dataset.train, schema), _interactions(split, schema)
+        vectors[:users],
+        vectors[users:],
+        _interactions(split.dataset.train, schema),
+        _interactions(split, schema),
+        head=model.lower(),
+        threads=torch.get_num_threads(),
     ).quality()
     return quality["ndcg@20"]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocketrec import kernel
+from pocketrec.allpairs import product_weight
 from pocketrec.attribution.shapley import Batch, Checkpoint, Scores, Stream, Tally
 from pocketrec.backbone import RankingModel
 from pocketrec.dataset import Split
@@ -197,7 +198,7 @@ def attribute_lists(model: RankingModel, fill: Tensor, split: Split, *, top: int
     so that one propagation and its gradient score every entry, without sampling.
 
     Args:
-        model: Scores by inner products.
+        model: Scores by inner products, weighted or not.
         fill: Placeholder per field, ``(2, D)``.
         split: Training pairs.
         top: Length of a list, at least 1.
@@ -206,17 +207,19 @@ def attribute_lists(model: RankingModel, fill: Tensor, split: Split, *, top: int
     Raises:
         UnsupportedOp: The head is not an inner product.
     """
-    if [op.kind for op in model.lower().ops] != ["dot"]:
+    product = product_weight(model.lower())
+    if product is None:
         raise UnsupportedOp("Lists are scored by inner products, but this head is another; set `top=0`.")
+    gains = torch.from_numpy(np.array(product))
     users = model.schema.fields[0].size
     weight = model.table.weight().detach()
     placeholder = fill[torch.from_numpy(model.schema.field_of_row.astype(np.int64))]
-    lists, shares = _lists(model.propagate(weight), split, top, balance)
+    lists, shares = _lists(model.propagate(weight), gains, split, top, balance)
 
     def value(table: Tensor) -> Tensor:
         final = model.propagate(table)
         wanted = functional.embedding_bag(lists, final[users:], mode="sum", per_sample_weights=shares)
-        return (final[:users] * wanted).sum()
+        return (final[:users] * gains * wanted).sum()
 
     centre = ((weight + placeholder) / 2).requires_grad_()
     values = (weight - placeholder).mul_(torch.autograd.grad(value(centre), centre)[0])
@@ -225,13 +228,14 @@ def attribute_lists(model: RankingModel, fill: Tensor, split: Split, *, top: int
     return Scores(values.numpy(), values.square().numpy(), lists.numel(), values.sum().item(), drop.item())
 
 
-def _lists(final: Tensor, split: Split, top: int, balance: float) -> tuple[Tensor, Tensor]:
+def _lists(final: Tensor, gains: Tensor, split: Split, top: int, balance: float) -> tuple[Tensor, Tensor]:
     """Local ids of each user's best unseen items ``(U, top)``, and what each counts; ranks without an item count 0."""
     users, items = split.dataset.schema.fields
-    vectors, pairs = final.numpy(), np.asarray(split.ids)
+    liking, offered = (final[: users.size] * gains).numpy(), final[users.size :].numpy()
+    pairs = np.asarray(split.ids)
     seen = to_csr(pairs[:, 0], pairs[:, 1] - items.offset, users.size)
     threads = torch.get_num_threads()
-    found, _ = kernel.topk(vectors[: users.size], vectors[users.size :], *seen, top, threads=threads)
+    found, _ = kernel.topk(liking, offered, *seen, top, threads=threads)
     there, lists = found >= 0, np.maximum(found, 0).astype(np.int64)
     frequency = np.maximum(np.bincount(lists[there], minlength=items.size), 1).astype(np.float32)
     shares = np.where(there, frequency[lists] ** np.float32(-balance), np.float32(0)) / np.float32(lists.size)

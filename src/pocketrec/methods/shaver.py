@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from pocketrec.allpairs import product_weight
 from pocketrec.attribution.gradient import Head, Precision
 from pocketrec.attribution.scoring import (
     ClickSamples,
@@ -32,7 +33,6 @@ from pocketrec.attribution.shapley import (
     attribute,
 )
 from pocketrec.backbone import ClickModel, Model, RankingModel
-from pocketrec.baked import BakedModel
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.method import Ladder, Method
@@ -61,8 +61,8 @@ class Shaver(Method):
         samples: Training rows to score in a pass, at most; by default all.
         passes: Most passes over them; fewer once the stop rule holds.
         tolerance: Stop after a pass once the largest standard error is below this share of the range of values.
-        top: For ranking models, the game: the scores of each user's ``top`` items by the dense model, exact and without
-            sampling; 0 plays for the BPR loss of training pairs.
+        top: For ranking by inner products, the game: the scores of each user's ``top`` items by the dense model, exact
+            and without sampling; 0, and other heads, play for the BPR loss of training pairs.
         balance: Of that game, where the table is propagated: an item counts by its frequency in the lists to this
             power less.
         ego_exponent: As ``exponent``, for that game through the propagation.
@@ -147,15 +147,15 @@ class Shaver(Method):
         return {k: v for k, v in asdict(self).items() if k not in later}
 
     def _plays_lists(self, model: Model) -> TypeGuard[RankingModel]:
-        return self.top > 0 and isinstance(model, RankingModel)
+        return self.top > 0 and isinstance(model, RankingModel) and product_weight(model.lower()) is not None
 
     def _exponent(self, model: Model) -> float:
         if not self._plays_lists(model):
             return self.exponent
-        return self.baked_exponent if isinstance(model, BakedModel) else self.ego_exponent
+        return self.ego_exponent if _propagates(model) else self.baked_exponent
 
     def _balance(self, model: RankingModel) -> float:
-        return 0.0 if isinstance(model, BakedModel) else self.balance
+        return self.balance if model.propagates else 0.0
 
     def _attribute(self, model: Model, data: Dataset, run: Run, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
         split = training_rows(data.train)
@@ -163,7 +163,7 @@ class Shaver(Method):
         fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
         if self._plays_lists(model):
             return attribute_lists(model, fill, split, top=self.top, balance=self._balance(model)).arrays()
-        if isinstance(model, RankingModel) and not isinstance(model, BakedModel):
+        if _propagates(model):
             pairs = RankingSamples(split, self.samples, run.seed)
             return attribute_propagated(
                 model, fill, pairs, masks=self.masks, seed=run.seed, checkpoint=checkpoint
@@ -184,6 +184,10 @@ class Shaver(Method):
             tolerance=self.tolerance,
             checkpoint=checkpoint,
         ).arrays()
+
+
+def _propagates(model: Model) -> TypeGuard[RankingModel]:
+    return isinstance(model, RankingModel) and model.propagates
 
 
 @dataclass(frozen=True)
