@@ -156,11 +156,15 @@ class Data:
         source = registry.load("sources", self.source)(**_tuples(self.settings))
         files = {name: _raw(value) for name, value in self.encoding.items() if name in ("test", "valid")}
         raw = None if self.raw is None else _raw(self.raw)
-        name = digest({"source": self.source, **self.identity(), "split": split})[:16]
-        out = folder / f"{self.label}-{name}"
+        out = self.place(folder, seed)
         folder.mkdir(parents=True, exist_ok=True)
         with waited(Lock(folder / f"{out.name}.lock")):
             return encode(source, raw, out, **{**self.encoding, **files, "seed": split})
+
+    def place(self, folder: Path, seed: int) -> Path:
+        """Where the encoded data set of a seed lies."""
+        name = digest({**self.identity(), "split": seed if self.split_by_seed else 0})[:16]
+        return folder / f"{self.label}-{name}"
 
     def identity(self) -> dict[str, Any]:
         """All that the encoded data depend on, but the seed."""
