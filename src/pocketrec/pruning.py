@@ -7,7 +7,7 @@ Selecting is a partition or a binary search over sorted keys: tenths of a second
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -28,6 +28,7 @@ Fill = Literal["zero", "codebook", "plain"]
 
 INFINITE = np.int32(0x7F800000)
 PROTECTED = np.int32(0x7FFFFFFF)
+_NORMAL = np.int32(0x00800000)
 
 
 def fill_rows(
@@ -55,6 +56,29 @@ def ordered(keys: NDArray[np.float32]) -> NDArray[np.int32]:
         raise DivergedError("Ranking scores must be finite, but a score is NaN or infinite; train or score again.")
     bits = (keys + np.float32(0)).view(np.int32)
     return np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
+
+
+def rank_keys(*keys: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Different finite float32 keys in the order of the last of ``keys (n, D)``, ties by the one before, then by index.
+
+    Example:
+        >>> a, b = np.array([[1.0, 3.0, 2.0]]), np.array([[0, 0, -1]])
+        >>> rank_keys(a, b).argsort().tolist()
+        [[2, 0, 1]]
+    """
+    order = np.lexsort([k.reshape(-1) for k in keys])
+    bits = np.empty(len(order), np.int32)
+    bits[order] = np.arange(len(order), dtype=np.int32) + _NORMAL
+    return bits.view(np.float32).reshape(keys[0].shape)
+
+
+def carry_uncounted(keys: NDArray[np.float32], blocks: Sequence[Block]) -> NDArray[np.float32]:
+    """Keys ``(n, D)`` in which an entry of an uncounted block goes with the last counted entry of its row."""
+    counted = np.zeros(keys.shape, dtype=bool)
+    for block in blocks:
+        counted[block.start : block.stop, block.left : block.right] = block.counted
+    best = np.max(keys, axis=1, where=counted, initial=-np.inf, keepdims=True)
+    return np.where(counted, keys, best)
 
 
 def largest(keys: NDArray[np.int32], count: int) -> NDArray[np.bool_]:

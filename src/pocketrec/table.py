@@ -8,6 +8,7 @@ weight; counted in bytes, never in ``values``). Ranking models: one block of row
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,6 +102,29 @@ def oov_rows(schema: Schema) -> Tensor:
     rows = torch.zeros(schema.rows, dtype=torch.bool)
     rows[[f.oov_row for f in schema.fields if f.oov_row is not None]] = True
     return rows
+
+
+def counted_cells(schema: Schema, blocks: Sequence[Block]) -> Tensor:
+    """Columns that are counted, per field: bool ``(F, D)``; a block spans whole fields."""
+    cells = torch.zeros(schema.width, max(b.right for b in blocks), dtype=torch.bool)
+    for i, field in enumerate(schema.fields):
+        for block in blocks:
+            if block.start <= field.offset < block.stop:
+                cells[i, block.left : block.right] = block.counted
+    return cells
+
+
+def own_absent(schema: Schema, keep: Tensor, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Fields whose absent row is their out-of-vocabulary row, not the fill row: ``(F,)``.
+
+    Such a row keeps something, and its training count exceeds that of the field's other removed rows together.
+    """
+    removed = np.where(keep.any(dim=1).numpy(), 0, counts)
+    own = np.zeros(schema.width, dtype=bool)
+    for i, field in enumerate(schema.fields):
+        row = field.oov_row
+        own[i] = row is not None and bool(keep[row].any()) and counts[row] > removed[field.offset : row].sum()
+    return own
 
 
 def _check_matrix(name: str, matrix: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -205,8 +229,7 @@ class PrunedTable(Table):
     ) -> PrunedTable:
         """Choose each field's absent row by how often it will be read.
 
-        The absent row is the out-of-vocabulary row's own kept vector if that row keeps something and its training
-        count exceeds the total training count of the field's other removed rows; else it is the fill row.
+        It is the out-of-vocabulary row's kept vector where :func:`own_absent` says so, else the fill row.
 
         Args:
             schema: Fields and their rows.
@@ -217,13 +240,9 @@ class PrunedTable(Table):
             counts: Training occurrences of each row, ``(n,)``.
         """
         absent = fill.detach().clone()
-        removed = np.where(keep.any(dim=1).numpy(), 0, counts)
-        for i, field in enumerate(schema.fields):
-            row = field.oov_row
-            if row is None or not keep[row].any():
-                continue
-            if counts[row] > removed[field.offset : row].sum():
-                absent[i] = torch.where(keep[row], base.detach()[row], absent[i])
+        for i in np.flatnonzero(own_absent(schema, keep, counts)):
+            row = schema.fields[i].stop - 1
+            absent[i] = torch.where(keep[row], base.detach()[row], absent[i])
         return cls(schema, blocks, base, keep, fill, absent)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,290 @@
+"""PEP: thresholds that are learned with the table decide which entries survive; these are trained again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pocketrec.active import ActiveTable, Rule
+from pocketrec.backbone import Model
+from pocketrec.dataset import Dataset
+from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.masked import Head, initial_model, retrain
+from pocketrec.method import Ladder, Method
+from pocketrec.packed import Index, Packed, Storage
+from pocketrec.pruning import PruningLadder, Scope, carry_uncounted, rank_keys
+from pocketrec.run import Run
+from pocketrec.table import DenseTable, PrunedTable, counted_cells
+from pocketrec.train import Training
+
+Granularity = Literal["global", "dimension", "feature", "field", "feature_dim", "field_dim"]
+
+
+@dataclass(frozen=True)
+class PEP(Method):
+    """Learn a soft threshold with the table, keep what stays above it longest, and train that again from its start.
+
+    In the search the table reads ``sign(e) relu(|e| - sigmoid(s))``. Coupled weight decay pulls ``s`` up from below by
+    about one learning rate a step, whatever its size, so thresholds rise until every entry that the loss does not hold
+    up is gone. One search serves all budgets: the ``B`` entries that stay longest survive, those of one check by their
+    margin ``|e| - sigmoid(s)``. They start again from their first values, with the mask fixed.
+
+    Args:
+        granularity: who shares a threshold: everything (``global``), a column (``dimension``), a row (``feature``), a
+            field, nobody (``feature_dim``), or a field and column.
+        start: first ``s``, below 0; by default the threshold starts at 1/20 of the mean first magnitude.
+        reach: threshold at the end of the search, in (0, 0.5]; only where ``threshold_rate`` is left open.
+        threshold_rate: learning rate of ``s``, above 0; by default such that the threshold rises to ``reach``.
+        threshold_decay: weight decay of ``s``, above 0: nothing is pruned without.
+        search_epochs: epochs of the search, at least 1; by default half of those of the first training stage.
+        checks: how often the search notes what is below its threshold, at least 1.
+        stop: ``exact`` keeps as many entries as asked for, ``published`` those of the first check with at most so many.
+        clip: largest norm of the search's gradient; 0 does not clip.
+        head: ``fresh`` trains a new head on the mask, ``initial`` the search's head from its start.
+        scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
+        training: stages of training; the search takes its settings from the first; none for the task's default.
+
+    Example:
+        >>> PEP(granularity="field_dim", start=-15.0, threshold_rate=1e-2, stop="published").trains
+        True
+
+    Reference:
+        Liu et al., "Learnable embedding sizes for recommender systems" (PEP), 2021, equations 4-8. Departures: exact
+        sizes; thresholds that start near the weights.
+    """
+
+    name: ClassVar[str] = "pep"
+    trains: ClassVar[bool] = True
+
+    granularity: Granularity = "feature_dim"
+    start: float | None = None
+    reach: float = 0.3
+    threshold_rate: float | None = None
+    threshold_decay: float = 1e-5
+    search_epochs: int | None = None
+    checks: int = 200
+    stop: Literal["exact", "published"] = "exact"
+    clip: float = 100.0
+    head: Head = "fresh"
+    scope: Scope = "joint"
+    training: tuple[Training, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.start is not None and not -math.inf < self.start < 0:
+            raise ConfigError(f"`start` must be below 0, but got start={self.start}.")
+        if not 0 < self.reach <= 0.5:
+            raise ConfigError(f"`reach` must lie in (0, 0.5], but got reach={self.reach}.")
+        for name in ("threshold_rate", "threshold_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"`{name}` must be above 0, but got {name}={value}.")
+        for name in ("search_epochs", "checks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"`{name}` must be at least 1, but got {name}={value}.")
+        if not 0 <= self.clip < math.inf:
+            raise ConfigError(f"`clip` must be at least 0, but got clip={self.clip}.")
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
+        """Search once, for all budgets."""
+        start, dense = initial_model(model, data, run)
+        first = self.training[0] if self.training else Training.default(data.schema.task)
+        search = replace(first, epochs=self.search_epochs or -(-first.epochs // 2), optimizer="adam")
+        steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))
+        found = run.fit("search", start.with_table(self._soft(dense, steps)), data, search).table
+        if not isinstance(found, SoftTable):
+            raise ConfigError(f"The search must leave a soft table, but got {type(found).__name__}.")
+        fill = np.zeros((data.schema.width, dense.width), np.float32)
+        pruning = PruningLadder(dense, found.keys(), fill, data.counts, self.scope)
+        return PEPLadder(pruning, found, self, start, data, run)
+
+    def _soft(self, dense: DenseTable, steps: int) -> SoftTable:
+        """The table to search in, for so many steps."""
+        counted = counted_cells(dense.schema, dense.blocks)[torch.from_numpy(dense.schema.field_of_row)]
+        mean = float(dense.matrix.detach().abs()[counted].mean())
+        first = math.log(mean / 20) if self.start is None else self.start
+        rate = self.threshold_rate or (math.log(self.reach / (1 - self.reach)) - first) / steps
+        rule = Rule(rate, self.threshold_decay)
+        return SoftTable(dense, self.granularity, first, rule, max(1, steps // self.checks), self.clip)
+
+
+class SoftTable(ActiveTable):
+    """``sign(e) relu(|e| - sigmoid(s))`` on counted blocks, ``e`` on the others.
+
+    It notes at every ``every``-th step which entries are below their threshold: ``died`` is the number of the check
+    since which an entry has been (0: it is above), ``margin`` its ``|e| - sigmoid(s)`` at that check.
+
+    Args:
+        dense: first values; copied.
+        granularity: who shares a threshold.
+        first: ``s`` at the start.
+        rule: how ``s`` is updated.
+        every: steps between two checks.
+        clip: largest norm of the gradient; 0 does not clip.
+    """
+
+    lasting: ClassVar[bool] = True
+
+    died: Tensor
+    margin: Tensor
+    steps: Tensor
+    cells: Tensor
+    fields: Tensor
+
+    def __init__(
+        self, dense: DenseTable, granularity: Granularity, first: float, rule: Rule, every: int, clip: float
+    ) -> None:
+        super().__init__()
+        self.schema = dense.schema
+        self.blocks = dense.blocks
+        self.granularity: Granularity = granularity
+        self.every = every
+        self.clip = clip
+        self.rule = rule
+        rows, width = dense.matrix.shape
+        by_row = {"feature": rows, "feature_dim": rows, "field": self.schema.width, "field_dim": self.schema.width}
+        by_column = granularity in ("dimension", "feature_dim", "field_dim")
+        shape = (by_row.get(granularity, 1), width if by_column else 1)
+        self.base = nn.Parameter(dense.matrix.detach().clone())
+        self.threshold = nn.Parameter(torch.full(shape, first))
+        self.register_buffer("fields", torch.from_numpy(self.schema.field_of_row.copy()).long())
+        self.register_buffer("cells", counted_cells(self.schema, self.blocks))
+        self.register_buffer("died", torch.zeros(rows, width, dtype=torch.int32))
+        self.register_buffer("margin", torch.zeros(rows, width))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        """Settings of the search."""
+        return f"{self.granularity}, every={self.every}, clip={self.clip}, rule={self.rule}"
+
+    def rules(self) -> Mapping[str, Rule]:
+        """Thresholds have their own rate and decay."""
+        return {"threshold": self.rule}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up: ``(...) -> (..., D)``."""
+        return self._shrink(self.base[ids], self._threshold(ids), self.fields[ids])
+
+    def weight(self) -> Tensor:
+        """The whole matrix ``(n, D)``."""
+        return self._shrink(self.base, self._threshold(slice(None)), self.fields)
+
+    def _threshold(self, rows: Tensor | slice) -> Tensor:
+        """``s`` of rows, in a shape that broadcasts to their vectors."""
+        if self.granularity.startswith("feature"):
+            return self.threshold[rows]
+        return self.threshold[self.fields[rows]] if self.granularity.startswith("field") else self.threshold[0]
+
+    def _shrink(self, vectors: Tensor, threshold: Tensor, fields: Tensor) -> Tensor:
+        shrunk = vectors.sign() * torch.relu(vectors.abs() - threshold.sigmoid())
+        return shrunk if bool(self.cells.all()) else torch.where(self.cells[fields], shrunk, vectors)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """At every ``every``-th step: note what is below its threshold."""
+        self.steps += 1
+        step = int(self.steps)
+        if step % self.every:
+            return
+        margin = self.margins()
+        fresh = (margin <= 0) & (self.died == 0)
+        self.margin[fresh] = margin[fresh]
+        self.died[fresh] = step // self.every
+        self.died[margin > 0] = 0
+
+    def margins(self) -> Tensor:
+        """``|e| - sigmoid(s)`` now, ``(n, D)``; infinite outside counted blocks."""
+        margin = self.base.detach().abs() - self._threshold(slice(None)).detach().sigmoid()
+        return torch.where(self.cells[self.fields], margin, torch.inf)
+
+    def keys(self) -> NDArray[np.float32]:
+        """Ranking keys ``(n, D)``: entries still above their threshold, then those that fell last; by margin."""
+        alive = (self.died == 0).numpy()
+        margin = np.where(alive, self.margins().numpy(), self.margin.numpy())
+        fell = np.where(alive, np.iinfo(np.int32).max, self.died.numpy())
+        return carry_uncounted(rank_keys(margin, fell), self.blocks)
+
+    def alive(self) -> NDArray[np.int64]:
+        """Counted entries above their threshold after 0, 1, ... checks."""
+        died = self.died[self.cells[self.fields]].numpy()
+        fell = np.bincount(died, minlength=int(self.steps) // self.every + 1)
+        fell[0] = 0
+        return len(died) - np.cumsum(fell)
+
+    def _now(self) -> PrunedTable:
+        """What it reads now, as a pruned table."""
+        weight = self.weight().detach()
+        fill = torch.zeros(self.schema.width, self.width)
+        return PrunedTable(self.schema, self.blocks, weight, self.margins() > 0, fill, fill)
+
+    def values(self) -> int:
+        """Counted entries above their threshold."""
+        return self._now().values()
+
+    def stored(self) -> Tensor:
+        """Rows with an entry above its threshold."""
+        return self._now().stored()
+
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
+        """As the pruned table of what it reads now."""
+        return self._now().pack(storage, rows, index)
+
+
+@dataclass(frozen=True)
+class PEPLadder(Ladder):
+    """Masks of one search, each trained from the start.
+
+    Args:
+        pruning: the ranking of the search, over first values.
+        found: the table that the search left.
+        method: settings.
+        start: the model as the search started.
+        data: training and validation rows.
+        run: keeps each retrained model.
+    """
+
+    pruning: PruningLadder
+    found: SoftTable
+    method: PEP
+    start: Model
+    data: Dataset
+    run: Run
+
+    def at_values(self, values: int) -> PrunedTable:
+        """Exactly ``values`` entries, or those of the first check with at most so many.
+
+        Raises:
+            BudgetError: with ``stop="published"``, the search ended with more.
+        """
+        if self.method.stop == "published":
+            alive = self.found.alive()
+            reached = np.flatnonzero(alive <= values)
+            if not len(reached):
+                raise BudgetError(
+                    f"The search ended with {alive[-1]:,} values above their threshold, more than the {values:,} asked "
+                    "for; search longer, raise `threshold_rate`, or use stop='exact'.",
+                    least_values=int(alive[-1]),
+                )
+            values = int(alive[reached[0]])
+        return self.pruning.at_values(values)
+
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> PrunedTable:
+        """See :class:`PruningLadder`; a linear weight goes with the last entry of its row."""
+        return self.pruning.at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary)
+
+    def finish(self, model: Model) -> Model:
+        """Train what is kept from its first values on."""
+        if not isinstance(model.table, PrunedTable):
+            raise ConfigError(f"Retraining needs a pruned table, but got {type(model.table).__name__}.")
+        return retrain(self.start, model.table, self.method.head, self.data, self.run, self.method.training)
