@@ -14,7 +14,7 @@ from pathlib import Path
 from pocketrec.errors import ConfigError, RunLocked
 from pocketrec.files import Journal, Lock, atomic_write, canonical_json, digest, parse_json
 from pocketrec.run import Progress
-from pocketrec.study.cell import Bench, Choices, Record, cell
+from pocketrec.study.cell import Bench, Choices, Record, cell, dense, profiles
 from pocketrec.study.job import Job
 from pocketrec.study.plan import Plan, Point
 
@@ -38,7 +38,7 @@ class Known:
 
     def refresh(self) -> None:
         """See what other processes have finished."""
-        self.done = {r["key"]: r for r in self.journal.read() if r["kind"] in ("cell", "choice")}
+        self.done = {r["key"]: r for r in self.journal.read() if r["kind"] in ("cell", "choice") or "last" in r}
 
 
 def bench(
@@ -139,14 +139,42 @@ def _claimed(context: Bench, known: Known, job: Job) -> bool:
 def attempt(context: Bench, job: Job, choices: Choices) -> tuple[list[Record], str]:
     """The records of a job, or the error that stopped it; only signals get through."""
     try:
-        if job.kind == "cell":
-            return [{"kind": "cell", **cell(context, job, choices)}], ""
-        from pocketrec.study.search import search
-
-        choice, trials = search(context, job, choices)
-        return [*({"kind": "trial", **t} for t in trials), {"kind": "choice", **choice}], ""
+        return WORK[job.kind](context, job, choices), ""
     except Exception as error:
         return [], f"{type(error).__name__}: {error}"
+
+
+def _cell(context: Bench, job: Job, choices: Choices) -> list[Record]:
+    return [{"kind": "cell", **cell(context, job, choices)}]
+
+
+def _choice(context: Bench, job: Job, choices: Choices) -> list[Record]:
+    from pocketrec.study.search import search
+
+    choice, trials = search(context, job, choices)
+    return [*({"kind": "trial", **t} for t in trials), {"kind": "choice", **choice}]
+
+
+def _anatomy(context: Bench, job: Job, choices: Choices) -> list[Record]:
+    from pocketrec.study.anatomy import anatomy
+
+    table = dense(context, job, choices).table
+    blocks = anatomy(table.weight().detach().numpy(), context.data(job).counts, table.blocks)
+    return [{"kind": "anatomy", "blocks": blocks, "last": True}]
+
+
+def _efficiency(context: Bench, job: Job, choices: Choices) -> list[Record]:
+    records = [{"kind": "efficiency", **r} for r in profiles(context, job, choices)]
+    return [*records[:-1], {**records[-1], "last": True}]
+
+
+WORK: Mapping[str, Callable[[Bench, Job, Choices], list[Record]]] = {
+    "cell": _cell,
+    "choice": _choice,
+    "anatomy": _anatomy,
+    "efficiency": _efficiency,
+}
+"""How each kind of job is done; the last record says that it is."""
 
 
 def record(context: Bench, known: Known, job: Job, records: list[Record], error: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,7 +82,7 @@ def compressed(bench: Bench, job: Job, point: Point, choices: Choices, run: Run)
     backbone = build_backbone(grid.backbone(job), _part(point, "backbone."))
     stages = build_training(data.schema.task, grid.training(job).stages(_stage(point)))
     method = build_method(recipe, _part(point, "method."), stages)
-    model = backbone.build(data, job.seed) if method.trains else _dense(bench, job, choices)
+    model = backbone.build(data, job.seed) if method.trains else dense(bench, job, choices)
     return compress(model, data, method, job.budget, run=run, bake=bench.plan.bake and not method.trains)
 
 
@@ -157,13 +157,37 @@ def params(bench: Bench, job: Job, point: Point) -> dict[str, Any]:
     }
 
 
+def profiles(bench: Bench, job: Job, choices: Choices) -> Iterator[Record]:
+    """Time and memory of every phase of a method at the budget of the job, by each profile of the plan."""
+    from pocketrec.study.efficiency import profile
+
+    grid, point = bench.grid, point_of(bench, job, choices)
+    recipe, task = grid.method(job), bench.data(job).schema.task
+    stages = build_training(task, grid.training(job).stages(_stage(point)))
+    method = None if recipe is None else build_method(recipe, _part(point, "method."), stages)
+    backbone = build_backbone(grid.backbone(job), _part(point, "backbone."))
+    for name in bench.plan.efficiency:
+        yield from profile(
+            backbone,
+            method,
+            bench.data(job),
+            budget=bench.plan.efficiency_budget,
+            training=stages[0],
+            seed=job.seed,
+            profile=name,
+            threads=bench.plan.threads,
+            store=bench.store,
+        )
+
+
 def curve(logged: list[Record]) -> list[list[float | None]]:
     """Loss and validation figure of every epoch of the last training."""
     curves = [e["curve"] for e in logged if "curve" in e]
     return curves[-1] if curves else []
 
 
-def _dense(bench: Bench, job: Job, choices: Choices) -> Model:
+def dense(bench: Bench, job: Job, choices: Choices) -> Model:
+    """The trained original that a job builds on, from the store."""
     return _trained(
         bench, job.data, job.backbone, job.seed, tuple(sorted(_original_point(bench, job, choices).items()))
     )

@@ -11,12 +11,17 @@ from pocketrec import registry
 from pocketrec.files import digest
 from pocketrec.study.plan import DENSE, ORIGINAL, STAGE, Data, Plan, Recipe, Space
 
-Kind = Literal["choice", "cell"]
+Kind = Literal["choice", "cell", "anatomy", "efficiency"]
+WORDS = {"choice": "search", "cell": "cell", "anatomy": "anatomy", "efficiency": "efficiency"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to do, by the plan's labels. A ``choice`` is a search on the first seed; a ``cell`` reads test once."""
+    """One thing to do, by the plan's labels.
+
+    A ``choice`` is a search on the first seed; a ``cell`` reads test once; an ``anatomy`` looks at an original's table;
+    ``efficiency`` takes time and memory when all else is done.
+    """
 
     kind: Kind
     data: str
@@ -30,14 +35,15 @@ class Job:
         return asdict(self)
 
     @property
-    def group(self) -> tuple[str, str, str, str, int]:
-        """Jobs of one group share a preparation: one worker does them one after the other."""
+    def group(self) -> tuple[str | int, ...]:
+        """Jobs of one group share a preparation, or the quiet: one worker does them one after the other."""
+        if self.kind == "efficiency":
+            return (self.kind,)
         return self.kind, self.data, self.backbone, self.method, self.seed
 
     def __str__(self) -> str:
         """For people."""
-        what = "search" if self.kind == "choice" else "cell"
-        return f"{what} {self.data} {self.backbone} {self.method} {self.budget} seed {self.seed}"
+        return f"{WORDS[self.kind]} {self.data} {self.backbone} {self.method} {self.budget} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,27 @@ class Grid:
                     for seed in over:
                         for budget in budgets:
                             yield from self._some(Job(kind, data.label, backbone.label, method, budget, seed))
+            if self.plan.anatomy:
+                yield from (Job("anatomy", data.label, backbone.label, ORIGINAL, DENSE, seed) for seed in seeds)
+        for data, backbone in self.plan.pairs_of() if self.plan.efficiency else ():
+            first, budget = self.plan.seeds_of(data)[0], self.plan.efficiency_budget
+            yield Job("efficiency", data.label, backbone.label, ORIGINAL, DENSE, first)
+            for method in self.plan.methods:
+                yield Job("efficiency", data.label, backbone.label, method, budget, first)
 
     def _some(self, job: Job) -> Iterator[Job]:
         """The job, unless it is a search with nothing to search."""
-        if job.kind == "cell" or (self.space(job) and self.plan.trials_of(self.data(job)) > 0):
+        if job.kind != "choice" or (self.space(job) and self.plan.trials_of(self.data(job)) > 0):
             yield job
 
     def needs(self, job: Job) -> tuple[Job, ...]:
         """What has to be done before."""
+        if job.kind == "efficiency":
+            return tuple(j for j in self.jobs if j.kind != "efficiency")
         seed = self.plan.seeds_of(self.data(job))[0]
         wanted = []
+        if job.kind == "anatomy":
+            wanted.append(Job("cell", job.data, job.backbone, ORIGINAL, DENSE, job.seed))
         if job.kind == "cell":
             wanted.append(Job("choice", job.data, job.backbone, job.method, job.budget, seed))
         if job.method != ORIGINAL and not self.trains(job):
@@ -128,6 +145,7 @@ class Grid:
                 "first": self.plan.seeds_of(data)[0],
                 "bake": self.plan.bake,
                 "device": self.plan.device,
+                **({"profiles": self.plan.efficiency} if job.kind == "efficiency" else {}),
             }
         )
 
