@@ -14,8 +14,13 @@ from pocketrec.statistics import (
     Interval,
     auc_statistic,
     bootstrap,
+    chi_square_cdf,
+    holm,
     mean_statistic,
     paired_t,
+    range_quantile,
+    ranks,
+    retained,
     student_cdf,
     student_quantile,
 )
@@ -126,7 +131,113 @@ def test_share_of_evidence_and_equivalence():
     base = rng.normal(size=400)
     statistics = {"a": [mean_statistic(base + 0.5)], "b": [mean_statistic(base)], "c": [mean_statistic(base[::-1])]}
     result = bootstrap(statistics, [400], replicates=400)
-    assert result.difference("a", "b").p == 0
+    assert result.difference("a", "b").p == pytest.approx(2 / 401)
+    assert result.difference("a", "b").no_worse(0.0)
+    assert not result.difference("b", "a").no_worse(0.4)
     assert result.difference("b", "c").p > 0.5
     assert result.difference("b", "c").within(1.0)
     assert not result.difference("a", "b").within(0.5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_holm_rejects_what_the_step_down_procedure_rejects(evidence):
+    """The procedure itself: go up the sorted p-values, stop at the first above ``a / (m - i)``."""
+    corrected = holm(evidence)
+    for level in (0.01, 0.05, 0.3):
+        rejected, order = set(), np.argsort(evidence, kind="stable")
+        for i, which in enumerate(order):
+            if evidence[which] * (len(evidence) - i) > level:
+                break
+            rejected.add(which)
+        assert {i for i, p in enumerate(corrected) if p <= level} == rejected
+    assert (corrected >= np.asarray(evidence)).all()
+
+
+def test_holm_keeps_the_chance_of_any_false_rejection():
+    """Ten true hypotheses, 4,000 families: at most 5 % of families reject anything (+3 sd)."""
+    rng = np.random.default_rng(7)
+    families = rng.random((4000, 10))
+    assert np.mean([(holm(p) <= 0.05).any() for p in families]) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_retained_quality_above_chance():
+    assert retained(0.75, 0.8) == pytest.approx(0.9375)
+    assert retained(0.75, 0.8, chance=0.5) == pytest.approx(0.25 / 0.3)
+    assert np.isnan(retained(0.6, 0.5, chance=0.5))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(3, 6), st.integers(2, 9), st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_friedman_matches_scipy_with_ties(methods, blocks, levels, seed):
+    rng = np.random.default_rng(seed)
+    figures = {f"m{j}": rng.integers(0, levels + 1, blocks).astype(float).tolist() for j in range(methods)}
+    got = ranks(figures)
+    table = np.array(list(figures.values())).T
+    expected = stats.rankdata(-table, axis=1).mean(axis=0)
+    assert list(got.average.values()) == pytest.approx(expected.tolist())
+    if any(len(set(row)) > 1 for row in table):
+        oracle = stats.friedmanchisquare(*figures.values())
+        assert got.statistic == pytest.approx(oracle.statistic, abs=1e-9)
+        assert got.p == pytest.approx(oracle.pvalue, abs=1e-9)
+    else:
+        assert (got.statistic, got.p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("methods", [2, 3, 5, 10, 20])
+def test_critical_difference_matches_scipy(methods):
+    for level in (0.9, 0.95, 0.99):
+        expected = stats.studentized_range.ppf(level, methods, np.inf)
+        assert range_quantile(level, methods) == pytest.approx(expected, abs=2e-4)
+    got = ranks({f"m{j}": [float(j)] * 4 for j in range(methods)})
+    expected = stats.studentized_range.ppf(0.95, methods, np.inf) * np.sqrt(methods * (methods + 1) / (12 * 4))
+    assert got.critical == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 10, 40])
+def test_chi_square_matches_scipy(freedom):
+    for value in (0.0, 1e-6, 0.5, 3.0, 20.0, 400.0):
+        assert chi_square_cdf(value, freedom) == pytest.approx(stats.chi2.cdf(value, freedom), abs=1e-12)
+
+
+def test_ranks_need_the_same_data_sets():
+    with pytest.raises(DataError, match="same data sets"):
+        ranks({"a": [1.0, 2.0], "b": [1.0]})
+    with pytest.raises(DataError, match="two methods"):
+        ranks({"a": [1.0]})
+
+
+def test_linear_auc_is_the_auc_and_follows_its_draws():
+    """Second-order terms only: replicates differ from exact ones by far less than they vary."""
+    rng = np.random.default_rng(8)
+    labels = rng.integers(0, 2, 3000)
+    scores = np.round(rng.normal(labels * 0.5, 1.0), 1)
+    exact, linear = auc_statistic(labels, scores), auc_statistic(labels, scores, exact=False)
+    ones = np.ones(3000, dtype=np.int64)
+    assert linear(ones) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    draws = [np.bincount(rng.integers(0, 3000, 3000), minlength=3000) for _ in range(300)]
+    a, b = np.array([exact(w) for w in draws]), np.array([linear(w) for w in draws])
+    assert np.abs(a - b).max() < 0.1 * a.std()
+    assert b.std() == pytest.approx(a.std(), rel=0.01)
+    assert np.isnan(auc_statistic([0, 1], [0.1, 0.2], exact=False)(np.array([2, 0])))
+
+
+def test_better_than_and_no_worse_err_as_often_as_they_say():
+    """No difference, 5 seeds x 60 rows, rows the larger noise: 'better' in at most 5 % of 200 trials (+3 sd)."""
+    rng = np.random.default_rng(9)
+    better = no_worse = 0
+    for trial in range(200):
+        base = [rng.normal(size=60) for _ in range(5)]
+        other = [b + rng.normal(0, 0.02) + rng.normal(0, 0.5, 60) for b in base]
+        worse = [o - 0.05 for o in other]
+        names = {"a": other, "b": base, "w": worse}
+        result = bootstrap(
+            {n: [mean_statistic(v) for v in values] for n, values in names.items()},
+            [60] * 5,
+            replicates=150,
+            seed=trial,
+        )
+        better += result.difference("a", "b").p <= 0.05
+        no_worse += result.difference("w", "b").no_worse(0.05)
+    assert better / 200 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+    assert no_worse / 200 <= 0.025 + 3 * np.sqrt(0.025 * 0.975 / 200)
