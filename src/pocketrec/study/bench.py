@@ -15,7 +15,7 @@ from pocketrec.errors import ConfigError, RunLocked
 from pocketrec.files import Journal, Lock, atomic_write, canonical_json, digest, parse_json
 from pocketrec.run import Progress
 from pocketrec.study.cell import Bench, Choices, Record, cell, dense, profiles
-from pocketrec.study.job import Job
+from pocketrec.study.job import Grid, Job
 from pocketrec.study.plan import Plan, Point
 
 POLL_SECONDS = 0.2
@@ -78,14 +78,15 @@ Workers = Callable[[Bench, Known, Progress], None]
 
 
 def prepare(plan: Plan, folder: str | Path, store: str | Path | None, progress: Progress | None = None) -> Bench:
-    """The folder of a study, with its plan in it."""
+    """The folder of a study, with its plan in it, and the jobs that the plan makes: records of others are stale."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     document = folder / "plan.json"
-    content = canonical_json(plan.to_json())
+    grid = Grid(plan)
+    jobs = [{**job.labels(), "key": grid.key(job)} for job in grid.jobs]
     if document.exists() and (old := parse_json(document.read_bytes()))["name"] != plan.name:
         raise ConfigError(f"{folder} holds the study {old['name']!r}, not {plan.name!r}; choose another folder.")
-    atomic_write(document, content)
+    atomic_write(document, canonical_json({**plan.to_json(), "jobs": jobs}))
     return Bench(plan, folder, Path(store) if store else folder / "store", progress)
 
 
@@ -183,8 +184,10 @@ def record(context: Bench, known: Known, job: Job, records: list[Record], error:
         fail(context, known, job, error)
         return
     key = context.grid.key(job)
+    noted = {r["trial"] for r in known.journal.read() if r["key"] == key and r["kind"] == "trial"}
     for found in records:
-        known.journal.append({**job.labels(), "key": key, **found})
+        if found.get("trial") not in noted:
+            known.journal.append({**job.labels(), "key": key, **found})
     known.done[key] = {**job.labels(), "key": key, **records[-1]}
 
 

@@ -1,22 +1,24 @@
 """The search for hyper-parameters of one job: Optuna's TPE, judged on validation only.
 
 Trials are drawn in rounds of ``at_once``: a round knows the rounds before it and nothing of itself, and its sampler is
-seeded by its number. So the same plan draws the same trials however many workers there are, and a search that was
+seeded by its number. A space that has no more points than there are trials is gone through whole. So the same plan draws the same trials however many workers there are, and a search that was
 killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -77,12 +79,15 @@ def search(bench: Bench, job: Job, choices: Choices, evaluate: Evaluate | None =
     Raises:
         ConfigError: no trial came to a figure.
     """
-    trials = bench.plan.trials_of(bench.grid.data(job))
+    every = _points(bench.grid.space(job))
+    trials = min(bench.plan.trials_of(bench.grid.data(job)), len(every) or sys.maxsize)
     evaluate = evaluate or partial(one_by_one, bench, job, choices)
     with _study(bench.folder / "search.db", f"{job} {bench.grid.key(job)[:16]}") as study:
         space = {name: _distribution(s) for name, s in bench.grid.space(job).items()}
         while len(finished := _finished(study)) < trials:
             study.sampler = _sampler(job, len(finished), trials)
+            for point in every[len(finished) :][: bench.plan.at_once] if len(every) == trials else ():
+                study.enqueue_trial(point)
             asked = [study.ask(space) for _ in range(min(bench.plan.at_once, trials - len(finished)))]
             named = [(f"{bench.grid.key(job)[:16]}-{len(finished) + i}", t.params) for i, t in enumerate(asked)]
             with _beating(study, asked):
@@ -167,6 +172,12 @@ def _sampler(job: Job, number: int, trials: int) -> optuna.samplers.TPESampler:
     """The sampler of the round that begins with trial ``number``."""
     seed = derive(job.seed, f"search {job}", number) % 2**32
     return optuna.samplers.TPESampler(n_startup_trials=max(3, trials // 3), seed=seed)
+
+
+def _points(space: Mapping[str, Space]) -> list[dict[str, Any]]:
+    """Every point of a space of choices; none of another."""
+    lists = [[(name, value) for value in s.choices] for name, s in space.items() if isinstance(s, Listed)]
+    return [dict(point) for point in product(*lists)] if len(lists) == len(space) else []
 
 
 def _distribution(space: Space) -> BaseDistribution:

@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+from study_cases import CLICKS, pairs_file, plan, records
+
+from pocketrec.dataset import Dataset
+from pocketrec.errors import ConfigError
+from pocketrec.files import Journal, open_arrays
+from pocketrec.methods import MagPrune
+from pocketrec.run import Run
+from pocketrec.study.anatomy import anatomy
+from pocketrec.study.bench import bench
+from pocketrec.study.cell import Bench, _opened
+from pocketrec.study.estimate import estimate
+from pocketrec.study.job import Grid
+from pocketrec.study.plan import PLANS, Plan, build_backbone
+from pocketrec.study.search import Trial, search
+from pocketrec.table import Block
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    counts = bench(plan(anatomy=True), folder, store=folder / "store")
+    assert counts == {"done": len(Grid(plan(anatomy=True)).jobs), "failed": 0}
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backbone.deepfm.droput": 0.1}, ["backbone.deepfm.droput", "dropout"]),
+        ({"seed": [1]}, ["seed", "seeds"]),
+        ({"method.shavr": {}}, ["method.shavr", "shaver"]),
+        ({"data.clicks.sorce": "x"}, ["data.clicks.sorce", "source"]),
+        ({"backbone.deepfm.training.epoch": 3}, ["training.epoch", "epochs"]),
+        ({"backbone.deepfm.dim": "wide"}, ["backbone.deepfm.dim", "integer"]),
+        ({"backbone.deepfm.dim": 0}, ["backbone.deepfm", "dim"]),
+        ({"backbone.deepfm.dropout": {"low": 0.5, "high": 0.1}}, ["backbone.deepfm.dropout", "low < high"]),
+        ({"backbone.deepfm.dropout": {"low": 0.5, "hihg": 0.1}}, ["dropout.hihg", "high"]),
+        ({"backbone.deepfm.dropout": {"choices": []}}, ["dropout", "choices"]),
+        ({"backbone.deepfm.dropout": {"choices": ["much"]}}, ["dropout", "number"]),
+        ({"backbone.deepfm.on.click": {"dim": 2}}, ["on.click", "clicks"]),
+        ({"backbone.deepfm.training": [{}, {"learning_rate": {"low": 0.1, "high": 1}}]}, ["first stage"]),
+        ({"method.mag_prune.training": {"epochs": 1}}, ["method.mag_prune.training"]),
+        ({"budgets": ["12"]}, ["budget", "12"]),
+        ({"budgets": []}, ["budgets"]),
+        ({"seeds": [1, 1]}, ["seeds"]),
+        ({"seeds": "all"}, ["seeds"]),
+        ({"trials": -1}, ["trials"]),
+        ({"data": {}}, ["data.NAME"]),
+        ({"data.clicks": {"source": "criteo"}}, ["data.clicks.raw"]),
+        ({"method.original": {"is": "random"}}, ["method.original"]),
+        ({"backbone": {"lightgcn": {}}}, ["backbone", "task"]),
+        ({"efficiency": ["phone"]}, ["efficiency", "server"]),
+    ],
+)
+def test_a_wrong_plan_is_refused_with_its_key(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        plan(changes)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="smoke"):
+        Plan.read(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("budgets = [")
+    with pytest.raises(ConfigError, match="not TOML"):
+        Plan.read(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_plans_are_sound(path):
+    shipped = Plan.read(path.stem)
+    jobs = Grid(shipped).jobs
+    assert len(set(jobs)) == len(jobs) == len({Grid(shipped).key(j) for j in jobs})
+
+
+def test_a_later_stage_is_as_the_first_but_for_what_it_says():
+    stages = [{"epochs": 3, "learning_rate": {"low": 0.1, "high": 1.0}}, {"epochs": 2}]
+    recipe = plan({"backbone.deepfm.training": stages}).backbones["deepfm"]
+    assert recipe.stages({"training.learning_rate": 0.5}) == (
+        {"epochs": 3, "learning_rate": 0.5},
+        {"epochs": 2, "learning_rate": 0.5},
+    )
+
+
+def test_changes_for_one_data_set():
+    recipe = plan({"backbone.deepfm.on": {"clicks": {"dim": 2, "training": {"epochs": 1}}}}).backbones["deepfm"]
+    there = recipe.at("clicks")
+    assert (there.config({})["dim"], recipe.config({})["dim"]) == (2, 4)
+    assert (there.stages({})[0]["epochs"], there.stages({})[0]["batch_size"]) == (1, 256)
+
+
+def test_every_job_comes_after_what_it_needs():
+    grid = Grid(plan(anatomy=True, efficiency=["edge"]))
+    place = {job: at for at, job in enumerate(grid.jobs)}
+    assert all(place[needed] < place[job] for job in grid.jobs for needed in grid.needs(job))
+
+
+def test_every_cell_is_there_once_with_its_figures(finished):
+    cells = [r for r in records(finished) if r["kind"] == "cell"]
+    wanted = {(m, b, s) for s in (0, 1) for m in ("random", "mag_prune") for b in CLICKS["budgets"]}
+    wanted |= {("original", "dense", s) for s in (0, 1)}
+    assert sorted((c["method"], c["budget"], c["seed"]) for c in cells) == sorted(wanted)
+    for cell in cells:
+        assert sum(cell["bytes"][p] for p in ("table", "vocabulary", "head", "header")) == cell["bytes"]["file"]
+        assert 0.4 < cell["test"]["auc"] < 1
+        assert cell["sparsity"] == (0.5 if cell["budget"] == "sparsity=0.5" else pytest.approx(cell["sparsity"]))
+
+
+def test_figures_are_those_of_the_kept_predictions(finished):
+    for cell in (r for r in records(finished) if r["kind"] == "cell"):
+        logits = open_arrays(finished / cell["predictions"])[0]["logits"].astype(np.float64)
+        labels = open_arrays(finished / "labels" / f"clicks-{cell['seed']}.safetensors")[0]["labels"]
+        assert cell["test"]["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
+        assert cell["test"]["logloss"] == pytest.approx(log_loss(labels, 1 / (1 + np.exp(-logits))), abs=1e-6)
+
+
+def test_the_test_split_is_read_once_per_cell(finished):
+    ledger = Journal(finished / "ledger.journal").read()
+    cells = [r["key"] for r in records(finished) if r["kind"] == "cell"]
+    assert Counter(entry["key"] for entry in ledger) == Counter(cells)
+    assert not any(entry["again"] for entry in ledger)
+
+
+def test_a_choice_is_the_best_trial_on_validation_and_original_gets_the_same_effort(finished):
+    found = records(finished)
+    for choice in (r for r in found if r["kind"] == "choice"):
+        trials = [r for r in found if r["kind"] == "trial" and r["key"] == choice["key"]]
+        assert len(trials) == choice["trials"] == (3 if choice["method"] == "original" else 2)
+        best = max((t for t in trials if t["state"] == "complete"), key=lambda t: t["metric"])
+        assert best["metric"] == choice["metric"]
+        assert best["params"] == choice["params"]
+        cells = [r for r in found if r["kind"] == "cell" and _labels(r) == _labels(choice)]
+        assert len(cells) == 2
+    assert {r["method"] for r in found if r["kind"] == "choice"} == {"original", "mag_prune"}
+
+
+def _labels(record):
+    return tuple(record[name] for name in ("data", "backbone", "method", "budget"))
+
+
+def test_the_searched_values_are_those_of_the_cell(finished):
+    found = records(finished)
+    chosen = next(r["params"] for r in found if r["kind"] == "choice" and r["method"] == "original")
+    for cell in (r for r in found if r["kind"] == "cell"):
+        assert cell["params"]["backbone"]["dropout"] == chosen["backbone.dropout"]
+        assert cell["params"]["training"][0]["learning_rate"] == chosen["training.learning_rate"]
+
+
+def test_searching_never_opens_the_test_split(tmp_path, monkeypatch):
+    context = Bench(plan(), tmp_path, tmp_path / "store")
+    job = next(j for j in context.grid.jobs if j.kind == "choice")
+    data = context.data(job)
+    blind = Dataset.open(data.path)
+    del blind.splits["test"]
+    monkeypatch.setattr("pocketrec.study.cell._opened", lambda *_: blind)
+    choice, trials = search(context, job, {})
+    assert (choice["trials"], len(trials)) == (3, 3)
+    monkeypatch.undo()
+    _opened.cache_clear()
+
+
+def test_a_finished_study_is_not_touched_again(finished):
+    before = {p: p.stat().st_mtime_ns for p in (finished / "store").iterdir()}
+    lines = (finished / "journal").read_bytes()
+    bench(plan(anatomy=True), finished, store=finished / "store")
+    assert (finished / "journal").read_bytes() == lines
+    assert {p: p.stat().st_mtime_ns for p in (finished / "store").iterdir()} == before
+
+
+def test_another_plan_with_the_same_store_trains_nothing_twice(finished, tmp_path, monkeypatch):
+    steps: list[str] = []
+    whole = Run.log
+    monkeypatch.setattr(Run, "log", lambda run, **r: (steps.append("epoch") if "epoch" in r else None, whole(run, **r)))
+    counts = bench(plan({"method": {"frequency_distance": {}}}), tmp_path, store=finished / "store")
+    assert counts["failed"] == 0
+    assert not steps
+
+
+def test_a_changed_setting_is_another_cell_and_the_others_stay(finished, tmp_path):
+    old, new = Grid(plan()), Grid(plan({"method.mag_prune.scope": "block"}))
+    changed = {j for j in new.jobs if new.key(j) != old.key(j)}
+    assert {j.method for j in changed} == {"mag_prune"}
+
+
+def test_another_study_is_refused_in_the_folder(finished):
+    with pytest.raises(ConfigError, match="small"):
+        bench(Plan.read("smoke"), finished)
+
+
+def test_a_crashed_cell_is_a_failed_record_and_is_tried_again(tmp_path, monkeypatch):
+    small = plan({"method": {"random": {}, "mag_prune": {}}, "trials": 0})
+    whole = MagPrune.prepare
+
+    def broken(self, model, data, run):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(MagPrune, "prepare", broken)
+    assert bench(small, tmp_path) == {"done": 6, "failed": 4}
+    failures = [r for r in records(tmp_path) if r["kind"] == "failed"]
+    assert {(r["method"], r["error"]) for r in failures} == {("mag_prune", "RuntimeError: out of luck")}
+    monkeypatch.setattr(MagPrune, "prepare", whole)
+    assert bench(small, tmp_path) == {"done": 10, "failed": 0}
+
+
+def test_what_needs_a_failed_job_fails_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("pocketrec.backbones.deepfm.DeepFM.build", lambda *_: 1 / 0)
+    assert bench(plan(), tmp_path)["done"] == 0
+    errors = {r["error"] for r in records(tmp_path) if r["kind"] == "failed" and r["method"] == "random"}
+    assert any("search clicks deepfm original dense seed 0, which failed" in e for e in errors)
+
+
+def test_a_hopeless_trial_is_pruned_and_does_not_win(tmp_path):
+    context = Bench(plan(trials=6), tmp_path, tmp_path / "store")
+    job = context.grid.jobs[0]
+    bars = []
+
+    def evaluate(points, bar):
+        bars.append(list(bar))
+        number = len(bars) - 1
+        curve = [0.5, 0.6 + 0.01 * number, 0.7 + 0.01 * number]
+        if number == 4:
+            return [Trial("pruned", 0.9, (("original", 0, 0.1), ("original", 1, 0.1)), 0.0)]
+        return [Trial("complete", curve[-1], tuple(("original", e, m) for e, m in enumerate(curve)), 0.0)]
+
+    choice, trials = search(context, job, {}, evaluate)
+    assert bars[2] == [-np.inf] * 3
+    assert bars[3] == pytest.approx([0.5, 0.61, 0.71])
+    assert [t["state"] for t in trials] == ["complete"] * 4 + ["pruned", "complete"]
+    assert choice["metric"] == pytest.approx(0.75)
+
+
+def test_trials_of_a_killed_search_are_drawn_again(tmp_path):
+    def points(folder, die_at=None):
+        context = Bench(plan(trials=5), folder, folder / "store")
+        seen = []
+
+        def evaluate(named, bar):
+            seen.append(dict(named[0][1]))
+            if len(seen) - 1 == die_at:
+                raise KeyboardInterrupt
+            value = -abs(seen[-1]["backbone.dropout"] - 0.3)
+            return [Trial("complete", value, (("original", 0, value),), 0.0)]
+
+        choice, trials = search(context, context.grid.jobs[0], {}, evaluate)
+        return choice, [t["params"] for t in trials]
+
+    folder = tmp_path / "killed"
+    (tmp_path / "whole").mkdir()
+    folder.mkdir()
+    for die_at in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            points(folder, die_at)
+    assert points(folder) == points(tmp_path / "whole")
+
+
+def test_ranking_data_with_two_stages_and_baked_vectors(tmp_path):
+    document = {
+        "budgets": ["sparsity=0.5"],
+        "trials": 0,
+        "bake": True,
+        "data": {"pairs": {"source": "adjacency", "raw": str(pairs_file(tmp_path))}},
+        "backbone": {"lightgcn": {"dim": 4, "training": [{"epochs": 2, "batch_size": 64}, {"epochs": 1}]}},
+        "method": {"random": {}},
+    }
+    from pocketrec.study.plan import parse
+
+    assert bench(parse(document, "pairs"), tmp_path / "out") == {"done": 2, "failed": 0}
+    cells = {r["method"]: r for r in records(tmp_path / "out")}
+    assert "coverage@20" in cells["random"]["beyond"]
+    assert [s["epochs"] for s in cells["original"]["params"]["training"]] == [2, 1]
+    users = open_arrays(tmp_path / "out" / cells["random"]["predictions"])[0]
+    assert users["ndcg"].mean() == pytest.approx(cells["random"]["test"]["ndcg@20"])
+
+
+def test_two_processes_share_a_study(finished, tmp_path):
+    small = tmp_path / "plan.py"
+    small.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from study_cases import plan\nfrom pocketrec.study.bench import bench\n"
+        f"print(bench(plan(anatomy=True), {str(tmp_path / 'out')!r}))\n"
+    )
+    both = [subprocess.Popen([sys.executable, str(small)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outs = [p.communicate(timeout=100)[0] for p in both]
+    total = len(Grid(plan(anatomy=True)).jobs)
+    assert outs == [f"{{'done': {total}, 'failed': 0}}\n"] * 2
+    assert records(tmp_path / "out") == records(finished)
+    assert len(Journal(tmp_path / "out" / "ledger.journal").read()) == 10
+
+
+def test_killed_anywhere_a_study_ends_with_the_same_records(finished, tmp_path):
+    script = tmp_path / "plan.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from study_cases import plan\nfrom pocketrec.study.bench import bench\n"
+        f"bench(plan(anatomy=True), {str(tmp_path / 'out')!r})\n"
+    )
+    kills = 0
+    for crash_at in (20, 45, 80, 130, 200):
+        environment = {**os.environ, "POCKETREC_CRASH_AT": str(crash_at)}
+        ended = subprocess.run([sys.executable, str(script)], env=environment, check=False, timeout=100).returncode
+        assert ended in (0, -signal.SIGKILL)
+        kills += ended != 0
+    assert kills >= 3
+    subprocess.run([sys.executable, str(script)], check=True, timeout=100)
+    assert records(tmp_path / "out") == records(finished)
+
+
+def test_the_estimate_counts_what_is_missing(finished, tmp_path):
+    whole = estimate(plan(anatomy=True), tmp_path / "new")
+    document = whole.to_json()
+    assert document["jobs"] == document["missing"] == len(Grid(plan(anatomy=True)).jobs)
+    assert document["seconds"] > 0
+    assert document["bytes"] > 0
+    assert "mag_prune" in whole.to_text()
+    rest = estimate(plan({"method.frequency_distance": {}}, anatomy=True), finished).to_json()
+    assert rest["missing"] == 4
+    json.dumps(document)
+
+
+def test_seeds_can_be_shifted():
+    shifted = plan().shifted(10, threads=2)
+    assert (shifted.seeds, shifted.threads) == ((10, 11), 2)
+
+
+def test_anatomy_of_a_table_against_a_loop():
+    rng = np.random.default_rng(0)
+    weight, counts = rng.normal(size=(50, 3)).astype(np.float32), rng.integers(0, 40, 50)
+    found = anatomy(weight, counts, (Block("a", 0, 50, 0, 2), Block("w", 0, 50, 2, 3, counted=False)))
+    assert [b["block"] for b in found] == ["a"]
+    assert sum(b["rows"] for b in found[0]["bins"]) == 50
+    for span in found[0]["bins"]:
+        rows = [i for i in range(50) if span["low"] <= counts[i] <= span["high"]]
+        assert len(rows) == span["rows"]
+        assert span["mean"] == pytest.approx(np.mean([np.abs(weight[i, :2]).mean() for i in rows]), rel=1e-6)
+    from scipy.stats import spearmanr
+
+    expected = spearmanr(counts, np.abs(weight[:, :2]).mean(axis=1)).statistic
+    assert found[0]["spearman"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_backbone_is_built_at_a_point():
+    recipe = plan().backbones["deepfm"]
+    assert build_backbone(recipe, {"dropout": 0.25}).dropout == 0.25
