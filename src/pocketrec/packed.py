@@ -1,7 +1,8 @@
 """Packed table layouts: how a table lies in a file, and how one row is read without unpacking the rest.
 
 A packed table has ``rows`` file rows and ``D`` columns, tiled by blocks (rows ``[start, stop)`` x columns
-``[left, right)``). A block has one of three layouts.
+``[left, right)``). A block stores its entries in one of three layouts, or it stores what its vectors are computed from,
+in one of the layouts of :mod:`pocketrec.layouts`.
 
 ``dense``
     Every row of the block is stored: ``values (rows, width)``.
@@ -24,9 +25,11 @@ stored in some block reads ``fill`` wherever it keeps nothing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -40,6 +43,8 @@ Layout = Literal["dense", "bitmap", "direct"]
 Index = Literal["compact", "direct"]
 
 DTYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+COMPOSED: Mapping[str, str] = {"product": "ProductBlock"}
+"""Layouts of computed vectors, one per module of :mod:`pocketrec.layouts`, and the class that reads them."""
 RANK_ROWS = 1024
 STRIDES = (64, 128, 256)
 OFFSET_BYTES = 4
@@ -124,23 +129,15 @@ def side_size_for(fields: int, width: int, absent_fields: int) -> int:
     return 4 * fields * width + (4 + 4 * width) * absent_fields
 
 
-@dataclass(frozen=True)
-class PackedBlock:
-    """One block as it lies in the file; rows are file rows, columns are the table's.
-
-    ``arrays`` holds ``values`` and, where the layout needs them, ``presence``, ``rank``, ``masks``, ``offsets``,
-    ``records``, ``scale`` (see the module's text).
-    """
+class FileBlock(ABC):
+    """One block of a packed table, whatever its layout: rows are file rows, columns are the table's."""
 
     name: str
     start: int
     stop: int
     left: int
     right: int
-    layout: Layout
-    storage: Storage
-    stride: int
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
+    arrays: Mapping[str, NDArray[Any]]
 
     @property
     def rows(self) -> int:
@@ -156,6 +153,41 @@ class PackedBlock:
     def size_bytes(self) -> int:
         """Bytes of all arrays."""
         return sum(a.nbytes for a in self.arrays.values())
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the arrays."""
+
+    @abstractmethod
+    def check(self, fields: int) -> None:
+        """Raise :class:`ArtifactError` unless every array has the type and the shape that the layout asks for."""
+
+    @abstractmethod
+    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """File rows ``(m,)`` -> where the block stores them, or -1."""
+
+    @abstractmethod
+    def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+        """Write the stored entries at ``positions (m,)`` over ``out (m, width)``."""
+
+
+@dataclass(frozen=True)
+class PackedBlock(FileBlock):
+    """One block as it lies in the file; rows are file rows, columns are the table's.
+
+    ``arrays`` holds ``values`` and, where the layout needs them, ``presence``, ``rank``, ``masks``, ``offsets``,
+    ``records``, ``scale`` (see the module's text).
+    """
+
+    name: str
+    start: int
+    stop: int
+    left: int
+    right: int
+    layout: Layout
+    storage: Storage
+    stride: int
+    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
 
     @cached_property
     def present_rows(self) -> int:
@@ -286,7 +318,7 @@ class Packed:
     """
 
     rows: int
-    blocks: tuple[PackedBlock, ...]
+    blocks: tuple[FileBlock, ...]
     fill: NDArray[np.float32] = field(repr=False)
     absent: NDArray[np.float32] = field(repr=False)
 
@@ -372,17 +404,24 @@ class Packed:
             out = np.empty(shape, np.float32)
         elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise ConfigError(f"`out` must be contiguous float32 {shape}, but got {out.dtype} {out.shape}.")
-        if kernel.available():
+        if self._entries and kernel.available():
             kernel.lookup(self._view, rows, fields, out, threads)
         else:
             out[...] = self.lookup_numpy(rows, fields)
         return out
 
     @cached_property
+    def _entries(self) -> tuple[PackedBlock, ...]:
+        """All blocks if each of them stores its entries, else none."""
+        stored = tuple(b for b in self.blocks if isinstance(b, PackedBlock))
+        return stored if len(stored) == len(self.blocks) else ()
+
+    @cached_property
     def _view(self) -> kernel.PackedView:
         """The table as the compiled kernel sees it."""
         views = [
-            kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays) for b in self.blocks
+            kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays)
+            for b in self._entries
         ]
         fill, absent = np.ascontiguousarray(self.fill), np.ascontiguousarray(self.absent)
         return kernel.PackedView((kernel.BlockView * len(views))(*views), fill, absent)
@@ -422,7 +461,9 @@ class Packed:
         """Read what ``meta`` and ``arrays`` wrote; anything that does not fit raises :class:`ArtifactError`."""
         try:
             blocks = tuple(
-                PackedBlock(**{**b, "arrays": {name: arrays[f"{b['name']}.{name}"] for name in b["arrays"]}})
+                _block_class(b["layout"])(
+                    **{**b, "arrays": {name: arrays[f"{b['name']}.{name}"] for name in b["arrays"]}}
+                )
                 for b in meta["blocks"]
             )
             rows, fill = int(meta["rows"]), arrays["fill"]
@@ -462,8 +503,15 @@ def _read_absent(fill: NDArray[np.float32], arrays: Mapping[str, NDArray[Any]]) 
     return absent
 
 
-def _file_range(block: BlockRange, rows: NDArray[np.int64] | None) -> tuple[int, int]:
-    """The block's range of file rows."""
+def _block_class(layout: str) -> type[Any]:
+    """The class that reads a layout; those of computed vectors are loaded when a file has them."""
+    if layout not in COMPOSED:
+        return PackedBlock
+    return getattr(import_module(f"pocketrec.layouts.{layout}"), COMPOSED[layout])
+
+
+def file_range(block: BlockRange, rows: NDArray[np.int64] | None) -> tuple[int, int]:
+    """The block's range of file rows, where file row ``i`` holds table row ``rows[i]`` (default: every row)."""
     if rows is None:
         return block.start, block.stop
     inside = np.flatnonzero((rows >= block.start) & (rows < block.stop))
@@ -505,7 +553,7 @@ class _Kept:
 
 
 def _encode_block(table: _Source, block: BlockRange) -> PackedBlock:
-    start, stop = _file_range(block, table.rows)
+    start, stop = file_range(block, table.rows)
     width = block.right - block.left
     columns = slice(block.left, block.right)
     found = _Kept()

@@ -1,0 +1,438 @@
+"""Tables whose vectors are computed from few learned numbers, and the ladder that makes one for any budget.
+
+The counted blocks of a table become *regions*, each with a :class:`Composition` of its own: a module that computes the
+vector of every slot in ``[0, rows)``. By default a row's slot is its place in the file, where the values of a hashed
+field lie in the order of their fingerprints; so a file finds its slots for nothing. Uncounted blocks stay dense.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Literal, Protocol, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pocketrec.active import ActiveTable
+from pocketrec.backbone import Model, noise
+from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.masked import initial_model
+from pocketrec.method import Ladder
+from pocketrec.packed import FileBlock, Index, Packed, PackedRange, Storage, file_range, side_size_for, size_for
+from pocketrec.run import Run
+from pocketrec.schema import Schema
+from pocketrec.table import Block, Table, oov_rows
+from pocketrec.vocabulary import Vocabulary
+from pocketrec.vocabulary import size_for as vocabulary_size_for
+
+if TYPE_CHECKING:
+    from pocketrec.dataset import Dataset
+    from pocketrec.train import Training
+
+Scope = Literal["joint", "block"]
+Order = Literal["file", "id"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Rows ``[start, stop)`` x columns ``[left, right)`` that share one composition."""
+
+    name: str
+    start: int
+    stop: int
+    left: int
+    right: int
+
+    @property
+    def rows(self) -> int:
+        """Rows, which is slots."""
+        return self.stop - self.start
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.right - self.left
+
+    @property
+    def values(self) -> int:
+        """Scalars of the dense region."""
+        return self.rows * self.width
+
+
+def regions(blocks: Sequence[Block], scope: Scope) -> tuple[Region, ...]:
+    """The counted blocks as regions; in scope ``joint`` neighbours with the same columns are one.
+
+    Example:
+        >>> user, item = Block("user", 0, 30, 0, 8), Block("item", 30, 70, 0, 8)
+        >>> regions((user, item), "joint")
+        (Region(name='user+item', start=0, stop=70, left=0, right=8),)
+    """
+    counted = sorted((b for b in blocks if b.counted), key=lambda b: (b.left, b.start))
+    found: list[Region] = []
+    for b in counted:
+        last = found[-1] if found else None
+        if scope == "joint" and last and (last.left, last.right, last.stop) == (b.left, b.right, b.start):
+            found[-1] = replace(last, name=f"{last.name}+{b.name}", stop=b.stop)
+        else:
+            found.append(Region(b.name, b.start, b.stop, b.left, b.right))
+    return tuple(found)
+
+
+def slots_of(region: Region, data: Dataset, order: Order) -> NDArray[np.int64]:
+    """Slot of each row of a region, a permutation ``(rows,)``: its place in the file, or its id.
+
+    Rows that no file stores, the out-of-vocabulary rows, come last in the order of the file.
+    """
+    if order == "id":
+        return np.arange(region.rows)
+    schema = data.schema
+    unknown = oov_rows(schema).numpy()
+    _, named = Vocabulary.build(schema, ~unknown, data.hashes)
+    rows = np.concatenate([named, np.flatnonzero(unknown)])
+    rows = rows[(rows >= region.start) & (rows < region.stop)] - region.start
+    slots = np.empty(region.rows, np.int64)
+    slots[rows] = np.arange(region.rows)
+    return slots
+
+
+class Composition(nn.Module, ABC):
+    """Computes the vectors of ``rows`` slots from its parameters."""
+
+    rows: int
+    width: int
+
+    @abstractmethod
+    def forward(self, slots: Tensor) -> Tensor:
+        """Slots ``(m,)`` int64 -> float32 ``(m, width)``."""
+
+    def weight(self) -> Tensor:
+        """Every vector, ``(rows, width)``."""
+        return self(torch.arange(self.rows, device=next(self.parameters()).device))
+
+    def drawn(self) -> Self:
+        """The composition of a training step, on the same weights."""
+        return self
+
+    @abstractmethod
+    def values(self) -> int:
+        """Learned scalars."""
+
+    @abstractmethod
+    def pack(self, place: PackedRange, storage: Storage, slots: NDArray[np.uint32] | None) -> FileBlock:
+        """The block of a file at ``place``, in file rows; ``slots (rows of the file,)`` unless they just count up."""
+
+
+class Plan(Protocol):
+    """The settings of a composition that fits a budget."""
+
+    @property
+    def values(self) -> int:
+        """Learned scalars."""
+        ...
+
+    def size_bytes(self, storage: Storage) -> int:
+        """Bytes of its arrays in a file, ``slots`` left out."""
+        ...
+
+    def build(self, source: torch.Generator) -> Composition:
+        """A freshly initialised composition."""
+        ...
+
+
+class ComposedTable(ActiveTable):
+    """A table of compositions, one per region, beside dense uncounted blocks.
+
+    Args:
+        schema: Fields and their rows.
+        blocks: How the matrix is tiled.
+        parts: Each region's composition and its slots ``(rows of the region,)``.
+        weight: Where uncounted blocks start from, ``(n, D)``.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        blocks: tuple[Block, ...],
+        parts: Sequence[tuple[Region, Composition, NDArray[np.int64]]],
+        weight: Tensor,
+    ) -> None:
+        super().__init__()
+        self.schema = schema
+        self.blocks = blocks
+        self.regions = tuple(region for region, _, _ in parts)
+        self.parts = nn.ModuleList(part for _, part, _ in parts)
+        self.plain_blocks = tuple(b for b in blocks if not b.counted)
+        self.plain = nn.ParameterList(
+            nn.Parameter(weight[b.start : b.stop, b.left : b.right].detach().clone()) for b in self.plain_blocks
+        )
+        for i, (_, _, slots) in enumerate(parts):
+            self.register_buffer(f"slots{i}", torch.from_numpy(slots), persistent=False)
+
+    def extra_repr(self) -> str:
+        """The settings of each composition."""
+        return "; ".join(f"{r} {p.extra_repr()}" for r, p in zip(self.regions, self._compositions(), strict=True))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up: ``(...) -> (..., D)``."""
+        flat = ids.reshape(-1).long()
+        columns = [self._columns(flat, areas) for areas in self._columns_of_areas()]
+        return torch.cat(columns, dim=1).view(*ids.shape, self.width)
+
+    def weight(self) -> Tensor:
+        """The whole matrix ``(n, D)``."""
+        columns = [torch.cat([self._whole(area, i) for area, i in areas]) for areas in self._columns_of_areas()]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+    def drawn(self, noise: torch.Generator) -> ComposedTable:
+        """The table of a training step: its compositions as they train, on the same weights."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        parts = nn.ModuleList(part.drawn() for part in self._compositions())
+        other._modules = {**self._modules, "parts": parts}
+        return other
+
+    def values(self) -> int:
+        """Learned scalars of all compositions."""
+        return sum(part.values() for part in self._compositions())
+
+    def stored(self) -> Tensor:
+        """Every row but the out-of-vocabulary rows."""
+        return ~oov_rows(self.schema)
+
+    @torch.no_grad()
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
+        """A block of a layout of its own for each region; ``index`` makes no difference: nothing is searched."""
+        fill = np.zeros((self.schema.width, self.width), np.float32)
+        absent = fill.copy()
+        known = [(i, f.oov_row) for i, f in enumerate(self.schema.fields) if f.oov_row is not None]
+        if known:
+            absent[[i for i, _ in known]] = self(torch.tensor([row for _, row in known])).numpy()
+        blocks = [self._pack_region(i, storage, rows) for i in range(len(self.regions))]
+        blocks += [self._pack_plain(i, storage, rows) for i in range(len(self.plain))]
+        order = {(b.left, b.start): i for i, b in enumerate(self.blocks)}
+        blocks.sort(key=lambda b: order.get((b.left, b.start), 0))
+        return Packed(self.schema.rows if rows is None else len(rows), tuple(blocks), fill, absent)
+
+    def _pack_region(self, index: int, storage: Storage, rows: NDArray[np.int64] | None) -> FileBlock:
+        region, part = self.regions[index], self._compositions()[index]
+        start, stop = file_range(region, rows)
+        local = np.arange(region.rows) if rows is None else rows[start:stop] - region.start
+        slots = self._slots(index).cpu().numpy()[local]
+        counted_up = np.array_equal(slots, np.arange(len(slots)))
+        place = PackedRange(region.name, start, stop, region.left, region.right)
+        return part.pack(place, storage, None if counted_up else slots.astype(np.uint32))
+
+    def _pack_plain(self, index: int, storage: Storage, rows: NDArray[np.int64] | None) -> FileBlock:
+        block, matrix = self.plain_blocks[index], self.plain[index].detach().numpy()
+        weight = np.zeros((self.schema.rows, block.width), np.float32)
+        weight[block.start : block.stop] = matrix
+        none = np.zeros((self.schema.width, block.width), np.float32)
+        range_ = PackedRange(block.name, block.start, block.stop, 0, block.width)
+        fields = self.schema.field_of_row
+        (packed,) = Packed.encode(weight, None, none, none, (range_,), fields, rows, storage).blocks
+        return replace(packed, left=block.left, right=block.right)  # pyright: ignore[reportArgumentType]
+
+    def _compositions(self) -> list[Composition]:
+        return cast("list[Composition]", list(self.parts))
+
+    def _slots(self, index: int) -> Tensor:
+        return getattr(self, f"slots{index}")
+
+    def _columns_of_areas(self) -> list[list[tuple[Region | Block, int]]]:
+        """Every region with its number, and every uncounted block with its own: by columns, in them by rows."""
+        composed = [(region, i) for i, region in enumerate(self.regions)]
+        plain = [(block, i) for i, block in enumerate(self.plain_blocks)]
+        areas = sorted([*composed, *plain], key=lambda area: (area[0].left, area[0].start))
+        return [list(group) for _, group in groupby(areas, key=lambda area: area[0].left)]
+
+    def _read(self, area: Region | Block, index: int, local: Tensor) -> Tensor:
+        """Vectors of rows ``local (m,)`` of an area, ``(m, width)``."""
+        if isinstance(area, Block):
+            return self.plain[index][local]
+        return self._compositions()[index](self._slots(index)[local]).float()
+
+    def _whole(self, area: Region | Block, index: int) -> Tensor:
+        """All rows of an area."""
+        if isinstance(area, Block):
+            return self.plain[index]
+        weight, slots = self._compositions()[index].weight().float(), self._slots(index)
+        in_order = torch.equal(slots, torch.arange(len(slots), device=slots.device))
+        return weight if in_order else weight[slots]
+
+    def _columns(self, flat: Tensor, areas: list[tuple[Region | Block, int]]) -> Tensor:
+        """Vectors of ids ``(m,)`` in the columns that these areas share."""
+        area, index = areas[0]
+        if len(areas) == 1 and area.start == 0 and area.stop == self.schema.rows:
+            return self._read(area, index, flat)
+        vectors = torch.zeros(len(flat), area.width, device=flat.device)
+        for area, index in areas:
+            inside = torch.nonzero((flat >= area.start) & (flat < area.stop)).squeeze(1)
+            vectors = vectors.index_copy(0, inside, self._read(area, index, flat[inside] - area.start))
+        return vectors
+
+
+@dataclass(frozen=True)
+class ComposedLadder(Ladder):
+    """A freshly initialised table of compositions for any budget; ``finish`` trains it, with a fresh head.
+
+    Args:
+        name: Of the method.
+        start: The model as its training starts, around its dense table.
+        data: Training and validation rows.
+        run: Keeps each trained model, and gives the seed.
+        scope: ``block`` gives each counted block its share and a composition of its own; ``joint`` gives one to all
+            rows of the same columns.
+        order: What a slot is, see :func:`slots_of`.
+        plan: The largest composition of a region within a number of values; ``None`` below the least.
+        least: The least values of a region.
+        train: The final model from the model that training starts from.
+    """
+
+    name: str
+    start: Model
+    data: Dataset
+    run: Run
+    scope: Scope
+    order: Order
+    plan: Callable[[Region, int], Plan | None]
+    least: Callable[[Region], int]
+    train: Callable[[Model], Model]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        model: Model,
+        data: Dataset,
+        run: Run,
+        *,
+        scope: Scope,
+        order: Order,
+        training: tuple[Training, ...],
+        plan: Callable[[Region, int], Plan | None],
+        least: Callable[[Region], int],
+        train: Callable[[Model], Model] | None = None,
+    ) -> ComposedLadder:
+        """The ladder of a method; by default it trains in the stages of ``training``."""
+        start, _ = initial_model(model, data, run)
+        fit = train or (lambda draft: run.fit(name, draft, data, training or None))
+        return cls(name, start, data, run, scope, order, plan, least, fit)
+
+    def at_values(self, values: int) -> ComposedTable:
+        """The largest compositions that hold at most ``values`` scalars, each region at most its share.
+
+        Raises:
+            BudgetError: Not even the least compositions fit.
+        """
+        if values < self._least:
+            raise BudgetError(
+                f"A budget of {values:,} values is below the {self._least:,} that {self.name} needs for a table of "
+                f"{self.start.table.values():,}; raise the budget.",
+                least_values=self._least,
+            )
+        return self._table(self._plans(values))
+
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> ComposedTable:
+        """The largest compositions that pack, with all uncounted blocks, into ``size_bytes``.
+
+        Raises:
+            BudgetError: Not even the least compositions fit.
+        """
+
+        def size(values: int) -> int:
+            return self._size(self._plans(values), storage, vocabulary)
+
+        low, high = self._least, max(self._least, sum(r.values for r in self._regions))
+        if (least := size(low)) > size_bytes:
+            raise BudgetError(
+                f"Budget {size_bytes:,} B is below the {least:,} B of the smallest table that {self.name} can make "
+                f"of {self.start.schema.rows:,} rows of width {self.start.table.width}; raise the budget.",
+                least_bytes=least,
+            )
+        while low < high:
+            middle = (low + high + 1) // 2
+            if size(middle) <= size_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return self._table(self._plans(low))
+
+    def finish(self, model: Model) -> Model:
+        """Train the table and a fresh head."""
+        if not isinstance(model.table, ComposedTable):
+            raise ConfigError(f"{self.name} trains a composed table, but got {type(model.table).__name__}.")
+        return self.train(self.start.with_table(model.table))
+
+    @cached_property
+    def _regions(self) -> tuple[Region, ...]:
+        return regions(self.start.table.blocks, self.scope)
+
+    @cached_property
+    def _slots(self) -> tuple[NDArray[np.int64], ...]:
+        return tuple(slots_of(region, self.data, self.order) for region in self._regions)
+
+    @cached_property
+    def _least(self) -> int:
+        """Fewest values of which every region's share is enough."""
+        total = sum(r.values for r in self._regions)
+        least = [self.least(r) for r in self._regions]
+        values = max(-(-n * total // r.values) for n, r in zip(least, self._regions, strict=True))
+        while any(share < n for share, n in zip(self._shares(values), least, strict=True)):
+            values += 1
+        return values
+
+    def _shares(self, values: int) -> list[int]:
+        """The part of ``values`` that each region gets: proportional to its size, summing exactly to ``values``."""
+        ends = np.cumsum([0, *(r.values for r in self._regions)]).tolist()
+        return [values * b // ends[-1] - values * a // ends[-1] for a, b in pairwise(ends)]
+
+    def _plans(self, values: int) -> list[Plan]:
+        plans = [self.plan(r, n) for r, n in zip(self._regions, self._shares(values), strict=True)]
+        return [plan for plan in plans if plan is not None]
+
+    def _size(self, plans: Sequence[Plan], storage: Storage, vocabulary: bool) -> int:
+        """Bytes of the packed table, and of its vocabulary if asked for."""
+        schema, table = self.start.schema, self.start.table
+        unknown = sum(f.oov_row is not None for f in schema.fields)
+        size = side_size_for(schema.width, table.width, unknown) + 4 * self._slots_in_file
+        size += sum(plan.size_bytes(storage) for plan in plans)
+        for block, named in self._plain:
+            size += size_for(named, named, named * block.width, block.width, schema.width, storage)
+        return size + (vocabulary_size_for(schema, [f.size - f.oov for f in schema.fields]) if vocabulary else 0)
+
+    @cached_property
+    def _plain(self) -> list[tuple[Block, int]]:
+        """Uncounted blocks, and how many rows of them a file stores."""
+        named = ~oov_rows(self.start.schema).numpy()
+        blocks = [b for b in self.start.table.blocks if not b.counted]
+        return [(b, int(np.count_nonzero(named[b.start : b.stop]))) for b in blocks]
+
+    @cached_property
+    def _slots_in_file(self) -> int:
+        """Rows of which a file has to say the slot."""
+        if self.order == "file":
+            return 0
+        named = ~oov_rows(self.start.schema).numpy()
+        told = 0
+        for region, slots in zip(self._regions, self._slots, strict=True):
+            if not np.array_equal(slots, slots_of(region, self.data, "file")):
+                told += int(np.count_nonzero(named[region.start : region.stop]))
+        return told
+
+    def _table(self, plans: Sequence[Plan]) -> ComposedTable:
+        parts = [
+            (region, plan.build(noise(self.run.seed, self.name, i)), slots)
+            for i, (region, plan, slots) in enumerate(zip(self._regions, plans, self._slots, strict=True))
+        ]
+        table: Table = self.start.table
+        return ComposedTable(self.start.schema, table.blocks, parts, table.weight().detach())
