@@ -1,0 +1,202 @@
+"""QR: the quotient-remainder trick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pocketrec.backbone import Model
+from pocketrec.composition import ComposedLadder, Composition, Order, Region, Scope
+from pocketrec.dataset import Dataset
+from pocketrec.errors import ConfigError
+from pocketrec.layouts.factors import encode_factor, factor_bytes
+from pocketrec.layouts.product import OPERATIONS, ProductBlock
+from pocketrec.method import Method
+from pocketrec.packed import PackedRange, Storage
+from pocketrec.run import Run
+from pocketrec.train import Training
+
+Operation = Literal["mult", "add", "concat"]
+Large = Literal["remainder", "quotient"]
+Init = Literal["normal", "uniform"]
+
+STD = {"mult": math.sqrt(0.1), "add": 0.05, "concat": 0.1}
+
+
+@dataclass(frozen=True)
+class QR(Method):
+    """Two small tables in place of a large one: ``e_i = R[i mod p] * Q[i div p]``, a pair of rows for each id.
+
+    Both tables together have ``p + ceil(n / p)`` rows. With a large remainder table every budget is met to within one
+    row; with a large quotient table the sizes near the dense one are far apart (half, a third, a quarter ...).
+
+    Args:
+        operation: how two rows become a vector: ``mult``, ``add``, or ``concat`` (two halves side by side).
+        init: ``normal`` (standard deviation sqrt(0.1) for ``mult``, 0.05 for ``add``, 0.1 for ``concat``) or
+            ``uniform`` in [1/sqrt(n), 1), as published runs do.
+        large: which table is the large one; ``quotient`` with ``order="id"`` is the published behaviour.
+        scope: ``block`` has a pair of tables for each counted block, ``joint`` one for all rows.
+        order: which ids are neighbours: ``file`` (by fingerprint of the value; free in a file) or ``id`` (in the order
+            of first appearance; 4 bytes a row in a file with hashed fields).
+        training: stages of training; none for the defaults of the task.
+
+    Example:
+        >>> QR().divisor(rows=1_086_810, most=543_405), QR(large="quotient").divisor(rows=1_086_810, most=543_407)
+        (543402, 2)
+
+    Reference:
+        Shi et al., "Compositional embeddings using complementary partitions for memory-efficient recommendation
+        systems", 2020.
+    """
+
+    name: ClassVar[str] = "qr"
+    trains: ClassVar[bool] = True
+
+    operation: Operation = "mult"
+    init: Init = "normal"
+    large: Large = "remainder"
+    scope: Scope = "block"
+    order: Order = "file"
+    training: tuple[Training, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("operation", OPERATIONS),
+            ("init", ("normal", "uniform")),
+            ("large", ("remainder", "quotient")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
+        """Nothing is computed before the budget is known."""
+        return ComposedLadder.of(
+            self.name, model, data, run,
+            scope=self.scope, order=self.order, training=self.training, plan=self.plan, least=self.least,
+        )  # fmt: skip
+
+    def plan(self, region: Region, values: int) -> QRPlan | None:
+        """The tables of a region that hold at most ``values`` scalars."""
+        divisor = self.divisor(region.rows, values // self._row(region))
+        return None if divisor is None else QRPlan(region.rows, region.width, divisor, self.operation, self.init)
+
+    def least(self, region: Region) -> int:
+        """Scalars of the smallest tables of a region."""
+        return least_rows(region.rows) * self._row(region)
+
+    def divisor(self, rows: int, most: int) -> int | None:
+        """``p`` with ``p + ceil(rows / p) <= most``: the largest, or for a large quotient table the smallest."""
+        if most < least_rows(rows):
+            return None
+        if self.large == "remainder":
+            return next(p for p in range(min(most - 1, rows), 0, -1) if p + -(-rows // p) <= most)
+        return next(p for p in range(-(-rows // most), rows + 1) if p + -(-rows // p) <= most)
+
+    def _row(self, region: Region) -> int:
+        """Scalars of a row of either table."""
+        if self.operation != "concat":
+            return region.width
+        if region.width % 2:
+            raise ConfigError(
+                f"`operation='concat'` needs an even width, but block {region.name!r} has {region.width} columns."
+            )
+        return region.width // 2
+
+
+def least_rows(rows: int) -> int:
+    """``min_p p + ceil(rows / p)``, reached next to the square root.
+
+    Example:
+        >>> least_rows(100), least_rows(7)
+        (20, 6)
+    """
+    root = math.isqrt(rows)
+    return min(p + -(-rows // p) for p in (root, root + 1) if p >= 1)
+
+
+@dataclass(frozen=True)
+class QRPlan:
+    """Two tables for ``rows`` slots of ``width`` columns."""
+
+    rows: int
+    width: int
+    divisor: int
+    operation: Operation = "mult"
+    init: Init = "normal"
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the remainder table and of the quotient table."""
+        width = self.width // 2 if self.operation == "concat" else self.width
+        return (self.divisor, width), (-(-self.rows // self.divisor), width)
+
+    @property
+    def values(self) -> int:
+        """Scalars of both tables."""
+        return sum(rows * width for rows, width in self.shapes)
+
+    def size_bytes(self, storage: Storage) -> int:
+        """Bytes of both tables in a file."""
+        return sum(factor_bytes(shape, storage) for shape in self.shapes)
+
+    def build(self, source: torch.Generator) -> QRComposition:
+        """Both tables, freshly drawn."""
+        tables = [torch.empty(shape) for shape in self.shapes]
+        for table in tables:
+            if self.init == "uniform":
+                table.uniform_(math.sqrt(1 / self.rows), 1, generator=source)
+            else:
+                table.normal_(0, STD[self.operation], generator=source)
+        return QRComposition(self, *tables)
+
+
+class QRComposition(Composition):
+    """``R[i mod p]`` and ``Q[i div p]``, multiplied, added or side by side."""
+
+    def __init__(self, plan: QRPlan, remainder: Tensor, quotient: Tensor) -> None:
+        super().__init__()
+        self.rows = plan.rows
+        self.width = plan.width
+        self.divisor = plan.divisor
+        self.operation = plan.operation
+        self.remainder = nn.Parameter(remainder)
+        self.quotient = nn.Parameter(quotient)
+
+    def extra_repr(self) -> str:
+        """What the shapes of the tables do not say."""
+        return f"rows={self.rows}, {self.operation}"
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Slots ``(m,)`` -> ``(m, width)``."""
+        return self._combine(self.remainder[slots % self.divisor], self.quotient[slots // self.divisor])
+
+    def weight(self) -> Tensor:
+        """Every vector, ``(rows, width)``: an outer product of the two tables, without a look-up."""
+        shape = (len(self.quotient), self.divisor, self.remainder.shape[1])
+        remainder, quotient = self.remainder.expand(shape), self.quotient[:, None].expand(shape)
+        return self._combine(remainder, quotient).flatten(0, 1)[: self.rows]
+
+    def _combine(self, remainder: Tensor, quotient: Tensor) -> Tensor:
+        if self.operation == "concat":
+            return torch.cat([remainder, quotient], dim=-1)
+        return remainder * quotient if self.operation == "mult" else remainder + quotient
+
+    def values(self) -> int:
+        """Scalars of both tables."""
+        return self.remainder.numel() + self.quotient.numel()
+
+    def pack(self, place: PackedRange, storage: Storage, slots: NDArray[np.uint32] | None) -> ProductBlock:
+        """Layout ``product``."""
+        arrays = {} if slots is None else {"slots": slots}
+        for name in ("remainder", "quotient"):
+            arrays |= encode_factor(name, getattr(self, name).detach().cpu().numpy(), storage)
+        settings = {"slots": self.rows, "divisor": self.divisor, "operation": self.operation}
+        return ProductBlock(
+            place.name, place.start, place.stop, place.left, place.right, "product", storage, settings, arrays
+        )
