@@ -251,18 +251,8 @@ class Run:
     @contextmanager
     def claimed(self, finished: Path) -> Iterator[None]:
         """Sole use of a place in the store: another process that computes it is waited for."""
-        while True:
-            lock = nullcontext() if self.store is None else Lock(finished.with_suffix(".lock"))
-            try:
-                lock.__enter__()
-            except RunLocked:
-                time.sleep(0.2)
-                continue
-            try:
-                yield
-            finally:
-                lock.__exit__(None, None, None)
-            return
+        with nullcontext() if self.store is None else waited(Lock(finished.with_suffix(".lock"))):
+            yield
 
     def fit(
         self, name: str, model: Model, data: Dataset, training: Training | Sequence[Training] | None = None
@@ -321,6 +311,21 @@ class Run:
         if self.path is None:
             return list(self._records.get(name, []))
         return Journal(self.path / f"{name}.journal").read()
+
+
+@contextmanager
+def waited(lock: Lock) -> Iterator[None]:
+    """Hold a lock, waiting for the process that has it."""
+    while True:
+        try:
+            lock.__enter__()
+            break
+        except RunLocked:
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
 
 
 def write_document(folder: Path, content: Mapping[str, Any]) -> None:
