@@ -37,6 +37,13 @@ def pair_blocks(schema: Schema, dim: int) -> tuple[Block, ...]:
     )
 
 
+def pair_table(schema: Schema, dim: int, source: torch.Generator) -> DenseTable:
+    """Vectors of users and items, Xavier-uniform on the whole ``n x dim`` matrix."""
+    weight = torch.empty(schema.rows, dim)
+    xavier(weight, source)
+    return DenseTable(schema, pair_blocks(schema, dim), weight)
+
+
 def xavier(matrix: Tensor, source: torch.Generator) -> None:
     """Fill a matrix ``(n, d)`` with uniform numbers in ``+-sqrt(6 / (n + d))``."""
     bound = math.sqrt(6 / sum(matrix.shape))

@@ -1,4 +1,4 @@
-"""Training triples for ranking: every training pair once per epoch, with one uniform negative each."""
+"""Training triples for ranking: every training pair once per epoch, with uniform negatives each."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from pocketrec.randomness import generator
 
 
 def triples(
-    pairs: NDArray[np.integer[Any]], users: int, rows: int, seed: int, epoch: int, *, shuffle: bool = True
+    pairs: NDArray[np.integer[Any]],
+    users: int,
+    rows: int,
+    seed: int,
+    epoch: int,
+    *,
+    shuffle: bool = True,
+    negatives: int = 1,
 ) -> NDArray[np.int64]:
-    """One epoch of ``(user, positive, negative)``, a pure function of its arguments.
+    """One epoch of ``(user, positive, negative, ...)``, a pure function of its arguments.
 
-    Each pair comes once, in an order drawn from ``(seed, epoch)``; its negative is uniform over the items that are no
-    training item of the user. Negatives are drawn for all pairs at once, and those that hit a training pair again.
+    Each pair comes once, in an order drawn from ``(seed, epoch)``; its negatives are uniform and independent over the
+    items that are no training item of the user. They are drawn for all pairs at once, and those that hit a training
+    pair again.
 
     Args:
         pairs: training pairs of global ids (user, item), ``(N, 2)``.
@@ -26,9 +34,10 @@ def triples(
         seed: of the training.
         epoch: counted from 0.
         shuffle: ``False`` keeps the order of the pairs.
+        negatives: ``K``, of each pair, at least 1.
 
     Returns:
-        Global ids, ``(N, 3)``.
+        Global ids, ``(N, 2 + K)``.
 
     Raises:
         DataError: a user has every item, so that there is no negative.
@@ -43,10 +52,9 @@ def triples(
     if len(full):
         raise DataError(f"Every user must lack at least one item, but user {full[0]} has all {rows - users}; drop it.")
     order = generator(seed, "order", epoch).permutation(len(positive)) if shuffle else np.arange(len(positive))
-    out = np.empty((len(positive), 3), dtype=np.int64)
-    out[:, :2] = positive[order]
-    out[:, 2] = _negatives(out[:, 0] * rows, known, users, rows, generator(seed, "negatives", epoch))
-    return out
+    drawn = np.repeat(positive[order, 0] * rows, negatives)
+    items = _negatives(drawn, known, users, rows, generator(seed, "negatives", epoch))
+    return np.concatenate([positive[order], items.reshape(-1, negatives)], axis=1)
 
 
 def _negatives(

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from pocketrec.backbone import Backbone, RankingModel, noise
 from pocketrec.errors import ConfigError
 from pocketrec.graph import Graph, Workspace
+from pocketrec.initial import check_least, pair_blocks, xavier
+from pocketrec.pairmodel import ranking_batches
 from pocketrec.program import Op, Program
-from pocketrec.sampling import triples
 from pocketrec.schema import Schema, Task
 from pocketrec.table import Block, DenseTable, Table
 
@@ -31,12 +32,12 @@ BLOCK = 256
 class LightGCN(Backbone):
     """Configuration of LightGCN with InfoNCE.
 
-    With ego vectors ``e``, final vectors ``z = 1/(L+1) sum_{l<=L} Ahat^l e``, a batch of ``B`` triples ``(u, p, q)`` of
-    user, positive and negative, and ``S`` its distinct users and distinct positives::
+    With ego vectors ``e``, final vectors ``z = 1/(L+1) sum_{l<=L} Ahat^l e``, a batch of ``B`` users ``u`` with a
+    positive ``p`` and negatives ``q_1 ... q_K``, and ``S`` its distinct users and distinct positives::
 
         loss = BPR + lambda REG + gamma NCE
-        BPR  = mean softplus(z_u . z_q - z_u . z_p)
-        REG  = sum (|e_u|^2 + |e_p|^2 + |e_q|^2) / (2 B)
+        BPR  = mean sum_k softplus(z_u . z_qk - z_u . z_p)
+        REG  = sum (|e_u|^2 + |e_p|^2 + sum_k |e_qk|^2) / (2 B)
         NCE  = mean_{a in S} log sum_{b in S} exp((cos(z_a, z_b) - 1) / tau)
 
     The graph holds training pairs alone, also when the model is measured.
@@ -47,6 +48,7 @@ class LightGCN(Backbone):
         regularisation: ``lambda``, at least 0.
         contrast: ``gamma``, at least 0; 0 is plain LightGCN.
         temperature: ``tau``, above 0.
+        negatives: ``K``, of each training pair, at least 1; CERP trains with 5.
         init: ``xavier`` (uniform, bound ``sqrt(6 / (n + d))``) or ``normal`` (standard deviation 0.1, as in the
             original).
 
@@ -67,13 +69,11 @@ class LightGCN(Backbone):
     regularisation: float = 5e-4
     contrast: float = 0.1
     temperature: float = 0.2
+    negatives: int = 1
     init: Literal["xavier", "normal"] = "xavier"
 
     def __post_init__(self) -> None:
-        for name, least in (("dim", 1), ("layers", 0), ("regularisation", 0), ("contrast", 0)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
-                raise ConfigError(f"`{name}` must be at least {least}, but got {value}.")
+        check_least(self, dim=1, layers=0, regularisation=0, contrast=0, negatives=1)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"`temperature` must be above 0, but got {self.temperature}.")
         if self.init not in ("xavier", "normal"):
@@ -81,19 +81,14 @@ class LightGCN(Backbone):
 
     def blocks(self, schema: Schema) -> tuple[Block, ...]:
         """One block of rows for users, one for items."""
-        users, items = schema.fields
-        return (
-            Block("user", users.offset, users.stop, 0, self.dim),
-            Block("item", items.offset, items.stop, 0, self.dim),
-        )
+        return pair_blocks(schema, self.dim)
 
     def build(self, data: Dataset, seed: int) -> LightGCNModel:
         """A fresh table, and the graph of the training pairs."""
         schema = data.schema
         weight = torch.empty(schema.rows, self.dim)
         if self.init == "xavier":
-            bound = math.sqrt(6 / (schema.rows + self.dim))
-            weight.uniform_(-bound, bound, generator=noise(seed, "init"))
+            xavier(weight, noise(seed, "init"))
         else:
             weight.normal_(0, 0.1, generator=noise(seed, "init"))
         graph = Graph.of(data.train.ids[:, 0], data.train.ids[:, 1], schema.rows)
@@ -114,18 +109,16 @@ class LightGCNModel(RankingModel):
     def batches(
         self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
     ) -> Iterator[tuple[Tensor, ...]]:
-        """``(triples (B, 3) int64,)``: every training pair once per epoch, with one negative."""
-        users, rows = self.schema.fields[0].size, self.schema.rows
-        drawn = torch.from_numpy(triples(data.train.ids, users, rows, seed, epoch, shuffle=shuffle))
-        return ((batch,) for batch in drawn.split(batch_size))
+        """``(ids (B, 2 + K) int64,)``: every training pair once per epoch, with its negatives."""
+        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=self.config.negatives)
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
-        """``BPR + lambda REG + gamma NCE`` of ``batch = (triples (B, 3),)``; bf16 under autocast, sums in float32."""
+        """``BPR + lambda REG + gamma NCE`` of ``batch = (ids (B, 2 + K),)``; bf16 under autocast, sums in float32."""
         config, ids = self.config, batch[0]
         rows, place, counts = torch.unique(ids, return_inverse=True, return_counts=True)
         final, ego = self.graph.propagate_rows(self.table.weight(), config.layers, rows, storage=_storage(ids.device))
-        user, positive, negative = (F.embedding(place[:, column], final) for column in range(3))
-        loss = F.softplus((user * (negative - positive)).sum(dim=1)).mean()
+        user, positive, negatives = (F.embedding(column, final) for column in place.tensor_split((1, 2), dim=1))
+        loss = F.softplus((user * (negatives - positive)).sum(dim=2)).sum(dim=1).mean()
         loss = loss + config.regularisation / (2 * len(ids)) * (counts * ego.square().sum(dim=1)).sum()
         if config.contrast > 0:
             members = torch.unique(place[:, :2])
