@@ -270,8 +270,7 @@ def test_ranking_data_with_two_stages_and_baked_vectors(tmp_path):
     document = {
         "budgets": ["sparsity=0.5"],
         "trials": 0,
-        "bake": True,
-        "data": {"pairs": {"source": "adjacency", "raw": str(pairs_file(tmp_path))}},
+        "data": {"pairs": {"source": "adjacency", "raw": str(pairs_file(tmp_path)), "bake": True}},
         "backbone": {"lightgcn": {"dim": 4, "training": [{"epochs": 2, "batch_size": 64}, {"epochs": 1}]}},
         "method": {"random": {}},
     }

@@ -83,7 +83,7 @@ def compressed(bench: Bench, job: Job, point: Point, choices: Choices, run: Run)
     stages = build_training(data.schema.task, grid.training(job).stages(_stage(point)))
     method = build_method(recipe, _part(point, "method."), stages)
     model = backbone.build(data, job.seed) if method.trains else dense(bench, job, choices)
-    return compress(model, data, method, job.budget, run=run, bake=bench.plan.bake and not method.trains)
+    return compress(model, data, method, job.budget, run=run, bake=grid.data(job).bake and not method.trains)
 
 
 def judge(bench: Bench, job: Job, point: Point, choices: Choices, run: Run) -> float | None:
@@ -102,7 +102,7 @@ def cell(bench: Bench, job: Job, choices: Choices) -> Record:
     with bench.run(key[:16], job) as run, TemporaryDirectory(dir=bench.folder) as folder:
         if job.method == ORIGINAL:
             model: Model = original(bench, job, point, run)
-            target: Model | Path = BakedModel.of(model) if bench.plan.bake else model
+            target: Model | Path = BakedModel.of(model) if bench.grid.data(job).bake else model
             made = {"values": model.table.values(), "sparsity": 0.0}
         else:
             small = compressed(bench, job, point, choices, run)

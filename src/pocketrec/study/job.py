@@ -143,7 +143,7 @@ class Grid:
                 "method": None if method is None else method.to_json(),
                 "search": [searched, self.plan.at_once] if searched else None,
                 "first": self.plan.seeds_of(data)[0],
-                "bake": self.plan.bake,
+                "bake": data.bake,
                 "device": self.plan.device,
                 **({"profiles": self.plan.efficiency} if job.kind == "efficiency" else {}),
             }

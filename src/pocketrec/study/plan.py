@@ -138,6 +138,7 @@ class Data:
         trials: of this data set, instead of the plan's.
         budgets: likewise.
         seeds: likewise.
+        bake: whether ranking models are propagated first, and their final vectors compressed.
     """
 
     label: str
@@ -149,6 +150,7 @@ class Data:
     trials: int | None = None
     budgets: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    bake: bool = False
 
     def open(self, folder: Path, seed: int) -> Dataset:
         """The encoded data set for one seed of the study; encoded where it is missing."""
@@ -187,7 +189,6 @@ class Plan:
         at_once: trials that are drawn together, so that they can run side by side; more of them learn less each.
         device: where models are trained.
         threads: of each cell.
-        bake: whether ranking models are propagated first.
         predictions: whether test predictions are kept, which intervals need.
         efficiency: profiles of time and memory to take: ``server``, ``edge``.
         efficiency_budget: the budget at which they are taken.
@@ -204,7 +205,6 @@ class Plan:
     at_once: int = 1
     device: str = "cpu"
     threads: int = 1
-    bake: bool = False
     predictions: bool = True
     efficiency: tuple[Literal["server", "edge"], ...] = ()
     efficiency_budget: str = "sparsity=0.8"
@@ -347,7 +347,7 @@ def _data(label: str, entry: Any) -> Data:
     plugin = _plugin("sources", name, f"{where}.source")
     own = {f.name: hint for f, hint in _fields(plugin)}
     keywords = _keywords()
-    plain = ("raw", "split_by_seed", "trials", "budgets", "seeds")
+    plain = ("raw", "split_by_seed", "trials", "budgets", "seeds", "bake")
     _known(where, entry, ["source", *plain, *own, *keywords])
     hints = get_type_hints(Data)
     given = {n: _checked(f"{where}.{n}", entry[n], hints[n]) for n in plain if n in entry}
