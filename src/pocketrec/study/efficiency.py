@@ -25,8 +25,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import numpy as np
-
 from pocketrec import kernel, runtime
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.files import save_arrays
@@ -273,7 +271,6 @@ def _run(task: Task) -> Record:
     Raises:
         PocketRecError: the process failed; the message is its own.
     """
-    path = Path(task.store) / "task.json"
     with TemporaryDirectory() as folder:
         path = Path(folder) / "task.json"
         path.write_text(json.dumps(asdict(task)), encoding="utf-8")

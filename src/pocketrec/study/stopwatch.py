@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,16 +95,18 @@ class _Enough(Abandoned):
 
 @dataclass(frozen=True)
 class Loop:
-    """Part of the first epoch of one training.
+    """The beginning of one training.
 
     Attributes:
-        steps: milliseconds of each timed step, drawing of its batch included.
+        steps: milliseconds of each timed step, drawing of its batch included; the first one warms up and is not timed.
         per_epoch: steps of a whole epoch.
+        whole: whether the steps make up a whole epoch.
         epochs: that the whole training has taken, or ``None`` where the store does not know it.
     """
 
     steps: tuple[float, ...]
     per_epoch: int
+    whole: bool
     epochs: int | None
 
     @property
@@ -111,16 +114,11 @@ class Loop:
         """Milliseconds of the steps of an epoch; validation is not part of it."""
         return self.per_epoch * sum(self.steps) / len(self.steps)
 
-    @property
-    def cut(self) -> bool:
-        """Whether steps of the epoch are missing, but for the first, which warms up."""
-        return len(self.steps) < self.per_epoch - 1
-
 
 class Stopwatch(Run):
     """A run that times what is done inside :meth:`timing`.
 
-    There, steps are computed anew, and every training stops within its first epoch; its result is then read from the
+    There, steps are computed anew, and every training stops after some of its steps; its result is then read from the
     store, where an earlier run has left it, so that what follows meets the true one. Outside, it is a run like others.
 
     Args:
@@ -131,7 +129,7 @@ class Stopwatch(Run):
             it was.
         batch: rows of a training step while timing; ``None`` leaves them as they are.
         share: of an epoch's steps that are timed, in (0, 1].
-        least: steps that are timed at least, if the epoch has so many.
+        least: steps that are timed at least, if the training has so many.
         settle: waits until the device has nothing left to do.
     """
 
@@ -155,7 +153,7 @@ class Stopwatch(Run):
         self._settle = settle
         self._on = False
         self._elapsed = 0.0
-        self._ticks: list[int] | None = None
+        self._ticks: list[tuple[int, float]] | None = None
         self._wanted = 0
         self._epochs: int | None = None
 
@@ -179,7 +177,7 @@ class Stopwatch(Run):
         if self.loops:
             first = self.loops[0]
             found.append({"phase": f"{phase} step", "ms": spread(first.steps), "extrapolated": False})
-            found.append({"phase": f"{phase} epoch", "ms": spread([first.epoch]), "extrapolated": first.cut})
+            found.append({"phase": f"{phase} epoch", "ms": spread([first.epoch]), "extrapolated": not first.whole})
         epochs = [loop.epochs for loop in self.loops]
         if None not in epochs:
             trained = sum(loop.epoch * (loop.epochs or 0) for loop in self.loops)
@@ -215,19 +213,16 @@ class Stopwatch(Run):
         started = time.perf_counter_ns()
         own = stage if self._batch is None else replace(stage, batch_size=self._batch)
         per_epoch = max(1, math.ceil(len(data.train) / own.batch_size))
-        self._wanted = min(per_epoch, max(self._least + 1, math.ceil(self._share * per_epoch)))
-        self._ticks = [started]
-        try:
+        self._wanted = max(self._least + 1, math.ceil(self._share * per_epoch))
+        self._ticks = []
+        with suppress(_Enough):
             super().fit(name, model, data, own)
-        except _Enough:
-            pass
-        ticks, self._ticks = self._ticks, None
-        steps = np.diff(ticks) / 1e6
+        ticks, self._ticks = [(started, math.nan), *self._ticks], None
         self._on, self._epochs = False, None
         if self.store is not None:
             model = super().fit(name, model, data, stage)
-        self.loops.append(Loop(tuple((steps[1:] if len(steps) > 1 else steps).tolist()), per_epoch, self._epochs))
         self._on = True
+        self.loops.append(Loop(_steps(ticks), per_epoch, self._wanted >= per_epoch, self._epochs))
         self._elapsed -= (time.perf_counter_ns() - started) / 1e6
         return model
 
@@ -236,6 +231,12 @@ class Stopwatch(Run):
         if self._ticks is None:
             return
         self._settle()
-        self._ticks.append(time.perf_counter_ns())
-        if len(self._ticks) > self._wanted:
+        self._ticks.append((time.perf_counter_ns(), figures["epoch"]))
+        if len(self._ticks) >= self._wanted:
             raise _Enough
+
+
+def _steps(ticks: Sequence[tuple[int, float]]) -> tuple[float, ...]:
+    """Milliseconds between ticks of one epoch; where there are none, between the last two of any."""
+    spans = [((then - now) / 1e6, epoch == other) for (now, epoch), (then, other) in pairwise(ticks)]
+    return tuple(span for span, within in spans if within) or tuple(span for span, _ in spans[-1:])
