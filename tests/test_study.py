@@ -63,6 +63,7 @@ def finished(tmp_path_factory):
         ({"method.original": {"is": "random"}}, ["method.original"]),
         ({"backbone": {"lightgcn": {}}}, ["backbone", "task"]),
         ({"efficiency": ["phone"]}, ["efficiency", "server"]),
+        ({"method.random.only": ["click"]}, ["method.random.only", "clicks"]),
     ],
 )
 def test_a_wrong_plan_is_refused_with_its_key(changes, words):
@@ -100,6 +101,13 @@ def test_changes_for_one_data_set():
     there = recipe.at("clicks")
     assert (there.config({})["dim"], recipe.config({})["dim"]) == (2, 4)
     assert (there.stages({})[0]["epochs"], there.stages({})[0]["batch_size"]) == (1, 256)
+
+
+def test_a_method_can_be_for_some_data_sets_only():
+    other = {"source": "synthetic", "rows": 500}
+    jobs = Grid(plan({"data.other": other, "method.random.only": ["other"]})).jobs
+    assert {j.method for j in jobs if j.data == "clicks"} == {"original", "mag_prune"}
+    assert {j.method for j in jobs if j.data == "other"} == {"original", "mag_prune", "random"}
 
 
 def test_every_job_comes_after_what_it_needs():

@@ -63,7 +63,7 @@ class Grid:
             for kind, over in (("choice", seeds[:1]), ("cell", seeds)):
                 for seed in over:
                     yield from self._some(Job(kind, data.label, backbone.label, ORIGINAL, DENSE, seed))
-            for method in self.plan.methods:
+            for method in self.plan.methods_of(data):
                 for kind, over in (("choice", seeds[:1]), ("cell", seeds)):
                     for seed in over:
                         for budget in budgets:
@@ -73,7 +73,7 @@ class Grid:
         for data, backbone in self.plan.pairs_of() if self.plan.efficiency else ():
             first, budget = self.plan.seeds_of(data)[0], self.plan.efficiency_budget
             yield Job("efficiency", data.label, backbone.label, ORIGINAL, DENSE, first)
-            for method in self.plan.methods:
+            for method in self.plan.methods_of(data):
                 yield Job("efficiency", data.label, backbone.label, method, budget, first)
 
     def _some(self, job: Job) -> Iterator[Job]:

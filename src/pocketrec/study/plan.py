@@ -84,6 +84,7 @@ class Recipe:
         training: stages, each from the best weights of the one before; only the first is searched, and what a later one
             does not say is as in the first.
         on: changes for single data sets: ``settings`` and ``training`` by data label.
+        only: data sets that it is for; all where it names none.
     """
 
     label: str
@@ -91,6 +92,11 @@ class Recipe:
     settings: Settings = field(default_factory=dict)
     training: tuple[Settings, ...] = ()
     on: Mapping[str, Recipe] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+
+    def fits(self, data: str) -> bool:
+        """Whether it is for a data set."""
+        return not self.only or data in self.only
 
     def at(self, data: str) -> Recipe:
         """The recipe for one data set."""
@@ -100,7 +106,7 @@ class Recipe:
         first = {**(self.training[0] if self.training else {}), **(other.training[0] if other.training else {})}
         later = other.training[1:] or self.training[1:]
         stages = (first, *later) if first or later else ()
-        return Recipe(self.label, self.plugin, {**self.settings, **other.settings}, stages)
+        return Recipe(self.label, self.plugin, {**self.settings, **other.settings}, stages, only=self.only)
 
     def space(self) -> dict[str, Space]:
         """What is searched, by name; a stage's settings begin with ``training.``."""
@@ -120,8 +126,8 @@ class Recipe:
         return (first, *({**first, **stage} for stage in self.training[1:]))
 
     def to_json(self) -> dict[str, Any]:
-        """A document that says all of it."""
-        return dataclasses.asdict(self)
+        """A document that says what a result depends on."""
+        return {n: v for n, v in dataclasses.asdict(self).items() if n != "only"}
 
 
 @dataclass(frozen=True)
@@ -243,8 +249,12 @@ class Plan:
         for data in self.data.values():
             task = registry.load("sources", data.source).task
             for backbone in self.backbones.values():
-                if registry.load("backbones", backbone.plugin).task == task:
+                if registry.load("backbones", backbone.plugin).task == task and backbone.fits(data.label):
                     yield data, backbone.at(data.label)
+
+    def methods_of(self, data: Data) -> list[str]:
+        """Labels of the methods for a data set."""
+        return [label for label, method in self.methods.items() if method.fits(data.label)]
 
     def budgets_of(self, data: Data) -> tuple[str, ...]:
         """Budgets of the cells of a data set."""
@@ -373,10 +383,12 @@ def _recipe(axis: Literal["backbone", "method"], label: str, entry: Any, data: S
     plugin = _plugin("backbones" if axis == "backbone" else "methods", entry.get("is", label), f"{where}.is")
     changes = _table(f"{where}.on", entry.get("on", {}))
     _known(f"{where}.on", changes, data)
-    plain = {n: v for n, v in entry.items() if n not in ("is", "on")}
+    only = _checked(f"{where}.only", entry.get("only", []), tuple[str, ...])
+    _known(f"{where}.only", dict.fromkeys(only), data)
+    plain = {n: v for n, v in entry.items() if n not in ("is", "on", "only")}
     recipe = _settings(where, label, plugin, plain)
     on = {d: _settings(f"{where}.on.{d}", label, plugin, _table(f"{where}.on.{d}", e)) for d, e in changes.items()}
-    return dataclasses.replace(recipe, on=on)
+    return dataclasses.replace(recipe, on=on, only=only)
 
 
 def _settings(where: str, label: str, plugin: type[Any], entry: Settings) -> Recipe:
