@@ -1,8 +1,8 @@
 """The search for hyper-parameters of one job: Optuna's TPE, judged on validation only.
 
 Trials are drawn in rounds of ``at_once``: a round knows the rounds before it and nothing of itself, and its sampler is
-seeded by its number. A space that has no more points than there are trials is gone through whole. So the same plan draws
-the same trials however many workers there are, and a search that was killed goes on as if nothing had happened.
+seeded by its number. A space that has no more points than there are trials is gone through whole. So the same plan
+draws the same trials however many workers there are, and a search that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
