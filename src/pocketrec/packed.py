@@ -43,7 +43,12 @@ Layout = Literal["dense", "bitmap", "direct"]
 Index = Literal["compact", "direct"]
 
 DTYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
-COMPOSED: Mapping[str, str] = {"product": "ProductBlock"}
+COMPOSED: Mapping[str, str] = {
+    "hash_mlp": "HashMlpBlock",
+    "product": "ProductBlock",
+    "quantised": "QuantisedBlock",
+    "tensor_train": "TensorTrainBlock",
+}
 """Layouts of computed vectors, one per module of :mod:`pocketrec.layouts`, and the class that reads them."""
 RANK_ROWS = 1024
 STRIDES = (64, 128, 256)

@@ -1,0 +1,227 @@
+"""PTQ: the trained table in fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pocketrec.backbone import Model
+from pocketrec.dataset import Dataset
+from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.layouts.quantised import BITS, QuantisedBlock, code_bytes, pack_codes
+from pocketrec.method import Ladder, Method
+from pocketrec.packed import Index, Packed, Storage, file_range, side_size_for
+from pocketrec.run import Run
+from pocketrec.schema import Schema
+from pocketrec.table import Block, Table, oov_rows
+from pocketrec.vocabulary import size_for as vocabulary_size_for
+
+Scale = Literal["column", "block"]
+
+
+@dataclass(frozen=True)
+class PTQ(Method):
+    """Round every entry of the trained table to a code of a few bits; no value is removed, nothing is trained.
+
+    A baseline for budgets in bytes: the number of values stays, so every sparsity above zero is refused. Codes lie
+    evenly between the least and the largest value; linear weights have 8 bits. ``storage`` has no say.
+
+    Args:
+        bits: 2 to 8 of each code, or 0 for as many as the budget allows; 8 and 4 are the usual ones.
+        scale: values that share their least and largest: each ``column`` of each field, or the whole ``block``, as
+            published runs do.
+
+    Example:
+        >>> PTQ(bits=4).scale
+        'column'
+
+    Reference:
+        Uniform affine quantisation after training, as in Jacob et al., "Quantization and training of neural networks
+        for efficient integer-arithmetic-only inference", 2018, equation 1; the zero point is not rounded.
+    """
+
+    name: ClassVar[str] = "ptq"
+
+    bits: int = 0
+    scale: Scale = "column"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (0, *BITS):
+            raise ConfigError(f"`bits` must be 0 or lie in [{BITS[0]}, {BITS[-1]}], but got bits={self.bits}.")
+        if self.scale not in ("column", "block"):
+            raise ConfigError(f"`scale` must be 'column' or 'block', but got {self.scale!r}.")
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> PTQLadder:
+        """Nothing is computed before the budget is known."""
+        return PTQLadder(model.table, (self.bits,) if self.bits else tuple(BITS), self.scale)
+
+
+@dataclass(frozen=True)
+class PTQLadder(Ladder):
+    """One table for each number of bits.
+
+    Args:
+        table: The dense table.
+        bits: Numbers of bits to choose from, rising.
+        scale: See :class:`PTQ`.
+    """
+
+    table: Table
+    bits: tuple[int, ...]
+    scale: Scale
+
+    def at_values(self, values: int) -> QuantisedTable:
+        """The table with the most bits; it keeps all values.
+
+        Raises:
+            BudgetError: Values would have to go.
+        """
+        if values < (least := self.table.values()):
+            raise BudgetError(
+                f"A budget of {values:,} values is below the {least:,} that quantisation always keeps; give a budget "
+                "in bytes.",
+                least_values=least,
+            )
+        return self._table(self.bits[-1])
+
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> QuantisedTable:
+        """The table with the most bits that fits.
+
+        Raises:
+            BudgetError: Not even the one with the fewest bits fits.
+        """
+        fitting = [bits for bits in self.bits if self._size(bits, vocabulary) <= size_bytes]
+        if not fitting:
+            least = self._size(self.bits[0], vocabulary)
+            raise BudgetError(
+                f"Budget {size_bytes:,} B is below the {least:,} B of the table in {self.bits[0]} bits; raise the "
+                "budget" + ("." if self.bits[0] == BITS[0] else ", or allow fewer bits."),
+                least_bytes=least,
+            )
+        return self._table(fitting[-1])
+
+    def _size(self, bits: int, vocabulary: bool) -> int:
+        """Bytes of the packed table, and of its vocabulary if asked for."""
+        schema = self.table.schema
+        named = ~oov_rows(schema).numpy()
+        size = side_size_for(schema.width, self.table.width, sum(f.oov_row is not None for f in schema.fields))
+        for block in self.table.blocks:
+            rows = int(np.count_nonzero(named[block.start : block.stop]))
+            size += rows * code_bytes(block.width, _block_bits(block, bits)) + 8 * schema.width * block.width
+        return size + (vocabulary_size_for(schema, [f.size - f.oov for f in schema.fields]) if vocabulary else 0)
+
+    def _table(self, bits: int) -> QuantisedTable:
+        return QuantisedTable(self.table.schema, self.table.blocks, self._weight, bits, self.scale)
+
+    @cached_property
+    def _weight(self) -> NDArray[np.float32]:
+        """The dense matrix, known to be finite."""
+        weight = self.table.weight().detach().numpy()
+        if not np.isfinite(weight).all():
+            raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
+        return weight
+
+
+def _block_bits(block: Block, bits: int) -> int:
+    """Bits of a block's codes: a byte is the least for one column anyway."""
+    return bits if block.counted else BITS[-1]
+
+
+class QuantisedTable(Table):
+    """``e_ic = low[f, c] + code_ic * step[f, c]``; out-of-vocabulary rows are the absent rows of their fields.
+
+    Args:
+        schema: Fields and their rows.
+        blocks: How the matrix is tiled.
+        weight: The matrix to round, ``(n, D)``.
+        bits: Of each code of a counted block.
+        scale: See :class:`PTQ`.
+    """
+
+    codes: Tensor
+    low: Tensor
+    step: Tensor
+    fields: Tensor
+
+    def __init__(
+        self, schema: Schema, blocks: tuple[Block, ...], weight: NDArray[np.float32], bits: int, scale: Scale
+    ) -> None:
+        super().__init__()
+        self.schema = schema
+        self.blocks = blocks
+        self.bits = bits
+        codes = np.zeros(weight.shape, np.uint8)
+        low, step = (np.zeros((schema.width, weight.shape[1]), np.float32) for _ in range(2))
+        for block in blocks:
+            columns = slice(block.left, block.right)
+            top = 2 ** _block_bits(block, bits) - 1
+            for fields, rows in _groups(schema, block, scale):
+                part = weight[rows, columns]
+                axis = 0 if scale == "column" else None
+                least, largest = part.min(axis=axis), part.max(axis=axis)
+                width = ((largest - least) / np.float32(top)).astype(np.float32)
+                low[fields, columns], step[fields, columns] = least, width
+                codes[rows, columns] = np.rint((part - least) / np.where(width > 0, width, np.float32(1)))
+        for name, array in (("codes", codes), ("low", low), ("step", step)):
+            self.register_buffer(name, torch.from_numpy(array))
+        self.register_buffer("fields", torch.from_numpy(schema.field_of_row.astype(np.int64)), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up: ``(...) -> (..., D)``."""
+        fields = self.fields[ids]
+        return self.codes[ids].float() * self.step[fields] + self.low[fields]
+
+    def weight(self) -> Tensor:
+        """The whole matrix ``(n, D)``."""
+        return self(torch.arange(self.schema.rows, device=self.codes.device))
+
+    def values(self) -> int:
+        """All scalars of the counted blocks."""
+        return sum(b.values for b in self.blocks if b.counted)
+
+    def stored(self) -> Tensor:
+        """Every row but the out-of-vocabulary rows."""
+        return ~oov_rows(self.schema)
+
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
+        """Layout ``quantised``, whatever the storage and the index."""
+        fill = np.zeros((self.schema.width, self.width), np.float32)
+        absent = fill.copy()
+        for i, field in enumerate(self.schema.fields):
+            if field.oov_row is not None:
+                absent[i] = self(torch.tensor([field.oov_row]))[0].numpy()
+        table_rows = np.arange(self.schema.rows) if rows is None else rows
+        blocks = tuple(self._pack_block(block, rows, table_rows) for block in self.blocks)
+        return Packed(len(table_rows), blocks, fill, absent)
+
+    def _pack_block(
+        self, block: Block, rows: NDArray[np.int64] | None, table_rows: NDArray[np.int64]
+    ) -> QuantisedBlock:
+        start, stop = file_range(block, rows)
+        columns, bits = slice(block.left, block.right), _block_bits(block, self.bits)
+        codes = self.codes.numpy()[table_rows[start:stop], columns]
+        arrays = {
+            "codes": pack_codes(codes, bits),
+            "low": np.ascontiguousarray(self.low.numpy()[:, columns]),
+            "step": np.ascontiguousarray(self.step.numpy()[:, columns]),
+        }
+        return QuantisedBlock(block.name, start, stop, block.left, block.right, "quantised", bits, arrays)
+
+
+def _groups(schema: Schema, block: Block, scale: Scale) -> Sequence[tuple[slice, slice]]:
+    """The fields and the rows that share their least and largest value, in a column or altogether."""
+    if scale == "block":
+        return [(slice(0, schema.width), slice(block.start, block.stop))]
+    ranges = [(i, max(f.offset, block.start), min(f.stop, block.stop)) for i, f in enumerate(schema.fields)]
+    return [(slice(i, i + 1), slice(start, stop)) for i, start, stop in ranges if start < stop]
