@@ -3,8 +3,8 @@
     POCKETREC_DATA=... python bench/killed_study.py PLAN WHOLE OUT [--kills 8]
 
 ``WHOLE`` is the folder of the study that ran undisturbed. The same plan is started in the fresh folder ``OUT`` with a
-store of its own (trained models named by ``--seed-store`` are copied into it first), is sent SIGKILL after a random time,
-is started again, and so on; then all records of both journals are compared, but for what the clock says. Writes
+store of its own (trained models named by ``--seed-store`` are copied into it first), is sent SIGKILL after a random
+time, is started again, and so on; then all records of both journals are compared, but for what the clock says. Writes
 ``bench/results/killed_study.md``.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
         "# A study that was killed", "",
         f"`bench/killed_study.py {options.plan}`: SIGKILL at {len(spans) - 1} random moments (each start lived "
         f"{min(spans):.0f} to {max(spans):.0f} s), then left to end. Compared with the study that ran undisturbed: all "
-        "records of its jobs (choices, trials, cells with their quality, bytes and file digests), without the clock.", "",
+        "records of its jobs (choices, trials, cells with quality, bytes and file digests), without the clock.", "",
         "| records of the undisturbed study | equal in the killed one | only in the killed one | test reads repeated |",
         "| ---: | ---: | ---: | ---: |",
         f"| {len(one)} | {equal} | {len(two.keys() - one.keys())} | {again} |",
