@@ -396,3 +396,12 @@ def test_folder_of_a_search_holds_its_steps(clicks, model, tmp_path):
     compress(model, clicks, PEP(training=(TRAINING,)), "sparsity=0.5", run=tmp_path / "run")
     names = sorted(p.name.rpartition("-")[0] for p in Path(tmp_path / "run" / "steps").glob("*.safetensors"))
     assert names == ["retrain", "search"]
+
+
+@pytest.mark.parametrize("extra", range(0, 900, 60))
+def test_a_file_stays_within_its_budget_whatever_digits_the_new_head_has(clicks, model, extra, tmp_path):
+    method = PEP(training=(Training(epochs=1, batch_size=512),))
+    with pytest.raises(BudgetError) as caught:
+        compress(model, clicks, method, "10 B")
+    limit = caught.value.least_bytes + extra
+    assert compress(model, clicks, method, f"{limit} B").save(tmp_path / "x.safetensors")["file"] <= limit

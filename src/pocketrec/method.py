@@ -280,11 +280,12 @@ def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
     better than the one before.
     """
     head = sum(t.nbytes for t in dense.model.lower().tensors().values())
-    small = _fit_room(ladder, dense, limit, limit - head - _header_guess(dense, limit))
+    goal = limit - _growth(dense)
+    small = _fit_room(ladder, dense, limit, goal - head - _header_guess(dense, goal))
     beside = _beside(small)
-    while not 0 <= limit - small.sizes["file"] <= limit // 1000:
-        last, small = small, _fit_room(ladder, dense, limit, limit - beside)
-        if small.sizes["file"] <= limit and (_beside(small) <= beside or small.sizes == last.sizes):
+    while not 0 <= goal - small.sizes["file"] <= goal // 1000:
+        last, small = small, _fit_room(ladder, dense, limit, goal - beside)
+        if small.sizes["file"] <= goal and (_beside(small) <= beside or small.sizes == last.sizes):
             break
         beside = max(beside + 1, _beside(small))
     return small
@@ -297,13 +298,21 @@ def _fit_room(ladder: Ladder, dense: Small, limit: int, room: int) -> Small:
     except BudgetError as error:
         small = _with(dense, _least(ladder, dense, error))
         named = replace(small, budget=Budget("bytes", small.sizes["file"]))
-        if (least := max(small.sizes["file"], named.sizes["file"])) > limit:
+        if (least := max(small.sizes["file"], named.sizes["file"]) + _growth(dense)) > limit:
             raise BudgetError(
                 f"Budget {limit:,} B is below the {least:,} B of the smallest file that {dense.method.name} can make "
                 "of this model; raise the budget or choose a smaller head.",
                 least_bytes=least,
             ) from error
         return small
+
+
+def _growth(dense: Small) -> int:
+    """Bytes by which the header may still grow where the head is trained again: a number takes up to 24 digits."""
+    if not dense.method.trains:
+        return 0
+    numbers = [n for op in dense.model.lower().ops for n in op.attributes.values() if isinstance(n, float)]
+    return sum(24 - len(canonical_json(n)) + 8 for n in numbers)
 
 
 def _beside(small: Small) -> int:
