@@ -156,6 +156,25 @@ def test_fit_leaves_its_model_alone_and_resumes_from_the_run(tmp_path):
     assert len(list((tmp_path / "steps").iterdir())) == 1
 
 
+def test_who_watches_sees_every_epoch_of_a_fit_that_was_cut_short_or_is_read(tmp_path):
+    data, seen = clicks(), []
+
+    def dies(stage, epoch, metric):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    def fit(watch):
+        with Run(tmp_path / "run", checkpoint_calls=1, watch=watch) as run:
+            run.fit("short", BACKBONE.build(data, 0), data, SHORT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(dies)
+    for _ in ("goes on", "is read"):
+        fit(lambda *told: seen.append(told))
+    assert seen[:3] == seen[3:]
+    assert [(stage, epoch) for stage, epoch, _ in seen[:3]] == [("short", 0), ("short", 1), ("short", 2)]
+
+
 @pytest.mark.parametrize("where", ["table.matrix", "layers.0.weight", "bias"])
 def test_divergence_names_step_and_tensor(where, tmp_path):
     data = clicks()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -202,15 +202,27 @@ def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Trainin
             model = fit_step(run, name, model, data, stage)
         return model
     key = {"model": fingerprint(model), "training": asdict(training), "data": data.digest}
+    computed = False
 
     def compute(checkpoint: Checkpoint) -> Arrays:
+        nonlocal computed
+        computed = True
         return _fit(run, name, deepcopy(model).to(run.device), data, training, checkpoint)
 
     fitted = deepcopy(model)
     arrays = run.once(name, key, compute)
+    epochs = _epochs(arrays["history"])
+    if not computed:
+        _tell_past(run, name, epochs)
     _load_learned(fitted, arrays)
-    run.log(stage=name, curve=[[e.loss, e.metric] for e in _epochs(arrays["history"])])
+    run.log(stage=name, curve=[[e.loss, e.metric] for e in epochs])
     return fitted
+
+
+def _tell_past(run: Run, stage: str, epochs: Iterable[Epoch]) -> None:
+    """Show whoever watches the epochs that were not trained now, so that it judges as if they were."""
+    for number, epoch in enumerate(epochs):
+        run.watch(stage, number, epoch.metric)
 
 
 def fingerprint(model: Model) -> str:
@@ -429,6 +441,7 @@ class _Loop:
         _load_learned(self.model, _group(arrays, "model"))
         self.optimizer.restore({k: torch.from_numpy(a.copy()) for k, a in _group(arrays, "optimizer").items()})
         self.best = {k: torch.from_numpy(a.copy()) for k, a in _group(arrays, "best").items()}
+        _tell_past(self.run, self.stage, self.at.history)
 
     def result(self) -> Arrays:
         """Best weights by name, and the history."""
