@@ -7,7 +7,7 @@ error, as is every job that needs it; the next start tries it again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pocketrec.errors import ConfigError, RunLocked
 from pocketrec.files import Journal, Lock, atomic_write, canonical_json, digest, parse_json
 from pocketrec.run import Progress
 from pocketrec.study.cell import Bench, Choices, Record, cell, dense, profiles
+from pocketrec.study.efficiency import machine
 from pocketrec.study.job import Grid, Job
 from pocketrec.study.plan import Plan, Point
 
@@ -87,6 +88,7 @@ def prepare(plan: Plan, folder: str | Path, store: str | Path | None, progress: 
     if document.exists() and (old := parse_json(document.read_bytes()))["name"] != plan.name:
         raise ConfigError(f"{folder} holds the study {old['name']!r}, not {plan.name!r}; choose another folder.")
     atomic_write(document, canonical_json({**plan.to_json(), "jobs": jobs}))
+    atomic_write(folder / "machine.json", canonical_json(machine(plan.device)))
     return Bench(plan, folder, Path(store) if store else folder / "store", progress)
 
 
@@ -95,12 +97,12 @@ def here(context: Bench, known: Known, tell: Progress) -> None:
     while True:
         waiting = advanced = False
         for job in context.grid.jobs:
-            state = _state(context, known, job)
-            if state == "ready":
+            at = state(context, known, job)
+            if at == "ready":
                 taken = _claimed(context, known, job)
                 advanced, waiting = advanced or taken, waiting or not taken
-                _report(context, known, tell)
-            waiting = waiting or state == "waiting"
+                report(context, known, tell)
+            waiting = waiting or at == "waiting"
         if not (waiting or advanced):
             return
         if not advanced:
@@ -108,7 +110,7 @@ def here(context: Bench, known: Known, tell: Progress) -> None:
             known.refresh()
 
 
-def _state(context: Bench, known: Known, job: Job) -> str:
+def state(context: Bench, known: Known, job: Job) -> str:
     """Whether a job is ``over``, ``waiting`` for another, or ``ready``; what needs a failed job fails."""
     key = context.grid.key(job)
     if key in known.done or key in known.failed:
@@ -123,12 +125,17 @@ def _state(context: Bench, known: Known, job: Job) -> str:
     return "ready"
 
 
-def _claimed(context: Bench, known: Known, job: Job) -> bool:
-    """Do a job unless another process has it, or its group."""
+def claim(context: Bench, job: Job) -> Lock:
+    """What a process holds while it does a job, so that no other takes one of its group."""
     locks = context.folder / "locks"
     locks.mkdir(exist_ok=True)
+    return Lock(locks / digest(list(job.group))[:16])
+
+
+def _claimed(context: Bench, known: Known, job: Job) -> bool:
+    """Do a job unless another process has it, or its group."""
     try:
-        with Lock(locks / digest(list(job.group))[:16]):
+        with claim(context, job):
             known.refresh()
             if context.grid.key(job) not in known.done:
                 record(context, known, job, *attempt(context, job, chosen(context, known)))
@@ -138,11 +145,18 @@ def _claimed(context: Bench, known: Known, job: Job) -> bool:
 
 
 def attempt(context: Bench, job: Job, choices: Choices) -> tuple[list[Record], str]:
-    """The records of a job, or the error that stopped it; only signals get through."""
+    """The records of a job, or the error that stopped it; only signals get through, and that another has it."""
     try:
         return WORK[job.kind](context, job, choices), ""
+    except RunLocked:
+        raise
     except Exception as error:
-        return [], f"{type(error).__name__}: {error}"
+        return [], described(error)
+
+
+def described(error: BaseException) -> str:
+    """An error as a record says it."""
+    return f"{type(error).__name__}: {error}"
 
 
 def _cell(context: Bench, job: Job, choices: Choices) -> list[Record]:
@@ -152,7 +166,11 @@ def _cell(context: Bench, job: Job, choices: Choices) -> list[Record]:
 def _choice(context: Bench, job: Job, choices: Choices) -> list[Record]:
     from pocketrec.study.search import search
 
-    choice, trials = search(context, job, choices)
+    return searched(*search(context, job, choices))
+
+
+def searched(choice: Record, trials: Sequence[Record]) -> list[Record]:
+    """The records of a search; that of the choice finishes it."""
     return [*({"kind": "trial", **t} for t in trials), {"kind": "choice", **choice}]
 
 
@@ -204,7 +222,7 @@ def chosen(context: Bench, known: Known) -> dict[Job, Point]:
     return {job: known.done[key]["params"] for key, job in keys.items() if key in known.done}
 
 
-def _report(context: Bench, known: Known, tell: Progress) -> None:
+def report(context: Bench, known: Known, tell: Progress) -> None:
     tell("jobs", len(known.done), len(context.grid.jobs), {"failed": float(len(known.failed))})
 
 
