@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,8 @@ from pocketrec.source import Batch, Column, Scan, Source
 from pocketrec.train import Training, train
 
 ROWS = 600
+NARROW = {"hidden": (16, 8), "rank": 4}
+"""Settings that make a head small."""
 
 
 class ExamFailed(AssertionError):
@@ -172,8 +174,8 @@ class Lab:
 
     @cached_property
     def backbones(self) -> tuple[Backbone, ...]:
-        """Every registered backbone, as it is by default."""
-        return tuple(registry.load("backbones", name)() for name in registry.modules("backbones"))
+        """Every registered backbone with a head of a few units: what methods do to tables does not depend on it."""
+        return tuple(_narrow(registry.load("backbones", name)()) for name in registry.modules("backbones"))
 
     def model(self, backbone: Backbone) -> Model:
         """A model of this backbone after one epoch; shared, so checks that change it copy it first."""
@@ -189,6 +191,12 @@ class Lab:
 
 
 Check = Callable[[Any, Lab], None]
+
+
+def _narrow(backbone: Any) -> Any:
+    """The backbone with fewer units in its perceptron and its experts, where it has any."""
+    names = {field.name for field in fields(backbone)}
+    return replace(backbone, **{name: size for name, size in NARROW.items() if name in names})
 
 
 def _array(value: Any) -> np.ndarray:
