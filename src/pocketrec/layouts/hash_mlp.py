@@ -1,0 +1,160 @@
+"""Layout ``hash_mlp``: the vector of a slot is what a small network says of a dense hash code of the slot.
+
+Hash ``j`` of slot ``i`` is ``h_j = ((a_j (i + 1) + b_j) mod p_j) mod buckets`` with ``0 < a_j < 10^9``,
+``0 <= b_j < 10^9`` and a prime ``p_j`` in ``(buckets, 2 buckets)``, all drawn from the salt. A ``uniform`` code is
+``2 h_j / (buckets - 1) - 1``; a ``gaussian`` one turns pairs ``(u, v) = (h + 1) / buckets`` into normal numbers
+``sqrt(-2 ln u) (cos, sin)(2 pi v)``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec.layouts.factors import ComposedBlock, Shape, factor_bytes, whole
+from pocketrec.packed import Storage
+
+CODES = ("uniform", "gaussian")
+ENDS = ("linear", "mish", "mish_affine")
+_SPAN = 10**9
+_GOLDEN = 0x9E3779B97F4A7C15
+_CHUNK = 2048
+
+
+@cache
+def constants(functions: int, buckets: int, salt: int) -> tuple[NDArray[np.int64], ...]:
+    """``a``, ``b`` and ``p`` of each hash function, ``(functions,)`` each.
+
+    Example:
+        >>> [column.shape for column in constants(4, 1000, salt=1)]
+        [(4,), (4,), (4,)]
+    """
+    words = _words(salt, 3 * functions)
+    primes = _primes(buckets)
+    a, b, p = words.reshape(3, functions)
+    return (
+        (a % np.uint64(_SPAN - 1)).astype(np.int64) + 1,
+        (b % np.uint64(_SPAN)).astype(np.int64),
+        primes[(p % np.uint64(len(primes))).astype(np.int64)],
+    )
+
+
+def hashes(slots: NDArray[np.int64], functions: int, buckets: int, salt: int) -> NDArray[np.float64]:
+    """``h_j`` of slots ``(m,)``: whole numbers ``(m, functions)`` in ``[0, buckets)``.
+
+    In float64, where all products are exact: ``(a mod p) (i + 1) < 2^53`` for every slot below 2^31.
+    """
+    a, b, p = constants(functions, buckets, salt)
+    prime = p.astype(np.float64)
+    value = np.multiply.outer(slots.astype(np.float64) + 1, (a % p).astype(np.float64))
+    value += (b % p).astype(np.float64)
+    value -= np.floor(value / prime) * prime
+    value += np.where(value < 0, prime, 0)
+    value -= np.where(value >= prime, prime, 0)
+    value -= np.where(value >= buckets, float(buckets), 0)
+    return value
+
+
+def codes(slots: NDArray[np.int64], functions: int, buckets: int, salt: int, kind: str) -> NDArray[np.float32]:
+    """Dense codes of slots ``(m,)``, ``(m, functions)``."""
+    found = np.empty((len(slots), functions), np.float32)
+    for start in range(0, len(slots), _CHUNK):
+        part = hashes(slots[start : start + _CHUNK], functions, buckets, salt)
+        found[start : start + _CHUNK] = 2 * part / (buckets - 1) - 1 if kind == "uniform" else _normal(part, buckets)
+    return found
+
+
+def network_bytes(widths: tuple[int, ...], end: str, storage: Storage) -> int:
+    """Bytes of a network with layers ``widths[0] -> widths[1] -> ...``."""
+    layers = sum(factor_bytes(shape, storage) + 4 * shape[1] for shape in pairwise(widths))
+    return layers + (8 * widths[-1] if end == "mish_affine" else 0)
+
+
+def mish(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``x tanh(ln(1 + e^x))``."""
+    return x * np.tanh(np.logaddexp(np.float32(0), x))
+
+
+class HashMlpBlock(ComposedBlock):
+    """``e_i = f(code(i))`` with linear layers and Mish between them, normalisation folded in.
+
+    Settings: ``slots``, ``functions``, ``buckets``, ``salt``, ``code``, ``hidden`` (widths), ``end`` (what follows the
+    last layer: nothing, Mish, or Mish and then ``gain`` and ``shift``). Factors: ``weight<l> (in, out)``; float32
+    ``bias<l> (out,)``.
+    """
+
+    @property
+    def slots(self) -> int:
+        """Vectors that can be computed."""
+        return self.settings["slots"]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths from the code to the vector."""
+        return (self.settings["functions"], *self.settings["hidden"], self.width)
+
+    def sound(self) -> bool:
+        """Whether the settings are possible at all."""
+        s = self.settings
+        hidden = s.get("hidden")
+        known = s.get("code") in CODES and s.get("end") in ENDS
+        numbers = whole(s, "slots", "functions", "salt") and whole(s, "buckets") and 2 <= s["buckets"] <= 10**7
+        listed = isinstance(hidden, list | tuple) and whole(dict(enumerate(hidden)), *range(len(hidden)))
+        return known and numbers and listed and (s["code"] == "uniform" or s["functions"] % 2 == 0)
+
+    def factors(self) -> dict[str, Shape]:
+        """Shapes of the layers."""
+        return {f"weight{i}": shape for i, shape in enumerate(pairwise(self.widths))}
+
+    def plain(self) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+        """Biases, and what may follow the last layer."""
+        plain: dict[str, Any] = {f"bias{i}": (np.float32, (w,)) for i, w in enumerate(self.widths[1:])}
+        if self.settings["end"] == "mish_affine":
+            plain |= {name: (np.float32, (self.width,)) for name in ("gain", "shift")}
+        return plain
+
+    def vectors(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Slots ``(m,)`` -> vectors ``(m, width)``."""
+        s = self.settings
+        layers = [(self.factor(f"weight{i}"), self.arrays[f"bias{i}"]) for i in range(len(self.widths) - 1)]
+        out = np.empty((len(slots), self.width), np.float32)
+        for start in range(0, len(slots), _CHUNK):
+            x = codes(slots[start : start + _CHUNK], s["functions"], s["buckets"], s["salt"], s["code"])
+            for i, (weight, bias) in enumerate(layers):
+                x = x @ weight + bias
+                if i + 1 < len(layers) or s["end"] != "linear":
+                    x = mish(x)
+            out[start : start + len(x)] = x
+        return out * self.arrays["gain"] + self.arrays["shift"] if s["end"] == "mish_affine" else out
+
+
+def _normal(h: NDArray[np.float64], buckets: int) -> NDArray[np.float64]:
+    """Box and Muller's transform of neighbouring pairs."""
+    u = (h + 1) / buckets
+    radius, angle = np.sqrt(-2 * np.log(u[:, ::2])), 2 * np.pi * u[:, 1::2]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(h.shape)
+
+
+def _words(salt: int, count: int) -> NDArray[np.uint64]:
+    """SplitMix64: ``count`` 64-bit words of the stream ``salt``; the same for ever, unlike numpy's generators."""
+    mask = 2**64 - 1
+    start = np.uint64(salt * _GOLDEN & mask)
+    z = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@cache
+def _primes(buckets: int) -> NDArray[np.int64]:
+    """All primes in ``(buckets, 2 buckets)``."""
+    sieve = np.ones(2 * buckets, dtype=bool)
+    sieve[:2] = False
+    for n in range(2, int((2 * buckets) ** 0.5) + 1):
+        if sieve[n]:
+            sieve[n * n :: n] = False
+    return np.flatnonzero(sieve[buckets + 1 :]) + buckets + 1
