@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from pocketrec.report.formats import size
+
 _COLORS = ("#1f4e9c", "#d9730d", "#2a8c6a", "#8a3ffc", "#b3261e")
 _MARKS = ("o", "s", "^", "D", "v")
 _INK, _FAINT, _GRID = "#1c2430", "#6b7684", "#e3e7ec"
@@ -62,15 +64,6 @@ def page(chart: Chart) -> str:
         ceiling=f"{chart.ceiling:.4f}",
         command=escape(chart.command),
     )
-
-
-def size(count: float) -> str:
-    """Bytes as a person reads them: ``1.2 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
 
 
 def _row(name: str, point: Point, dense: Point) -> str:

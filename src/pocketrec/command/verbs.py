@@ -326,6 +326,17 @@ def _workers(cluster: str | None) -> Workers | None:
 
 
 @app.command()
+@click.argument("folder", metavar="DIR", type=_PATH)
+@verb
+def report(session: Session, folder: Path) -> None:
+    """Write tables and one page of the study in DIR into DIR/report; finished or not, nothing is trained."""
+    from pocketrec.report import write
+
+    document = write(folder, seed=session.seed).to_json()
+    session.show(document, lambda: shown.pairs({**document, "tables": len(document["tables"])}))
+
+
+@app.command()
 @click.option("--out", type=_PATH, default=Path("demo"), show_default=True, help="Folder of everything that is made.")
 @verb
 def demo(session: Session, out: Path) -> None:

@@ -1,0 +1,209 @@
+"""Which differences are real: every comparison that the report marks, with its interval and corrected evidence.
+
+Where predictions were kept, figures are bootstrapped over seeds and test rows (users) at once, all models of a pair on
+the same draws; else only the seeds speak, by a paired Student interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Arrays, Metric, Pair, Place, Study
+from pocketrec.statistics import (
+    Bootstrap,
+    Interval,
+    Statistic,
+    auc_statistic,
+    bootstrap,
+    holm,
+    mean_statistic,
+    paired_t,
+)
+
+REPLICATES = 2000
+LEVEL = 0.95
+EXACT_ROWS = 20_000
+"""Test rows up to which a bootstrapped AUC counts pairs."""
+
+How = Literal["seeds and rows", "rows", "seeds"]
+Mark = Literal["best", "second"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``name`` against ``other`` at one budget: difference of means over seeds, its interval and evidence.
+
+    Attributes:
+        place: of the first one.
+        other: of the second one.
+        metric: what is compared; a positive difference is always in favour of the first.
+        interval: of the difference.
+        corrected: evidence after Holm's correction over the comparisons that decide the marks of this budget.
+        how: what was resampled: rows of one seed say nothing on other trainings.
+    """
+
+    place: Place
+    other: Place
+    metric: str
+    interval: Interval
+    corrected: float
+    how: How
+
+    @property
+    def better(self) -> bool:
+        """Whether the first one is better beyond doubt."""
+        return self.interval.estimate > 0 and self.corrected <= 1 - LEVEL
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of one figure of one pair.
+
+    Attributes:
+        metric: the figure.
+        intervals: of its mean, by place, for places with all seeds.
+        against: difference from the original, by place.
+        marks: ``best`` and ``second`` by place, only where significant.
+        comparisons: behind the marks.
+        how: what was resampled; ``None`` where nothing can be said.
+    """
+
+    metric: Metric
+    intervals: Mapping[Place, Interval] = field(default_factory=dict)
+    against: Mapping[Place, Interval] = field(default_factory=dict)
+    marks: Mapping[Place, Mark] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
+    how: How | None = None
+
+    def no_worse(self, place: Place, original: float) -> bool:
+        """Whether a place is shown to lose less than the margin against the original."""
+        margin = self.metric.margin * (abs(original) if self.metric.relative else 1.0)
+        return place in self.against and self.against[place].no_worse(margin)
+
+
+def evidence(study: Study, pair: Pair, *, replicates: int = REPLICATES, seed: int = 0) -> dict[str, Evidence]:
+    """Everything that can be said on a pair, by metric.
+
+    Only places with a result for every planned seed take part: a mean over other seeds is another figure.
+    """
+    task = study.task(pair)
+    if task is None:
+        return {}
+    seeds = study.seeds(pair.data)
+    places = [p for p in study.places(pair) if set(study.cells.get(p, {})) >= set(seeds)]
+    stored = _stored(study, places, seeds)
+    return {
+        metric.name: _evidence(study, pair, metric, places, seeds, stored, replicates, seed) for metric in METRICS[task]
+    }
+
+
+def _evidence(
+    study: Study,
+    pair: Pair,
+    metric: Metric,
+    places: Sequence[Place],
+    seeds: Sequence[int],
+    stored: Mapping[Place, Sequence[Arrays]] | None,
+    replicates: int,
+    seed: int,
+) -> Evidence:
+    figures = {p: [study.values(p, metric.name).get(s) for s in seeds] for p in places}
+    known = {p: [v for v in by_seed if v is not None] for p, by_seed in figures.items() if None not in by_seed}
+    if not known or (stored is None and len(seeds) < 2):
+        return Evidence(metric)
+    sign = 1.0 if metric.rising else -1.0
+    drawn = None
+    if stored is not None:
+        drawn = _bootstrap(study, pair, metric, {p: stored[p] for p in known}, replicates, seed)
+
+    def difference(a: Place, b: Place) -> Interval:
+        if drawn is not None:
+            return _turned(drawn.difference(_key(a), _key(b), LEVEL), sign)
+        return _turned(paired_t(known[a], known[b], LEVEL), sign)
+
+    how: How = "seeds" if drawn is None else "rows" if len(seeds) == 1 else "seeds and rows"
+    dense = Place(pair, ORIGINAL, DENSE)
+    marks: dict[Place, Mark] = {}
+    found: list[Comparison] = []
+    for budget in study.budgets(pair.data):
+        ranked = sorted((p for p in known if p.budget == budget), key=lambda p: -sign * float(np.mean(known[p])))
+        tested = [(a, b) for i, a in enumerate(ranked[:2]) for b in ranked[i + 1 :]]
+        intervals = [difference(a, b) for a, b in tested]
+        corrected = holm([i.p for i in intervals]).tolist()
+        comparisons = [
+            Comparison(a, b, metric.name, i, p, how) for (a, b), i, p in zip(tested, intervals, corrected, strict=True)
+        ]
+        found += comparisons
+        marks |= _marks(ranked, comparisons)
+    return Evidence(
+        metric,
+        {p: drawn.mean(_key(p), LEVEL) for p in known} if drawn is not None else {},
+        {p: difference(p, dense) for p in known if p != dense} if dense in known else {},
+        marks,
+        tuple(found),
+        how,
+    )
+
+
+def _marks(ranked: Sequence[Place], comparisons: Sequence[Comparison]) -> dict[Place, Mark]:
+    """The first one is marked if it beats all others; then the second, if it beats all but the first."""
+    marks: dict[Place, Mark] = {}
+    words: tuple[Mark, Mark] = ("best", "second")
+    for place, mark in zip(ranked[:2], words, strict=False):
+        own = [c for c in comparisons if c.place == place]
+        if not own or not all(c.better for c in own):
+            break
+        marks[place] = mark
+    return marks
+
+
+def _stored(study: Study, places: Sequence[Place], seeds: Sequence[int]) -> dict[Place, list[Arrays]] | None:
+    """Predictions of all places and seeds; ``None`` if any is missing, so that all comparisons are of one kind."""
+    found: dict[Place, list[Arrays]] = {}
+    for place in places:
+        for seed in seeds:
+            arrays = study.predictions(study.cells[place][seed])
+            if arrays is None:
+                return None
+            found.setdefault(place, []).append(arrays)
+    return found
+
+
+def _bootstrap(
+    study: Study, pair: Pair, metric: Metric, stored: Mapping[Place, Sequence[Arrays]], replicates: int, seed: int
+) -> Bootstrap:
+    """One set of draws for all places of a pair; where all seeds share a split, they share its rows, too."""
+    statistics = {_key(p): [statistic(metric.name, a) for a in by_seed] for p, by_seed in stored.items()}
+    sizes = [rows(a) for a in next(iter(stored.values()))]
+    shared = not study.plan["data"][pair.data].get("split_by_seed", False) and len(set(sizes)) == 1
+    return bootstrap(statistics, sizes, replicates=replicates, seed=seed, shared_rows=shared)
+
+
+def statistic(metric: str, arrays: Arrays) -> Statistic:
+    """A figure as a function of how often each row or user counts."""
+    if metric == "auc":
+        return auc_statistic(arrays["labels"], arrays["logits"], exact=len(arrays["labels"]) <= EXACT_ROWS)
+    if metric == "logloss":
+        logits = np.asarray(arrays["logits"], dtype=np.float64)
+        return mean_statistic(np.logaddexp(0.0, np.where(arrays["labels"] == 1, -logits, logits)))
+    return mean_statistic(arrays[metric.partition("@")[0]])
+
+
+def rows(arrays: Arrays) -> int:
+    """Test rows, or users."""
+    return len(next(iter(arrays.values())))
+
+
+def _turned(interval: Interval, sign: float) -> Interval:
+    """The interval of a difference in favour of the first one, whichever way the figure goes."""
+    if sign > 0:
+        return interval
+    return Interval(-interval.estimate, -interval.high, -interval.low, interval.p, interval.level)
+
+
+def _key(place: Place) -> str:
+    return f"{place.method} {place.budget}"

@@ -1,0 +1,263 @@
+"""The records of a study's folder, read and sorted; a cell that was tried again counts as it ended last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec.errors import ArtifactError, DataError
+from pocketrec.files import Journal, open_arrays, parse_json
+
+ORIGINAL = "original"
+DENSE = "dense"
+
+Record = Mapping[str, Any]
+Task = Literal["ctr", "cf"]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of quality.
+
+    Attributes:
+        name: as records have it.
+        title: as people read it.
+        rising: whether more is better.
+        chance: what no model at all reaches.
+        margin: a difference that does not matter: absolute, or a share of the original where ``relative``.
+    """
+
+    name: str
+    title: str
+    rising: bool = True
+    chance: float = 0.0
+    margin: float = 0.0
+    relative: bool = False
+
+
+METRICS: Mapping[Task, tuple[Metric, ...]] = {
+    "ctr": (Metric("auc", "AUC", chance=0.5, margin=0.001), Metric("logloss", "log-loss", rising=False)),
+    "cf": (
+        Metric("ndcg@20", "NDCG@20", margin=0.01, relative=True),
+        Metric("recall@20", "recall@20"),
+        Metric("recall_capped@20", "recall@20 capped"),
+    ),
+}
+"""The first one of a task is the one that decides."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A data set and a backbone."""
+
+    data: str
+    backbone: str
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.data} · {self.backbone}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell stands in the study, but for its seed."""
+
+    pair: Pair
+    method: str
+    budget: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a folder records.
+
+    Attributes:
+        folder: where it lies.
+        plan: the resolved plan.
+        machine: what it ran on, if that was written.
+        cells: final records by place and seed.
+        failures: errors of cells that did not end well.
+        others: records of other kinds, in order.
+        ledger: reads of test splits.
+    """
+
+    folder: Path
+    plan: Record
+    machine: Record
+    cells: Mapping[Place, Mapping[int, Record]]
+    failures: Mapping[Place, Mapping[int, str]]
+    others: tuple[Record, ...]
+    ledger: tuple[Record, ...]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Study:
+        """Read a folder that ``pocketrec bench`` has made; nothing in it is changed.
+
+        Raises:
+            DataError: there is no study.
+            ArtifactError: a record or the plan is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "plan.json").is_file():
+            raise DataError(
+                f"Expected the folder of a study, but {folder} has no plan.json; make one: "
+                "pocketrec bench PLAN.toml --out DIR."
+            )
+        plan = _document(folder / "plan.json")
+        missing = [key for key in ("name", "seeds", "budgets", "data", "backbones", "methods") if key not in plan]
+        if missing:
+            raise ArtifactError(f"{folder / 'plan.json'} must have {', '.join(missing)}, but has not; run bench again.")
+        records = _journal(folder, "journal")
+        cells, failures = _final(records, folder)
+        others = tuple(r for r in records if r["kind"] not in ("cell", "failed"))
+        machine = _document(folder / "machine.json") if (folder / "machine.json").is_file() else {}
+        return cls(folder, plan, machine, cells, failures, others, tuple(_journal(folder, "ledger")))
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """Records of another kind than cells."""
+        return [r for r in self.others if r["kind"] == kind]
+
+    @cached_property
+    def tasks(self) -> Mapping[str, Task]:
+        """The task of every data set that has a cell, and of every backbone."""
+        return {
+            label: task_of(record)
+            for place, by_seed in self.cells.items()
+            for record in by_seed.values()
+            for label in (f"data {place.pair.data}", f"backbone {place.pair.backbone}")
+        }
+
+    def task(self, pair: Pair) -> Task | None:
+        """The task of a pair, as far as any record tells."""
+        return self.tasks.get(f"data {pair.data}") or self.tasks.get(f"backbone {pair.backbone}")
+
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Data sets with the backbones that fit them: those with a record, and those whose tasks are known to agree."""
+        seen = {place.pair for place in (*self.cells, *self.failures)}
+
+        def fits(pair: Pair) -> bool:
+            data, backbone = self.tasks.get(f"data {pair.data}"), self.tasks.get(f"backbone {pair.backbone}")
+            return pair in seen or (data is not None and data == backbone)
+
+        every = [Pair(d, b) for d in sorted(self.plan["data"]) for b in sorted(self.plan["backbones"])]
+        return tuple(pair for pair in every if fits(pair))
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """Labels of methods, without the original."""
+        return tuple(sorted(self.plan["methods"]))
+
+    def budgets(self, data: str) -> tuple[str, ...]:
+        """Budgets of a data set, as planned."""
+        return tuple(self.plan["data"][data].get("budgets") or self.plan["budgets"])
+
+    def seeds(self, data: str) -> tuple[int, ...]:
+        """Seeds of a data set, as planned."""
+        return tuple(self.plan["data"][data].get("seeds") or self.plan["seeds"])
+
+    def places(self, pair: Pair) -> Iterator[Place]:
+        """Every place of a pair: the original, then budget by budget all methods."""
+        yield Place(pair, ORIGINAL, DENSE)
+        for budget in self.budgets(pair.data):
+            for method in self.methods:
+                yield Place(pair, method, budget)
+
+    def count(self) -> dict[str, int]:
+        """Planned cells that are ``done``, ``failed`` and ``missing``."""
+        planned = [(p, s) for pair in self.pairs for p in self.places(pair) for s in self.seeds(pair.data)]
+        done = sum(s in self.cells.get(p, {}) for p, s in planned)
+        failed = sum(s in self.failures.get(p, {}) for p, s in planned)
+        return {"done": done, "failed": failed, "missing": len(planned) - done - failed}
+
+    def values(self, place: Place, metric: str) -> dict[int, float]:
+        """A test figure by seed; a figure that is not defined is left out."""
+        found = {seed: record["test"].get(metric) for seed, record in self.cells.get(place, {}).items()}
+        return {seed: float(value) for seed, value in sorted(found.items()) if value is not None}
+
+    def mean(self, place: Place, *path: str) -> float | None:
+        """Mean over seeds of a number inside the records of a place."""
+        numbers = [n for r in self.cells.get(place, {}).values() if (n := _inside(r, path)) is not None]
+        return float(np.mean(numbers)) if numbers else None
+
+    def predictions(self, record: Record) -> Arrays | None:
+        """What the test split came to, per row or per user; with ``labels`` for click data; ``None`` if not kept."""
+        path = record.get("predictions")
+        if path is None or not (self.folder / path).is_file():
+            return None
+        arrays = dict(open_arrays(self.folder / path)[0])
+        if "logits" in arrays:
+            labels = self.folder / "labels" / f"{record['data']}-{record['seed']}.safetensors"
+            if not labels.is_file():
+                return None
+            arrays["labels"] = open_arrays(labels)[0]["labels"]
+        return arrays
+
+
+def task_of(record: Record) -> Task:
+    """Click data have an AUC."""
+    return "ctr" if "auc" in record["test"] else "cf"
+
+
+def deviation(values: Iterable[float]) -> float | None:
+    """Standard deviation over seeds; ``None`` for a single one."""
+    figures = list(values)
+    return float(np.std(figures, ddof=1)) if len(figures) > 1 else None
+
+
+def _final(
+    records: Iterable[Record], folder: Path
+) -> tuple[dict[Place, dict[int, Record]], dict[Place, dict[int, str]]]:
+    """Cells and failures; the last record of a place and seed counts."""
+    cells: dict[Place, dict[int, Record]] = {}
+    failures: dict[Place, dict[int, str]] = {}
+    for record in records:
+        if record["kind"] == "cell" or (record["kind"] == "failed" and record.get("job", "cell") == "cell"):
+            try:
+                place = Place(Pair(record["data"], record["backbone"]), record["method"], record["budget"])
+                seed, good = record["seed"], record["kind"] == "cell"
+                if good and not {"test", "bytes", "values"} <= record.keys():
+                    raise KeyError("test, bytes or values")
+            except KeyError as error:
+                raise ArtifactError(f"{folder / 'journal'}: a record lacks {error}; restore the file.") from error
+            for other in (cells, failures):
+                other.get(place, {}).pop(seed, None)
+            if good:
+                cells.setdefault(place, {})[seed] = record
+            else:
+                failures.setdefault(place, {})[seed] = str(record.get("error", "no error was recorded"))
+    return {p: c for p, c in cells.items() if c}, {p: f for p, f in failures.items() if f}
+
+
+def _document(path: Path) -> Record:
+    try:
+        document = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); restore the file, or run bench again.") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path} must hold an object, but holds another document; run bench again.")
+    return document
+
+
+def _journal(folder: Path, name: str) -> list[Record]:
+    """Records of a journal, if it exists; reading must not make one."""
+    for path in (folder / name, folder / f"{name}.journal"):
+        if path.is_file():
+            return list(Journal(path).read())
+    return []
+
+
+def _inside(record: Record, path: tuple[str, ...]) -> float | None:
+    """A finite number at a path of keys, or ``None``."""
+    found: Any = record
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None

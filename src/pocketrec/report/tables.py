@@ -1,0 +1,574 @@
+"""The tables of a report, in the papers' layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pocketrec.report import formats
+from pocketrec.report.compare import Evidence
+from pocketrec.report.papers import beside, data_set, is_sample, lightgcn, plain, transfer
+from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Metric, Pair, Place, Record, Study, Task, deviation
+from pocketrec.report.sheet import BLANK, FAILED, MISSING, Column, Entry, Row, Sheet, Tone
+from pocketrec.statistics import Ranks, ranks, retained
+
+Known = Mapping[Pair, Mapping[str, Evidence]]
+
+_WORDS = {"seeds and rows": "bootstrap over seeds and test rows", "rows": "bootstrap over the test rows of one seed",
+          "seeds": "paired t over seeds, since no predictions were kept"}  # fmt: skip
+
+
+def sheets(study: Study, known: Known) -> list[Sheet]:
+    """Every table that has something to say."""
+    by_data = [quality(study, known, data) for data in sorted({p.data for p in study.pairs})]
+    made = [
+        *by_data,
+        within(study, known),
+        retain(study, known),
+        transferred(study),
+        ranked(study),
+        comparisons(study, known),
+        published(study),
+        beyond(study),
+        efficiency(study),
+        settings(study),
+        failures(study),
+        ledger(study),
+    ]
+    return [sheet for sheet in made if sheet.rows]
+
+
+_PLACE = (Column("data", hidden=True), Column("backbone", hidden=True), Column("method", words=True),
+          Column("budget", words=True))  # fmt: skip
+
+
+def _place(place: Place) -> tuple[Entry, ...]:
+    """Where a row belongs; pairs are blocks for people and columns for programs."""
+    return (
+        Entry("", place.pair.data),
+        Entry("", place.pair.backbone),
+        Entry.of(place.method),
+        Entry(formats.budget(place.budget), place.budget),
+    )
+
+
+# ---- quality ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _View:
+    """How a place stands: done, in part, failed or not run."""
+
+    study: Study
+    place: Place
+
+    @property
+    def done(self) -> int:
+        return len(self.study.cells.get(self.place, {}))
+
+    @property
+    def state(self) -> Entry | None:
+        """What stands where no figure does."""
+        if self.done:
+            return None
+        if self.study.failures.get(self.place):
+            return Entry.of(FAILED, "failed")
+        return Entry.of(MISSING, "missing")
+
+    @property
+    def part(self) -> str:
+        """How many seeds a mean is of, where some are missing."""
+        planned = len(self.study.seeds(self.place.pair.data))
+        return "" if self.done == planned else f" ({self.done} of {planned} seeds)"
+
+
+def quality(study: Study, known: Known, data: str) -> Sheet:
+    """Methods x budgets of one data set, backbones side by side: quality, what is kept of it, and both accountings."""
+    pairs = [p for p in study.pairs if p.data == data]
+    columns = [Column("method", words=True)]
+    for pair in pairs:
+        columns += _quality_columns(pair, METRICS[study.task(pair) or "ctr"])
+    rows = []
+    for place in study.places(pairs[0]) if pairs else ():
+        entries = [Entry.of(place.method)]
+        for pair in pairs:
+            here = Place(pair, place.method, place.budget)
+            entries += _quality_entries(study, here, known.get(pair, {}), METRICS[study.task(pair) or "ctr"])
+        rows.append(Row(tuple(entries), formats.budget(place.budget)))
+    how = sorted({_WORDS[e.how] for p in pairs for e in known.get(p, {}).values() if e.how})
+    notes = [
+        "Mean ± standard deviation over seeds of the test split. Bold is best and underlined second best at a budget, "
+        "only where better than every one below it at 5 % after Holm's correction"
+        + (f" ({'; '.join(how)})." if how else "; nothing could be tested."),
+        "Only methods with all seeds are compared. “vs original” is the paired difference with its 95 % interval. "
+        "Table and file are bytes that lie on the disk.",
+    ]
+    title = f"Quality and size on {data}"
+    return Sheet(f"quality-{data}", title, tuple(columns), tuple(rows), tuple(notes), "budget")
+
+
+def _quality_columns(pair: Pair, metrics: Sequence[Metric]) -> list[Column]:
+    group = pair.backbone
+    columns = []
+    for m in metrics:
+        columns.append(Column(m.title, group))
+        columns += [Column(f"{m.title} {x}", group, hidden=True) for x in ("sd", "low", "high", "mark")]
+    return [
+        *columns,
+        Column(f"{metrics[0].title} vs original", group),
+        Column("vs original low", group, hidden=True),
+        Column("vs original high", group, hidden=True),
+        Column("values", group),
+        Column("sparsity", group),
+        Column("table", group),
+        Column("file", group),
+        Column("seeds", group, hidden=True),
+    ]
+
+
+def _quality_entries(
+    study: Study, place: Place, known: Mapping[str, Evidence], metrics: Sequence[Metric]
+) -> list[Entry]:
+    view = _View(study, place)
+    if (state := view.state) is not None:
+        return [state, *[BLANK] * (5 * len(metrics) + 7)]
+    entries = []
+    for i, metric in enumerate(metrics):
+        entries += _figure(study, place, known.get(metric.name, Evidence(metric)), view.part if i == 0 else "")
+    first = known.get(metrics[0].name, Evidence(metrics[0]))
+    if place in first.against:
+        d = first.against[place]
+        span = f"{formats.signed(d.estimate)} [{formats.signed(d.low)}, {formats.signed(d.high)}]"
+        entries += [Entry(span, d.estimate), Entry("", d.low), Entry("", d.high)]
+    else:
+        entries += [Entry("" if place.method == ORIGINAL else "–"), BLANK, BLANK]
+    values, sparsity = study.mean(place, "values"), study.mean(place, "sparsity")
+    table, file = study.mean(place, "bytes", "table"), study.mean(place, "bytes", "file")
+    return [
+        *entries,
+        Entry(formats.amount(values or 0), values),
+        Entry(formats.share(sparsity), sparsity),
+        Entry(formats.size(table or 0), table),
+        Entry(formats.size(file or 0), file),
+        Entry("", view.done),
+    ]
+
+
+def _figure(study: Study, place: Place, known: Evidence, part: str) -> list[Entry]:
+    """A figure with its spread; hidden behind it the interval of its mean and its mark."""
+    values = list(study.values(place, known.metric.name).values())
+    mean, sd = (float(np.mean(values)) if values else None), deviation(values)
+    mark: Tone = known.marks.get(place, "")
+    span = known.intervals.get(place)
+    text = " ".join(t for t in (formats.quality(mean), formats.spread(sd)) if t) + part
+    return [
+        Entry(text, mean, mark),
+        Entry("", sd),
+        Entry("", span.low if span else None),
+        Entry("", span.high if span else None),
+        Entry("", mark),
+    ]
+
+
+def within(study: Study, known: Known) -> Sheet:
+    """Per pair and method, the smallest table that is shown to be no worse than the original beyond the margin."""
+    pairs = [p for p in study.pairs if study.task(p) is not None]
+    rows = [Row((Entry.of(m), *(_smallest(study, known, pair, m) for pair in pairs))) for m in study.methods]
+    return Sheet(
+        "within-margin",
+        "Smallest table shown to be as good as the original",
+        (Column("method", words=True), *(Column(str(p)) for p in pairs)),
+        tuple(rows) if any(e.value is not None for r in rows for e in r.entries[1:]) else (),
+        ("No worse than the original by more than .001 AUC, or 1 % of its NDCG@20: the 95 % interval of the paired "
+         "difference lies above that. A dash: no budget of the study could be shown to be.",),
+    )  # fmt: skip
+
+
+def _smallest(study: Study, known: Known, pair: Pair, method: str) -> Entry:
+    metric = METRICS[study.task(pair) or "ctr"][0].name
+    dense = study.values(Place(pair, ORIGINAL, DENSE), metric)
+    found = known.get(pair, {}).get(metric)
+    if found is None or not dense:
+        return Entry("–")
+    original = float(np.mean(list(dense.values())))
+    good = [
+        (study.mean(place, "bytes", "table") or 0.0, place.budget)
+        for place in found.against
+        if place.method == method and found.no_worse(place, original)
+    ]
+    if not good:
+        return Entry("–")
+    table, budget = min(good)
+    return Entry(f"{formats.size(table)} ({formats.budget(budget)})", table)
+
+
+# ---- retention and ranks ---------------------------------------------------------------------------------------------
+
+
+def retain(study: Study, known: Known) -> Sheet:
+    """What every method keeps of the original's quality, plainly and above chance."""
+    rows = []
+    for pair in study.pairs:
+        for place in study.places(pair):
+            kept = retention(study, place)
+            if kept is None or place.method == ORIGINAL:
+                continue
+            plainly, above = kept
+            shares = Entry(formats.share(plainly), plainly), Entry(formats.share(above), above)
+            rows.append(Row((*_place(place), *shares), str(pair)))
+    return Sheet(
+        "retained",
+        "Quality retained",
+        (*_PLACE, Column("retained"), Column("above chance")),
+        tuple(rows),
+        ("Mean figure over the original's: AUC or NDCG@20. Above chance: (AUC − .5) / (original − .5), since an AUC "
+         "cannot fall below .5; for NDCG both are the same.",),
+    )  # fmt: skip
+
+
+def retention(study: Study, place: Place) -> tuple[float, float] | None:
+    """The share of the original's figure that a place keeps, plainly and above chance, on the seeds that both have."""
+    task = study.task(place.pair)
+    if task is None:
+        return None
+    metric = METRICS[task][0]
+    ours = study.values(place, metric.name)
+    dense = study.values(Place(place.pair, ORIGINAL, DENSE), metric.name)
+    both = sorted(ours.keys() & dense.keys())
+    if not both:
+        return None
+    a, b = float(np.mean([ours[s] for s in both])), float(np.mean([dense[s] for s in both]))
+    return retained(a, b), retained(a, b, metric.chance)
+
+
+def transferred(study: Study) -> Sheet:
+    """Table 7: how well a method does wherever it is used; mean over the pairs of each task."""
+    pairs = [p for p in study.pairs if study.task(p) is not None]
+    tasks: list[Task] = [t for t in ("cf", "ctr") if any(study.task(p) == t for p in pairs)]
+    columns = [Column("method", words=True), *(Column(str(p)) for p in pairs)]
+    columns += [Column(f"overall {t}") for t in tasks] + [Column(f"published overall {t}") for t in tasks]
+    rows = []
+    for budget in _budgets(study):
+        for method in study.methods:
+            kept = {p: retention(study, Place(p, method, budget)) for p in pairs}
+            if not any(kept.values()):
+                continue
+            overall = [_overall([kept[p] for p in pairs if study.task(p) == t]) for t in tasks]
+            theirs = [_published_overall(study, method, budget, t) for t in tasks]
+            entries = [_ratio(k[0] if k else None) for k in (kept[p] for p in pairs)]
+            rows.append(
+                Row((Entry.of(method), *entries, *map(_ratio, overall), *map(_ratio, theirs)), formats.budget(budget))
+            )
+    shown = _without_empty(columns, rows)
+    return Sheet(
+        "transfer",
+        "Transfer: share of the original's quality, by data set and backbone",
+        shown[0],
+        shown[1],
+        ("Ratios of NDCG@20 or AUC, as in Table 7 of the benchmark; an overall figure needs every pair of its task.",),
+        "budget",
+    )
+
+
+def _overall(kept: Sequence[tuple[float, float] | None]) -> float | None:
+    known = [k[0] for k in kept if k is not None]
+    return float(np.mean(known)) if known and len(known) == len(kept) else None
+
+
+def _published_overall(study: Study, method: str, budget: str, task: Task) -> float | None:
+    asked = formats.sparsity(budget)
+    if asked is None:
+        return None
+    names = [plain(method), plain(str(study.plan["methods"][method].get("plugin", method)))]
+    found = (transfer().get((f"{100 * asked:.6g}", name)) for name in names)
+    return next((row[f"overall_{task}"] for row in found if row), None)
+
+
+def _ratio(value: float | None) -> Entry:
+    return Entry(formats.quality(value), value)
+
+
+def _without_empty(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[tuple[Column, ...], tuple[Row, ...]]:
+    """The same without columns in which no row says anything."""
+    kept = [i for i, c in enumerate(columns) if c.words or any(r.entries[i].value is not None for r in rows)]
+    return tuple(columns[i] for i in kept), tuple(Row(tuple(r.entries[i] for i in kept), r.block) for r in rows)
+
+
+def standings(study: Study) -> dict[str, Ranks]:
+    """By budget, ranks of the methods that have a figure on every pair with that budget; at least two of each."""
+    found = {}
+    for budget in _budgets(study):
+        pairs = [p for p in study.pairs if budget in study.budgets(p.data) and study.task(p) is not None]
+        by_method = {m: [_first_figure(study, Place(p, m, budget)) for p in pairs] for m in study.methods}
+        whole = {m: [f for f in figures if f is not None] for m, figures in by_method.items()}
+        whole = {m: figures for m, figures in whole.items() if len(figures) == len(pairs)}
+        if len(whole) > 1 and len(pairs) > 1:
+            found[budget] = ranks(whole)
+    return found
+
+
+def _first_figure(study: Study, place: Place) -> float | None:
+    values = study.values(place, METRICS[study.task(place.pair) or "ctr"][0].name)
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def ranked(study: Study) -> Sheet:
+    """Average ranks across data sets and backbones, with Friedman's test and Nemenyi's critical difference."""
+    rows = []
+    for budget, found in standings(study).items():
+        block = formats.budget(budget)
+        for method, rank in sorted(found.average.items(), key=lambda item: item[1]):
+            rows.append(
+                Row((Entry.of(method), Entry(f"{rank:.2f}", rank), Entry(f"{found.critical:.2f}", found.critical),
+                     Entry(f"{found.p:.3g}", found.p), Entry(str(found.blocks), found.blocks)), block)
+            )  # fmt: skip
+    return Sheet(
+        "ranks",
+        "Ranks across data sets",
+        (Column("method", words=True), Column("average rank"), Column("critical difference"), Column("Friedman p"),
+         Column("pairs")),
+        tuple(rows),
+        ("1 is best. Two methods differ at 5 % where their ranks are further apart than the critical difference "
+         "(Nemenyi), which few pairs of data set and backbone can hardly show.",),
+        "budget",
+    )  # fmt: skip
+
+
+def comparisons(study: Study, known: Known) -> Sheet:
+    """Every comparison behind the marks."""
+    rows = [
+        Row(
+            (
+                *_place(c.place),
+                Entry.of(c.other.method),
+                Entry.of(c.metric),
+                Entry(formats.signed(c.interval.estimate), c.interval.estimate),
+                Entry(f"[{formats.signed(c.interval.low)}, {formats.signed(c.interval.high)}]"),
+                Entry("", c.interval.low),
+                Entry("", c.interval.high),
+                Entry(f"{c.corrected:.3g}", c.corrected),
+                Entry.of("yes" if c.better else "no"),
+                Entry.of(c.how),
+            ),
+            str(pair),
+        )
+        for pair, by_metric in known.items()
+        for found in by_metric.values()
+        for c in found.comparisons
+    ]
+    columns = ("over", "metric", "by", "95 % interval", "low", "high", "p (Holm)", "significant", "resampled")
+    numbers, hidden = ("by", "low", "high", "p (Holm)"), ("low", "high")
+    return Sheet(
+        "comparisons",
+        "Comparisons behind the marks",
+        (*_PLACE, *(Column(c, words=c not in numbers, hidden=c in hidden) for c in columns)),
+        tuple(rows),
+        ("The best and the second best of each budget against all below them, as differences in their favour; "
+         "evidence is corrected by Holm within one budget and metric.",),
+    )  # fmt: skip
+
+
+# ---- beside the papers -----------------------------------------------------------------------------------------------
+
+
+def published(study: Study) -> Sheet:
+    """Our figures and those of the benchmark's Tables 5 and 6, where data set, backbone, method and sparsity agree."""
+    rows = [
+        row for pair in study.pairs for place in study.places(pair) if (row := _published_row(study, place)) is not None
+    ]
+    samples = sorted({p.data for p in study.pairs if is_sample(p.data)})
+    notes = ["Recall is the capped one here, as in the papers: hits over min(relevant, 20)."]
+    notes += [f"{data} is a sample of {data_set(data)}: absolute figures are not comparable." for data in samples]
+    notes += [note for pair in study.pairs if (note := lightgcn(study, pair)) is not None]
+    columns = [*_PLACE]
+    for group, kept in (("AUC or NDCG@20", True), ("log-loss or recall@20", False)):
+        columns += [Column("ours", group), Column("published", group)]
+        columns += [Column("retained", group), Column("published retained", group)] if kept else []
+    columns += [Column("ours", "values"), Column("published", "values"), Column("source", words=True)]
+    return Sheet("published", "Beside the published figures", tuple(columns), tuple(rows), tuple(notes))
+
+
+def _published_row(study: Study, place: Place) -> Row | None:
+    theirs, task = beside(study, place), study.task(place.pair)
+    if theirs is None or task is None or _View(study, place).state is not None:
+        return None
+    base = beside(study, Place(place.pair, ORIGINAL, DENSE))
+    entries = []
+    for i, metric in enumerate(m for m in METRICS[task] if m.name in theirs.figures):
+        values = list(study.values(place, metric.name).values())
+        mean, figure = (float(np.mean(values)) if values else None), theirs.figures[metric.name]
+        entries += [Entry(formats.quality(mean), mean), Entry(formats.quality(figure), figure)]
+        if i == 0:
+            kept = retention(study, place)
+            entries += [
+                _ratio(kept[0] if kept else None),
+                _ratio(retained(figure, base.figures[metric.name]) if base else None),
+            ]
+    values = study.mean(place, "values")
+    sizes = Entry(formats.amount(values or 0), values), Entry(formats.amount(theirs.values), theirs.values)
+    return Row((*_place(place), *entries, *sizes, Entry.of(theirs.table)), str(place.pair))
+
+
+# ---- more than accuracy ----------------------------------------------------------------------------------------------
+
+
+def beyond(study: Study) -> Sheet:
+    """Coverage, novelty, diversity, popularity of recommendation lists."""
+    names = sorted({n for by in study.cells.values() for r in by.values() for n in (r.get("beyond") or {})})
+    rows = []
+    for pair in study.pairs:
+        for place in study.places(pair):
+            means = [study.mean(place, "beyond", name) for name in names]
+            if any(m is not None for m in means):
+                entries = (Entry("–" if m is None else f"{m:.3f}", m) for m in means)
+                rows.append(Row((*_place(place), *entries), str(pair)))
+    return Sheet(
+        "beyond-accuracy",
+        "Beyond accuracy",
+        (*_PLACE, *map(Column, names)),
+        tuple(rows),
+        ("Coverage: share of the catalogue in some list. Novelty: mean −log₂ of the share of users who have an item. "
+         "Diversity: mean 1 − cosine over the pairs of a list, items being alike where the same users have them. "
+         "Popularity: mean count of a recommended item over that of a held-out one. Gini: inequality of exposure.",),
+    )  # fmt: skip
+
+
+PARTS = ("packages", "vocabulary", "model", "runtime")
+
+
+def efficiency(study: Study) -> Sheet:
+    """Time and peak memory of every phase, as in Figures 3 and 4."""
+    rows = []
+    for r in study.of_kind("efficiency"):
+        ms, peak = r.get("ms") or {}, r.get("peak_mib") or {}
+        span = f"[{formats.milliseconds(ms['p10'])}, {formats.milliseconds(ms['p90'])}]" if "p90" in ms else ""
+        rows.append(
+            Row(
+                (
+                    Entry("", r["data"]),
+                    Entry("", r["backbone"]),
+                    Entry.of(r["method"]),
+                    Entry.of(r["phase"]),
+                    Entry.of(r["profile"]),
+                    Entry(str(r["batch"]), r["batch"]),
+                    Entry(str(r.get("threads", "")), r.get("threads")),
+                    Entry(formats.milliseconds(ms["p50"]) + (" *" if r.get("extrapolated") else ""), ms["p50"])
+                    if ms.get("p50") is not None
+                    else Entry("–"),
+                    Entry(span),
+                    Entry("", ms.get("p10")),
+                    Entry("", ms.get("p90")),
+                    *(_mib(peak.get(part)) for part in (*PARTS, "total")),
+                    Entry("", bool(r.get("extrapolated"))),
+                ),
+                str(Pair(r["data"], r["backbone"])),
+            )
+        )
+    rows.sort(key=lambda row: (row.block, *(row.entries[i].text for i in (4, 3, 2))))
+    columns = ("data", "backbone", "method", "phase", "profile", "batch", "threads", "median", "p10 to p90", "p10 ms",
+               "p90 ms", *(f"{p} MiB" for p in PARTS), "peak MiB", "extrapolated")  # fmt: skip
+    hidden = ("data", "backbone", "p10 ms", "p90 ms", "extrapolated")
+    words = ("method", "phase", "profile")
+    return Sheet(
+        "efficiency",
+        "Time and memory by phase",
+        tuple(Column("median ms" if c == "median" else c, words=c in words, hidden=c in hidden) for c in columns),
+        tuple(rows),
+        ("Medians of repeated calls after a warm-up; * extrapolated from a part of an epoch. Peak resident memory is "
+         "split into packages, vocabulary, model and what the phase itself takes.",),
+    )  # fmt: skip
+
+
+def _mib(value: float | None) -> Entry:
+    return Entry("–" if value is None else f"{value:.1f}", value)
+
+
+# ---- how it came to be -----------------------------------------------------------------------------------------------
+
+
+def settings(study: Study) -> Sheet:
+    """The hyper-parameters of every place, first seed, and which of them were searched."""
+    rows = []
+    for place, record in _first_records(study):
+        searched = searched_names(study, place)
+        for name, value in flat(record.get("params") or {}).items():
+            found = Entry.of(name), Entry.of(formats.plain(value)), Entry.of("yes" if name in searched else "no")
+            rows.append(Row((*_place(place), *found), str(place.pair)))
+    columns = Column("setting", words=True), Column("value"), Column("searched", words=True)
+    return Sheet("settings", "Hyper-parameters", (*_PLACE, *columns), tuple(rows))
+
+
+def _first_records(study: Study) -> Iterator[tuple[Place, Record]]:
+    for pair in study.pairs:
+        for place in study.places(pair):
+            if by_seed := study.cells.get(place):
+                yield place, by_seed[min(by_seed)]
+
+
+def flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name: ``training.`` for the first stage of the training, ``training.2.`` for the second.
+
+    Example:
+        >>> flat({"method": {"name": "qr", "n": 2}, "training": [{"epochs": 3}]})
+        {'method.n': 2, 'training.epochs': 3}
+    """
+    found = {f"{part}.{n}": v for part in ("backbone", "method") for n, v in (params.get(part) or {}).items()}
+    for i, stage in enumerate(params.get("training") or []):
+        found |= {f"training.{i + 1}.{n}" if i else f"training.{n}": v for n, v in stage.items()}
+    return {n: v for n, v in found.items() if not n.endswith(".name")}
+
+
+def searched_names(study: Study, place: Place) -> set[str]:
+    """Settings that the search of a place, or of the original that it starts from, was over."""
+    places = {(place.method, place.budget), (ORIGINAL, DENSE)}
+    trials = [
+        r
+        for r in study.of_kind("trial")
+        if (r["data"], r["backbone"]) == (place.pair.data, place.pair.backbone) and (r["method"], r["budget"]) in places
+    ]
+    return {name for r in trials for name in r.get("params", {})}
+
+
+def failures(study: Study) -> Sheet:
+    """Cells that ended in an error."""
+    rows = [
+        Row((*_place(p), Entry(str(seed), seed), Entry.of(error)), str(pair))
+        for pair in study.pairs
+        for p in study.places(pair)
+        for seed, error in sorted(study.failures.get(p, {}).items())
+    ]
+    return Sheet("failures", "Cells that failed", (*_PLACE, Column("seed"), Column("error", words=True)), tuple(rows))
+
+
+def ledger(study: Study) -> Sheet:
+    """How often test splits were read, and how many cells read one more than once."""
+    reads: Counter[str] = Counter(str(e.get("backbone", "")) for e in study.ledger)
+    again: Counter[str] = Counter(str(e.get("backbone", "")) for e in study.ledger if e.get("again"))
+    cells = Counter(p.pair.backbone for p, by in study.cells.items() for _ in by)
+    rows = [
+        Row(
+            (
+                Entry.of(b),
+                Entry(str(reads[b]), reads[b]),
+                Entry(str(cells[b]), cells[b]),
+                Entry(str(again[b]), again[b]),
+            )
+        )
+        for b in sorted(reads)
+    ]
+    return Sheet(
+        "ledger",
+        "Reads of test splits",
+        (Column("backbone", words=True), Column("reads"), Column("cells done"), Column("reads by a cell cut short")),
+        tuple(rows),
+        ("Every read of a test split is noted before it happens; choices are made on validation.",),
+    )
+
+
+def _budgets(study: Study) -> list[str]:
+    """Budgets of all data sets, in the plan's order."""
+    return list(dict.fromkeys(b for data in sorted(study.plan["data"]) for b in study.budgets(data)))

@@ -1,0 +1,67 @@
+"""A study's folder in, its report out: csv and markdown tables, and one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketrec.files import atomic_write
+from pocketrec.report.compare import REPLICATES, evidence
+from pocketrec.report.records import Study
+from pocketrec.report.tables import sheets
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        page: the html page.
+        tables: csv and markdown files.
+        counts: planned cells that are ``done``, ``failed`` and ``missing``.
+    """
+
+    page: Path
+    tables: tuple[Path, ...]
+    counts: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``pocketrec report --json``."""
+        return {
+            "report": str(self.page),
+            "tables": [str(path) for path in self.tables],
+            "cells": self.counts["done"],
+            "failed": self.counts["failed"],
+            "missing": self.counts["missing"],
+        }
+
+
+def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) -> Written:
+    """Write ``FOLDER/report`` from the records in ``FOLDER``; the same records give the same bytes.
+
+    Args:
+        folder: of a study, finished or not: what is missing is shown as such.
+        replicates: draws of the bootstrap, at least 100; evidence cannot be finer than 2 in that many.
+        seed: of the draws.
+
+    Raises:
+        DataError: the folder has no study.
+        ArtifactError: a record or a file of predictions is damaged.
+    """
+    from pocketrec.report.page import page
+
+    study = Study.read(folder)
+    known = {pair: evidence(study, pair, replicates=replicates, seed=seed) for pair in study.pairs}
+    made = sheets(study, known)
+    out = study.folder / "report"
+    out.mkdir(exist_ok=True)
+    tables = []
+    for sheet in made:
+        for suffix, text in (("csv", sheet.csv()), ("md", sheet.markdown())):
+            tables.append(out / f"{sheet.slug}.{suffix}")
+            atomic_write(tables[-1], text.encode())
+    target = out / "index.html"
+    atomic_write(target, page(study, known, made).encode())
+    return Written(target, tuple(tables), study.count())
