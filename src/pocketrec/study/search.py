@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -28,8 +28,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pocketrec.errors import ConfigError, PocketRecError
+from pocketrec.files import Lock
 from pocketrec.randomness import derive
-from pocketrec.run import Abandoned
+from pocketrec.run import Abandoned, waited
 from pocketrec.study.cell import Bench, Choices, Record, judge
 from pocketrec.study.job import Job
 from pocketrec.study.plan import Choices as Listed
@@ -63,11 +64,17 @@ class Trial:
         return best
 
 
+Round = tuple[list[tuple[str, Point]], list[float]]
+"""Trials that are drawn together, by the name and point of each, and the bar that each epoch has to reach."""
+
 Evaluate = Callable[[Sequence[tuple[str, Point]], Sequence[float]], list[Trial]]
-"""Trials of one round by the name and point of each, given the bar that each epoch has to reach."""
+"""Does a round."""
+
+Found = tuple[Record, list[Record]]
+"""The record of a choice, and those of its trials."""
 
 
-def search(bench: Bench, job: Job, choices: Choices, evaluate: Evaluate | None = None) -> tuple[Record, list[Record]]:
+def search(bench: Bench, job: Job, choices: Choices, evaluate: Evaluate | None = None) -> Found:
     """The record of the choice, and those of its trials.
 
     Args:
@@ -79,19 +86,31 @@ def search(bench: Bench, job: Job, choices: Choices, evaluate: Evaluate | None =
     Raises:
         ConfigError: no trial came to a figure.
     """
+    evaluate = evaluate or partial(one_by_one, bench, job, choices)
+    with closing(rounds(bench, job)) as steps:
+        try:
+            asked = next(steps)
+            while True:
+                asked = steps.send(evaluate(*asked))
+        except StopIteration as end:
+            return end.value
+
+
+def rounds(bench: Bench, job: Job) -> Generator[Round, list[Trial], Found]:
+    """The search from outside: yields each round, is sent what its trials came to, and returns what it found."""
     every = _points(bench.grid.space(job))
     trials = min(bench.plan.trials_of(bench.grid.data(job)), len(every) or sys.maxsize)
-    evaluate = evaluate or partial(one_by_one, bench, job, choices)
     with _study(bench.folder / "search.db", f"{job} {bench.grid.key(job)[:16]}") as study:
         space = {name: _distribution(s) for name, s in bench.grid.space(job).items()}
         while len(finished := _finished(study)) < trials:
             study.sampler = _sampler(job, len(finished), trials)
             for point in every[len(finished) :][: bench.plan.at_once] if len(every) == trials else ():
                 study.enqueue_trial(point)
-            asked = [study.ask(space) for _ in range(min(bench.plan.at_once, trials - len(finished)))]
+            with _hushed():
+                asked = [study.ask(space) for _ in range(min(bench.plan.at_once, trials - len(finished)))]
             named = [(f"{bench.grid.key(job)[:16]}-{len(finished) + i}", t.params) for i, t in enumerate(asked)]
             with _beating(study, asked):
-                outcomes = evaluate(named, _bar(finished))
+                outcomes = yield named, _bar(finished)
             for trial, outcome in zip(asked, outcomes, strict=True):
                 _tell(study, trial, outcome)
         return _choice(study, trials), _records(_finished(study))
@@ -135,18 +154,26 @@ def attempt(bench: Bench, job: Job, choices: Choices, name: str, point: Point, b
 def _study(path: Path, name: str) -> Iterator[Study]:
     """The stored study; what a dead process left running is marked as failed, and its trial is drawn again."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
+    with waited(Lock(path.with_suffix(".lock"))), _hushed():
         storage = RDBStorage(f"sqlite:///{path}", heartbeat_interval=HEARTBEAT_SECONDS)
-        try:
+    try:
+        with _hushed():
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
                 study.tell(trial.number, state=TrialState.FAIL)
-            yield study
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
+        yield study
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Optuna's warnings on heartbeats, which we send ourselves, are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
+        yield
 
 
 @contextmanager
