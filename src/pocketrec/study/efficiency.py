@@ -4,11 +4,12 @@ Phases of the uncompressed model: ``train``, one ``train step``, one ``train epo
 (preparing it and sizing its table), ``retrain`` where it trains afterwards, both with ``step`` and ``epoch`` where
 they run the training loop, and ``build`` of every other form of its table. Of both: ``inference`` by torch in every
 form of the table, and ``inference packed`` from the written file, by the compiled kernel and by numpy. For ranking
-models, inference is computing all user and item vectors, propagation included (batch ``None``); ``scoring`` and
-``ranking`` come on top.
+models, inference is computing all user and item vectors, propagation included (batch ``None``). From these, ``scoring``
+is all items for a batch of users, ``ranking`` the best 20 of such scores, ``recommending`` both in one pass.
 
 The profile ``server`` times batches of 2,048 and 64. ``edge`` is one thread, batches of 64, inference by the runtime
-without torch from a file as a device has it (ranking models baked), and part of an epoch of training, extrapolated.
+without torch from a file as a device has it (final vectors of ranking models; none where a method has trained them
+through a graph), and part of an epoch of training, extrapolated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import torch
+
 from pocketrec import kernel, runtime
+from pocketrec.baked import BakedModel
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.files import save_arrays
 from pocketrec.method import Budget, Ladder, Method, Small, sized
@@ -92,7 +96,7 @@ def profile(
         ``joules`` per call where energy counters can be read, ``device_peak_mib`` on a GPU.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or there is no GPU.
         UnsupportedOp: the system has no ``/proc``, from which memory is read.
 
     Example:
@@ -105,7 +109,7 @@ def profile(
         Figures 3 and 4.
     """
     share = share or (EDGE_SHARE[backbone.task] if profile == "edge" else 1.0)
-    _check(profile, threads, repeats, share)
+    _check(profile, threads, repeats, share, device)
     with TemporaryDirectory() as folder:
         task = Task(
             kind="",
@@ -135,8 +139,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """
     named = device
     if device.startswith("cuda"):
-        import torch
-
         named = torch.cuda.get_device_name(device)
     return {
         "cpu": _cpu(),
@@ -198,28 +200,33 @@ class _Bench:
         for form in forms:
             for batch in self._batches():
                 yield replace(task, kind="infer", phase=f"inference {form}", form=form, batch=batch)
-        if self.backbone.task == "cf" and self.method is None:
-            for batch in BATCHES[self.profile]:
-                yield replace(task, kind="rank", phase="ranking", batch=batch)
 
     def _file_tasks(self, task: Task, small: Small) -> Iterator[Task]:
-        if self.profile == "edge" and self.backbone.task == "cf":
-            if self.method is not None and self.method.trains:
-                return
-            small, _ = self._small(task, bake=True)
-        file = self.folder / "small.safetensors"
-        small.save(file)
-        kind = "propagate" if small.contents.kind == "ego" else "serve"
+        ego = small.contents.kind == "ego"
+        if self.profile == "server" or not ego:
+            yield from self._packed_tasks(task, small, "propagate" if ego else "serve")
+        elif self.method is None or not self.method.trains:
+            yield from self._packed_tasks(task, self._small(task, bake=True)[0], "serve")
+        if self.backbone.task == "cf" and self.method is None:
+            file = self._save(self._small(task, bake=True)[0])
+            rows = self._rows(file, None, task.repeats)
+            for batch in BATCHES[self.profile]:
+                yield replace(task, kind="serve lists", phase="lists", batch=batch, file=str(file), rows=str(rows))
+
+    def _packed_tasks(self, task: Task, small: Small, kind: str) -> Iterator[Task]:
+        file = self._save(small)
         for batch in self._batches():
             rows = self._rows(file, batch, task.repeats)
             packed = replace(task, kind=kind, phase="inference packed", batch=batch, file=str(file), rows=str(rows))
             yield packed
             if self.profile == "server" and kernel.available():
                 yield replace(packed, phase="inference packed numpy")
-        if kind == "serve" and self.backbone.task == "cf" and self.method is None:
-            rows = self._rows(file, None, task.repeats)
-            for batch in BATCHES[self.profile]:
-                yield replace(task, kind="serve lists", phase="ranking", batch=batch, file=str(file), rows=str(rows))
+
+    def _save(self, small: Small) -> Path:
+        """The written file."""
+        file = self.folder / f"{small.contents.kind}.safetensors"
+        small.save(file)
+        return file
 
     def _batches(self) -> tuple[int | None, ...]:
         """Of inference: click models score rows, ranking models compute all vectors at once."""
@@ -227,8 +234,6 @@ class _Bench:
 
     def _small(self, task: Task, *, bake: bool = False) -> tuple[Small, Ladder | None]:
         """The model around its final table, and the ladder of the method."""
-        from pocketrec.baked import BakedModel
-
         with Run(None, seed=task.seed, threads=task.threads, store=task.store, device=task.device) as run:
             model: Model = self.backbone.build(self.data, task.seed).to(run.device)
             if self.training and not (self.method and self.method.trains):
@@ -289,13 +294,15 @@ def _environment(task: Task) -> dict[str, str]:
     return {**kept, **{name: str(task.threads) for name in THREADS}, **plain}
 
 
-def _check(profile: str, threads: int, repeats: int, share: float) -> None:
+def _check(profile: str, threads: int, repeats: int, share: float, device: str) -> None:
     if profile not in get_args(Profile):
         raise ConfigError(f"`profile` must be one of {', '.join(get_args(Profile))}, but got {profile!r}.")
     if threads < 1 or repeats < 1 or not 0 < share <= 1:
         raise ConfigError(
             f"`threads` and `repeats` must be at least 1 and `share` in (0, 1], but got {threads}, {repeats}, {share}."
         )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"`device` must be one that torch finds, but it finds no GPU for {device!r}; choose 'cpu'.")
     if not STATUS.exists():
         raise UnsupportedOp(f"Memory is read from {STATUS}, which this system lacks; take profiles on Linux.")
 

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import registry
+from pocketrec import kernel, registry
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.files import open_arrays
 from pocketrec.study.stopwatch import Record, Stopwatch, nothing, timed
@@ -241,28 +241,6 @@ def prepared(data: Dataset, batch: int, repeats: int) -> NDArray[np.int32]:
     return np.take(ids, range(batch * repeats), axis=0, mode="wrap").reshape(repeats, batch, -1)
 
 
-def _rank(task: Task, memory: Memory) -> list[Record]:
-    """Scores of all items for a batch of users, and the best of them, by torch."""
-    import torch
-
-    _, model = _loaded(task, memory)
-    with torch.inference_mode():
-        vectors = model.propagate(model.table.weight())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        users, items = (vectors[f.offset : f.stop] for f in model.schema.fields)
-        chosen = [users[_users(task, len(users), i)] for i in range(task.repeats)]
-        memory.mark("model")
-        score = timed("scoring", lambda i: chosen[i] @ items.T, task.repeats, _settle(task))
-        scores = chosen[0] @ items.T
-        rank = timed("ranking", lambda i: torch.topk(scores, min(LIST, len(items))), task.repeats, _settle(task))
-    return [score, rank]
-
-
-def _users(task: Task, users: int, call: int) -> list[int]:
-    """The users of one call."""
-    batch = task.batch or users
-    return [i % users for i in range(call * batch, (call + 1) * batch)]
-
-
 def _loaded(task: Task, memory: Memory) -> tuple[Dataset, Model]:
     """A trained, compressed model on its device, and a vocabulary of all rows beside it."""
     from pocketrec.dataset import Dataset
@@ -309,19 +287,22 @@ def _serve(task: Task, memory: Memory) -> list[Record]:
 
 
 def _serve_lists(task: Task, memory: Memory) -> list[Record]:
-    """Scores of all items for a batch of users, and the best of them, from a baked file."""
+    """Scores of all items for a batch of users, the best of such scores, and both at once, from final vectors."""
     from pocketrec import runtime
+    from pocketrec.allpairs import AllPairs
 
     memory.mark("packages")
     artifact = _opened(runtime.open(task.file).artifact, memory)
     rows, _ = open_arrays(task.rows)
-    users, items = _vectors(artifact, rows, task.threads)
-    chosen = [users[_users(task, len(users), i)] for i in range(task.repeats)]
-    scores = chosen[0] @ items.T
-    last = min(LIST, len(items)) - 1
+    pairs = AllPairs(artifact.program, *_vectors(artifact, rows, task.threads))
+    users, batch = len(rows["field0"]), task.batch or len(rows["field0"])
+    chosen = np.arange(batch * task.repeats).reshape(task.repeats, batch) % users
+    nothing_seen = np.zeros(batch + 1, np.int64), np.empty(0, np.int32)
+    scores = pairs.scores(chosen[0])
     return [
-        timed("scoring", lambda i: chosen[i] @ items.T, task.repeats),
-        timed("ranking", lambda i: np.argpartition(-scores, last, axis=1)[:, : last + 1], task.repeats),
+        timed("scoring", lambda i: pairs.scores(chosen[i]), task.repeats),
+        timed("ranking", lambda i: kernel.best(scores, *nothing_seen, LIST), task.repeats),
+        timed("recommending", lambda i: pairs.topk(chosen[i], nothing_seen, LIST, threads=task.threads), task.repeats),
     ]
 
 
@@ -376,7 +357,6 @@ PHASES: dict[str, Phase] = {
     "finish": _finish,
     "build": _build,
     "infer": _infer,
-    "rank": _rank,
     "propagate": _propagate,
     "serve": _serve,
     "serve lists": _serve_lists,

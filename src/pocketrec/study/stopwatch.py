@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 POWERCAP = Path("/sys/class/powercap")
 WARM_UP = 0.1
 """Untimed calls before the timed ones, as a share of them; at least one."""
+LEAST_CALLS, LONG_SECONDS = 3, 20.0
+"""Once so many calls have taken so long, no more are timed."""
 
 Record = dict[str, Any]
 
@@ -49,7 +51,7 @@ def timed(phase: str, call: Callable[[int], object], repeats: int, settle: Calla
     Args:
         phase: what it is called in the record.
         call: gets the number of the call.
-        repeats: timed calls, at least 1.
+        repeats: timed calls, at least 1; fewer where they take long.
         settle: waits until the device has nothing left to do; called around each timed call.
 
     Returns:
@@ -57,17 +59,19 @@ def timed(phase: str, call: Callable[[int], object], repeats: int, settle: Calla
     """
     for i in range(max(1, int(WARM_UP * repeats))):
         call(i)
-    milliseconds = np.empty(repeats)
+    milliseconds: list[float] = []
     before = _microjoules(POWERCAP)
-    for i in range(repeats):
+    while len(milliseconds) < min(repeats, LEAST_CALLS) or (
+        len(milliseconds) < repeats and sum(milliseconds) < 1000 * LONG_SECONDS
+    ):
         settle()
         started = time.perf_counter_ns()
-        call(i)
+        call(len(milliseconds))
         settle()
-        milliseconds[i] = (time.perf_counter_ns() - started) / 1e6
+        milliseconds.append((time.perf_counter_ns() - started) / 1e6)
     record = {"phase": phase, "ms": spread(milliseconds), "extrapolated": False}
     used = _used(before, _microjoules(POWERCAP))
-    return record if used is None else {**record, "joules": used / 1e6 / repeats}
+    return record if used is None else {**record, "joules": used / 1e6 / len(milliseconds)}
 
 
 def _microjoules(root: Path) -> dict[str, tuple[int, int]]:
