@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -54,6 +55,21 @@ class Watch(Protocol):
 
     def __call__(self, stage: str, epoch: int, metric: float | None) -> None:
         """Called after every epoch with its figure on validation."""
+
+
+class Part(Protocol):
+    """Computes one part of a step; a pure function of the key and the seed that can be sent to another process."""
+
+    def __call__(self, key: Any, checkpoint: Checkpoint) -> Mapping[str, NDArray[Any]]:
+        """The arrays of the part ``key``."""
+        ...
+
+
+class Helpers(Protocol):
+    """Computes parts of a step side by side, each by ``Run.once`` of a run like the given one."""
+
+    def __call__(self, run: Run, name: str, keys: Sequence[Any], part: Part) -> None:
+        """Returns when all parts are in ``run.steps``."""
 
 
 class Abandoned(Exception):
@@ -163,6 +179,7 @@ class Run:
         store: a folder of finished steps and trained models that runs share, so that none is computed twice; by
             default the one that ``POCKETREC_CACHE`` names, else each run keeps its own.
         watch: told of every epoch's figure on validation.
+        helpers: compute the parts of a :meth:`map` side by side; by default one is computed after the other, here.
         checkpoint_seconds: least time between two checkpoints of a step.
         checkpoint_calls: also save at every so many boundaries of a step; 0 for never.
 
@@ -187,6 +204,7 @@ class Run:
         progress: Progress | None = None,
         store: str | Path | None = None,
         watch: Watch | None = None,
+        helpers: Helpers | None = None,
         checkpoint_seconds: float = 60.0,
         checkpoint_calls: int = 0,
     ) -> None:
@@ -198,6 +216,7 @@ class Run:
         self.watch: Watch = watch or _unwatched
         named = store or os.environ.get("POCKETREC_CACHE")
         self.store = None if named is None else Path(named)
+        self.helpers = helpers
         self._every = (checkpoint_seconds, checkpoint_calls)
         self._memory: dict[str, Arrays] = {}
         self._records: dict[str, list[dict[str, Any]]] = {}
@@ -221,6 +240,11 @@ class Run:
             self._lock.__exit__(None, None, None)
             self._lock = None
 
+    @property
+    def steps(self) -> Path | None:
+        """The folder of finished steps."""
+        return self.store or (None if self.path is None else self.path / "steps")
+
     def once(self, name: str, key: Any, fn: Callable[[Checkpoint], Mapping[str, NDArray[Any]]]) -> Arrays:
         """The arrays that ``fn`` returns, computed at most once per ``(name, key, seed)`` and then read from the file.
 
@@ -233,7 +257,7 @@ class Run:
             Arrays by name; memory-mapped and read-only where the run has a folder.
         """
         identity = digest({"name": name, "key": key, "seed": self.seed})
-        folder = self.store or (None if self.path is None else self.path / "steps")
+        folder = self.steps
         if folder is None:
             if identity not in self._memory:
                 with self.working(None, identity) as checkpoint:
@@ -247,6 +271,21 @@ class Run:
                 save_arrays(finished, fn(checkpoint), {"name": name, "key": key, "seed": self.seed})
             checkpoint.clear()
         return open_arrays(finished)[0]
+
+    def map(self, name: str, keys: Sequence[Any], part: Part) -> list[Arrays]:
+        """The parts of a step, each computed :meth:`once`; who computes them changes nothing.
+
+        Args:
+            name: of the step.
+            keys: a JSON document for each part.
+            part: gets a key and a checkpoint.
+
+        Returns:
+            The arrays of each part, in the order of the keys.
+        """
+        if self.helpers is not None and self.steps is not None:
+            self.helpers(self, name, keys, part)
+        return [self.once(name, key, partial(part, key)) for key in keys]
 
     @contextmanager
     def claimed(self, finished: Path) -> Iterator[None]:

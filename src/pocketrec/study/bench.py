@@ -223,6 +223,7 @@ def chosen(context: Bench, known: Known) -> dict[Job, Point]:
 
 
 def report(context: Bench, known: Known, tell: Progress) -> None:
+    """Say how far the study is."""
     tell("jobs", len(known.done), len(context.grid.jobs), {"failed": float(len(known.failed))})
 
 

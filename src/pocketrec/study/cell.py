@@ -18,7 +18,7 @@ from pocketrec.dataset import Dataset
 from pocketrec.files import Journal, save_arrays
 from pocketrec.measure import Measurement, measure
 from pocketrec.method import Small, compress
-from pocketrec.run import Progress, Run, Watch
+from pocketrec.run import Helpers, Progress, Run, Watch
 from pocketrec.study.job import Grid, Job
 from pocketrec.study.plan import DENSE, ORIGINAL, STAGE, Plan, Point, build_backbone, build_method, build_training
 from pocketrec.train import validate
@@ -37,12 +37,14 @@ class Bench:
         folder: of journal, ledger, predictions and encoded data.
         store: of trained models and other finished steps; may be shared by many studies.
         progress: told how far long steps are.
+        helpers: compute parts of a step side by side.
     """
 
     plan: Plan
     folder: Path
     store: Path
     progress: Progress | None = None
+    helpers: Helpers | None = None
 
     @property
     def grid(self) -> Grid:
@@ -63,6 +65,7 @@ class Bench:
             store=self.store,
             watch=watch,
             progress=self.progress,
+            helpers=self.helpers,
         )
 
 
