@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class ActiveTable(Table, ABC):
         clip: the largest norm of the whole model's gradient; 0 does not clip.
     """
 
-    lasting: ClassVar[bool] = False
+    lasting: bool = False
     clip: float = 0.0
 
     def drawn(self, noise: torch.Generator) -> Table:

@@ -8,7 +8,7 @@ field lie in the order of their fingerprints; so a file finds its slots for noth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.active import ActiveTable
+from pocketrec.active import ActiveTable, Rule
 from pocketrec.backbone import Model, noise
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.masked import initial_model
@@ -102,10 +102,19 @@ def slots_of(region: Region, data: Dataset, order: Order) -> NDArray[np.int64]:
 
 
 class Composition(nn.Module, ABC):
-    """Computes the vectors of ``rows`` slots from its parameters."""
+    """Computes the vectors of ``rows`` slots from its parameters.
+
+    Attributes:
+        lasting: see :class:`~pocketrec.active.ActiveTable`.
+        clip: see there.
+        penalised: whether there is a ``penalty``.
+    """
 
     rows: int
     width: int
+    lasting: bool = False
+    clip: float = 0.0
+    penalised: bool = False
 
     @abstractmethod
     def forward(self, slots: Tensor) -> Tensor:
@@ -118,6 +127,17 @@ class Composition(nn.Module, ABC):
     def drawn(self) -> Self:
         """The composition of a training step, on the same weights."""
         return self
+
+    def rules(self) -> Mapping[str, Rule]:
+        """Parameters that are updated by rules of their own."""
+        return {}
+
+    def penalty(self, slots: Tensor, epoch: int) -> Tensor | float:
+        """Its own term of the loss for the slots of a batch, ``(m,)``."""
+        return 0.0
+
+    def observe(self) -> None:
+        """Look at the weights after each step."""
 
     @abstractmethod
     def values(self) -> int:
@@ -171,12 +191,14 @@ class ComposedTable(ActiveTable):
         self.plain = nn.ParameterList(
             nn.Parameter(weight[b.start : b.stop, b.left : b.right].detach().clone()) for b in self.plain_blocks
         )
+        self.lasting = any(part.lasting for _, part, _ in parts)
+        self.clip = max((part.clip for _, part, _ in parts), default=0.0)
         for i, (_, _, slots) in enumerate(parts):
             self.register_buffer(f"slots{i}", torch.from_numpy(slots), persistent=False)
 
     def extra_repr(self) -> str:
         """The settings of each composition."""
-        return "; ".join(f"{r} {p.extra_repr()}" for r, p in zip(self.regions, self._compositions(), strict=True))
+        return "; ".join(f"{r} {p.extra_repr()}" for r, p in zip(self.regions, self.compositions, strict=True))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up: ``(...) -> (..., D)``."""
@@ -193,13 +215,38 @@ class ComposedTable(ActiveTable):
         """The table of a training step: its compositions as they train, on the same weights."""
         other = object.__new__(type(self))
         vars(other).update(vars(self))
-        parts = nn.ModuleList(part.drawn() for part in self._compositions())
+        parts = nn.ModuleList(part.drawn() for part in self.compositions)
         other._modules = {**self._modules, "parts": parts}
         return other
 
+    def rules(self) -> Mapping[str, Rule]:
+        """Those of all compositions."""
+        return {f"parts.{i}.{name}": r for i, p in enumerate(self.compositions) for name, r in p.rules().items()}
+
+    def penalty(self, ids: Tensor, epoch: int) -> Tensor | float:
+        """The terms of all compositions, over every occurrence of an id; each user of ranking data counts once."""
+        total: Tensor | float = 0.0
+        if any(part.penalised for part in self.compositions):
+            once = 1 if self.schema.task == "cf" else 0
+            flat = torch.cat([ids[:, :once].unique(), ids[:, once:].flatten()]).long()
+            for i, (region, part) in enumerate(zip(self.regions, self.compositions, strict=True)):
+                inside = flat[(flat >= region.start) & (flat < region.stop)] - region.start
+                total = total + part.penalty(self._slots(i)[inside], epoch)
+        return total
+
+    def observe(self) -> None:
+        """Each composition looks at its weights."""
+        for part in self.compositions:
+            part.observe()
+
+    def with_parts(self, parts: Sequence[Composition], weight: Tensor) -> ComposedTable:
+        """The same regions and slots with other compositions; uncounted blocks start from ``weight (n, D)``."""
+        slots = [self._slots(i).cpu().numpy() for i in range(len(self.regions))]
+        return ComposedTable(self.schema, self.blocks, list(zip(self.regions, parts, slots, strict=True)), weight)
+
     def values(self) -> int:
         """Learned scalars of all compositions."""
-        return sum(part.values() for part in self._compositions())
+        return sum(part.values() for part in self.compositions)
 
     def stored(self) -> Tensor:
         """Every row but the out-of-vocabulary rows."""
@@ -222,7 +269,7 @@ class ComposedTable(ActiveTable):
         return Packed(self.schema.rows if rows is None else len(rows), tuple(blocks), fill, absent)
 
     def _pack_region(self, index: int, storage: Storage, rows: NDArray[np.int64] | None) -> FileBlock:
-        region, part = self.regions[index], self._compositions()[index]
+        region, part = self.regions[index], self.compositions[index]
         start, stop = file_range(region, rows)
         local = np.arange(region.rows) if rows is None else rows[start:stop] - region.start
         slots = self._slots(index).cpu().numpy()[local]
@@ -240,7 +287,9 @@ class ComposedTable(ActiveTable):
         (packed,) = Packed.encode(weight, None, none, none, (range_,), fields, rows, storage).blocks
         return replace(packed, left=block.left, right=block.right)  # pyright: ignore[reportArgumentType]
 
-    def _compositions(self) -> list[Composition]:
+    @property
+    def compositions(self) -> list[Composition]:
+        """One per region."""
         return cast("list[Composition]", list(self.parts))
 
     def _slots(self, index: int) -> Tensor:
@@ -257,13 +306,13 @@ class ComposedTable(ActiveTable):
         """Vectors of rows ``local (m,)`` of an area, ``(m, width)``."""
         if isinstance(area, Block):
             return self.plain[index][local]
-        return self._compositions()[index](self._slots(index)[local]).float()
+        return self.compositions[index](self._slots(index)[local]).float()
 
     def _whole(self, area: Region | Block, index: int) -> Tensor:
         """All rows of an area."""
         if isinstance(area, Block):
             return self.plain[index]
-        weight, slots = self._compositions()[index].weight().float(), self._slots(index)
+        weight, slots = self.compositions[index].weight().float(), self._slots(index)
         in_order = torch.equal(slots, torch.arange(len(slots), device=slots.device))
         return weight if in_order else weight[slots]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.packed import Index, Packed, Storage
 from pocketrec.randomness import derive
 from pocketrec.run import Run
+from pocketrec.schema import Task
 from pocketrec.table import DenseTable, PrunedTable, Table, own_absent
 
 if TYPE_CHECKING:
@@ -104,6 +106,14 @@ def initial_model(model: Model, data: Dataset, run: Run) -> tuple[Model, DenseTa
     if not isinstance(start.table, DenseTable):
         raise ConfigError(f"A backbone must start from a dense table, but got {type(start.table).__name__}.")
     return start, start.table
+
+
+def search_training(training: Sequence[Training], task: Task, epochs: int | None) -> Training:
+    """The settings of a search: those of the first stage with dense Adam, by default for half of its epochs."""
+    from pocketrec.train import Training
+
+    first = training[0] if training else Training.default(task)
+    return replace(first, epochs=epochs or -(-first.epochs // 2), optimizer="adam")
 
 
 def retrain(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -16,11 +16,12 @@ from pocketrec.active import ActiveTable, Rule
 from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
-from pocketrec.masked import Head, initial_model, retrain
+from pocketrec.masked import Head, initial_model, retrain, search_training
 from pocketrec.method import Ladder, Method
 from pocketrec.packed import Index, Packed, Storage
-from pocketrec.pruning import PruningLadder, Scope, carry_uncounted, rank_keys
+from pocketrec.pruning import PruningLadder, Scope, carry_uncounted
 from pocketrec.run import Run
+from pocketrec.soft import Falls, check_search, first_threshold, rising_rate, shrink
 from pocketrec.table import DenseTable, PrunedTable, counted_cells
 from pocketrec.train import Training
 
@@ -77,26 +78,14 @@ class PEP(Method):
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.start is not None and not -math.inf < self.start < 0:
-            raise ConfigError(f"`start` must be below 0, but got start={self.start}.")
-        if not 0 < self.reach <= 0.5:
-            raise ConfigError(f"`reach` must lie in (0, 0.5], but got reach={self.reach}.")
-        for name in ("threshold_rate", "threshold_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"`{name}` must be above 0, but got {name}={value}.")
-        for name in ("search_epochs", "checks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"`{name}` must be at least 1, but got {name}={value}.")
+        check_search(self.start, self.reach, self.threshold_rate, self.threshold_decay, self.search_epochs, self.checks)
         if not 0 <= self.clip < math.inf:
             raise ConfigError(f"`clip` must be at least 0, but got clip={self.clip}.")
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """Search once, for all budgets."""
         start, dense = initial_model(model, data, run)
-        first = self.training[0] if self.training else Training.default(data.schema.task)
-        search = replace(first, epochs=self.search_epochs or -(-first.epochs // 2), optimizer="adam")
+        search = search_training(self.training, data.schema.task, self.search_epochs)
         steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))
         found = run.fit("search", start.with_table(self._soft(dense, steps)), data, search).table
         if not isinstance(found, SoftTable):
@@ -108,18 +97,13 @@ class PEP(Method):
     def _soft(self, dense: DenseTable, steps: int) -> SoftTable:
         """The table to search in, for so many steps."""
         counted = counted_cells(dense.schema, dense.blocks)[torch.from_numpy(dense.schema.field_of_row)]
-        mean = float(dense.matrix.detach().abs()[counted].mean())
-        first = math.log(mean / 20) if self.start is None else self.start
-        rate = self.threshold_rate or (math.log(self.reach / (1 - self.reach)) - first) / steps
-        rule = Rule(rate, self.threshold_decay)
+        first = first_threshold(dense.matrix.detach()[counted]) if self.start is None else self.start
+        rule = Rule(self.threshold_rate or rising_rate(first, self.reach, steps), self.threshold_decay)
         return SoftTable(dense, self.granularity, first, rule, max(1, steps // self.checks), self.clip)
 
 
 class SoftTable(ActiveTable):
     """``sign(e) relu(|e| - sigmoid(s))`` on counted blocks, ``e`` on the others.
-
-    It notes at every ``every``-th step which entries are below their threshold: ``died`` is the number of the check
-    since which an entry has been (0: it is above), ``margin`` its ``|e| - sigmoid(s)`` at that check.
 
     Args:
         dense: first values; copied.
@@ -130,11 +114,8 @@ class SoftTable(ActiveTable):
         clip: largest norm of the gradient; 0 does not clip.
     """
 
-    lasting: ClassVar[bool] = True
+    lasting = True
 
-    died: Tensor
-    margin: Tensor
-    steps: Tensor
     cells: Tensor
     fields: Tensor
 
@@ -145,7 +126,6 @@ class SoftTable(ActiveTable):
         self.schema = dense.schema
         self.blocks = dense.blocks
         self.granularity: Granularity = granularity
-        self.every = every
         self.clip = clip
         self.rule = rule
         rows, width = dense.matrix.shape
@@ -156,13 +136,11 @@ class SoftTable(ActiveTable):
         self.threshold = nn.Parameter(torch.full(shape, first))
         self.register_buffer("fields", torch.from_numpy(self.schema.field_of_row.copy()).long())
         self.register_buffer("cells", counted_cells(self.schema, self.blocks))
-        self.register_buffer("died", torch.zeros(rows, width, dtype=torch.int32))
-        self.register_buffer("margin", torch.zeros(rows, width))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.falls = Falls((rows, width), every)
 
     def extra_repr(self) -> str:
         """Settings of the search."""
-        return f"{self.granularity}, every={self.every}, clip={self.clip}, rule={self.rule}"
+        return f"{self.granularity}, every={self.falls.every}, clip={self.clip}, rule={self.rule}"
 
     def rules(self) -> Mapping[str, Rule]:
         """Thresholds have their own rate and decay."""
@@ -183,21 +161,12 @@ class SoftTable(ActiveTable):
         return self.threshold[self.fields[rows]] if self.granularity.startswith("field") else self.threshold[0]
 
     def _shrink(self, vectors: Tensor, threshold: Tensor, fields: Tensor) -> Tensor:
-        shrunk = vectors.sign() * torch.relu(vectors.abs() - threshold.sigmoid())
+        shrunk = shrink(vectors, threshold)
         return shrunk if bool(self.cells.all()) else torch.where(self.cells[fields], shrunk, vectors)
 
-    @torch.no_grad()
     def observe(self) -> None:
-        """At every ``every``-th step: note what is below its threshold."""
-        self.steps += 1
-        step = int(self.steps)
-        if step % self.every:
-            return
-        margin = self.margins()
-        fresh = (margin <= 0) & (self.died == 0)
-        self.margin[fresh] = margin[fresh]
-        self.died[fresh] = step // self.every
-        self.died[margin > 0] = 0
+        """Note now and then what is below its threshold."""
+        self.falls.observe(self.margins)
 
     def margins(self) -> Tensor:
         """``|e| - sigmoid(s)`` now, ``(n, D)``; infinite outside counted blocks."""
@@ -206,17 +175,11 @@ class SoftTable(ActiveTable):
 
     def keys(self) -> NDArray[np.float32]:
         """Ranking keys ``(n, D)``: entries still above their threshold, then those that fell last; by margin."""
-        alive = (self.died == 0).numpy()
-        margin = np.where(alive, self.margins().numpy(), self.margin.numpy())
-        fell = np.where(alive, np.iinfo(np.int32).max, self.died.numpy())
-        return carry_uncounted(rank_keys(margin, fell), self.blocks)
+        return carry_uncounted(self.falls.keys(self.margins()), self.blocks)
 
     def alive(self) -> NDArray[np.int64]:
         """Counted entries above their threshold after 0, 1, ... checks."""
-        died = self.died[self.cells[self.fields]].numpy()
-        fell = np.bincount(died, minlength=int(self.steps) // self.every + 1)
-        fell[0] = 0
-        return len(died) - np.cumsum(fell)
+        return self.falls.alive(self.cells[self.fields])
 
     def _now(self) -> PrunedTable:
         """What it reads now, as a pruned table."""
