@@ -211,7 +211,9 @@ class _Bench:
             file = self._save(self._small(task, bake=True)[0])
             rows = self._rows(file, None, task.repeats)
             for batch in BATCHES[self.profile]:
-                yield replace(task, kind="serve lists", phase="lists", batch=batch, file=str(file), rows=str(rows))
+                served = replace(task, batch=batch, file=str(file), rows=str(rows))
+                yield replace(served, kind="serve scores", phase="scoring and ranking")
+                yield replace(served, kind="serve lists", phase="recommending")
 
     def _packed_tasks(self, task: Task, small: Small, kind: str) -> Iterator[Task]:
         file = self._save(small)

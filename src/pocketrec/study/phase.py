@@ -42,6 +42,7 @@ from pocketrec.files import open_arrays
 from pocketrec.study.stopwatch import Record, Stopwatch, nothing, timed
 
 if TYPE_CHECKING:
+    from pocketrec.allpairs import AllPairs
     from pocketrec.artifact import Artifact
     from pocketrec.backbone import Backbone, Model
     from pocketrec.dataset import Dataset
@@ -286,8 +287,31 @@ def _serve(task: Task, memory: Memory) -> list[Record]:
     return [record]
 
 
+def _serve_scores(task: Task, memory: Memory) -> list[Record]:
+    """Scores of all items for a batch of users, then the best of such scores, from final vectors."""
+    from pocketrec.allpairs import USERS
+
+    pairs, chosen = _users(task, memory)
+    scores = pairs.scores(chosen[0])
+
+    def rank(call: int) -> None:
+        for top in range(0, len(scores), USERS):
+            part = scores[top : top + USERS]
+            kernel.best(part, *_unseen(len(part)), LIST)
+
+    score = timed("scoring", lambda i: pairs.scores(chosen[i]), task.repeats)
+    return [score, timed("ranking", rank, task.repeats)]
+
+
 def _serve_lists(task: Task, memory: Memory) -> list[Record]:
-    """Scores of all items for a batch of users, the best of such scores, and both at once, from final vectors."""
+    """The best items for a batch of users in one pass, from final vectors."""
+    pairs, chosen = _users(task, memory)
+    unseen = _unseen(chosen.shape[1])
+    return [timed(task.phase, lambda i: pairs.topk(chosen[i], unseen, LIST, threads=task.threads), task.repeats)]
+
+
+def _users(task: Task, memory: Memory) -> tuple[AllPairs, NDArray[np.int64]]:
+    """The head around a file's final vectors, and the users ``(repeats, batch)`` of each call."""
     from pocketrec import runtime
     from pocketrec.allpairs import AllPairs
 
@@ -295,15 +319,14 @@ def _serve_lists(task: Task, memory: Memory) -> list[Record]:
     artifact = _opened(runtime.open(task.file).artifact, memory)
     rows, _ = open_arrays(task.rows)
     pairs = AllPairs(artifact.program, *_vectors(artifact, rows, task.threads))
-    users, batch = len(rows["field0"]), task.batch or len(rows["field0"])
-    chosen = np.arange(batch * task.repeats).reshape(task.repeats, batch) % users
-    nothing_seen = np.zeros(batch + 1, np.int64), np.empty(0, np.int32)
-    scores = pairs.scores(chosen[0])
-    return [
-        timed("scoring", lambda i: pairs.scores(chosen[i]), task.repeats),
-        timed("ranking", lambda i: kernel.best(scores, *nothing_seen, LIST), task.repeats),
-        timed("recommending", lambda i: pairs.topk(chosen[i], nothing_seen, LIST, threads=task.threads), task.repeats),
-    ]
+    users = len(rows["field0"])
+    batch = task.batch or users
+    return pairs, np.arange(batch * task.repeats).reshape(task.repeats, batch) % users
+
+
+def _unseen(users: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The CSR pattern of users who have seen nothing."""
+    return np.zeros(users + 1, np.int64), np.empty(0, np.int32)
 
 
 def _propagate(task: Task, memory: Memory) -> list[Record]:
@@ -359,9 +382,10 @@ PHASES: dict[str, Phase] = {
     "infer": _infer,
     "propagate": _propagate,
     "serve": _serve,
+    "serve scores": _serve_scores,
     "serve lists": _serve_lists,
 }
-TORCH_FREE = ("serve", "serve lists")
+TORCH_FREE = ("serve", "serve scores", "serve lists")
 
 
 def _settle(task: Task) -> Callable[[], None]:
