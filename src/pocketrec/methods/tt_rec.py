@@ -1,0 +1,342 @@
+"""TT-Rec: tensor-train tables with a cache of frequent rows."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pocketrec.backbone import Model
+from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Order, Region, Scope, slots_of
+from pocketrec.dataset import Dataset
+from pocketrec.errors import ConfigError
+from pocketrec.layouts.factors import encode_factor
+from pocketrec.layouts.tensor_train import TensorTrainBlock, core_shapes, row_factors, train_bytes, width_factors
+from pocketrec.method import Method
+from pocketrec.packed import PackedRange, Storage
+from pocketrec.run import Run
+from pocketrec.train import Training
+
+Init = Literal["corrected", "approx_normal"]
+
+
+@dataclass(frozen=True)
+class TTRec(Method):
+    """The table as a tensor train of a few small cores, and the most frequent rows as they are.
+
+    Ranks are equal as far as their bounds allow, the largest that fit the budget; what they leave goes to the cache.
+    The cache holds the rows that occur most often in training, which the data set has counted; it starts, after
+    ``warm_up`` epochs on the cores alone, as a copy of what the cores say, and is then trained for itself.
+
+    Args:
+        cores: 2 to 4.
+        cache_share: of the values, for cached rows at least, in [0, 1); 0 for no cache, as published ranking models.
+        warm_up: epochs before the cache is filled, at least 0.
+        init: ``corrected`` (entries of the table get the variance 1/(3n), whatever the ranks) or ``approx_normal`` (the
+            published one, larger by far).
+        multiple: ranks are multiples of this where they are not smaller.
+        scope: ``block`` has a train for each counted block, ``joint`` one for all rows.
+        order: which ids share slices: neighbours in the ``file`` (free) or by ``id`` (4 bytes a row where fields are
+            hashed).
+        training: stages of training; none for the defaults of the task.
+
+    Example:
+        >>> TTRec(cache_share=0).ranks((125, 125, 128), (2, 2, 4), 3_477_792)
+        (120, 112)
+
+    Reference:
+        Yin et al., "TT-Rec: tensor train compression for deep learning recommendation models", 2021.
+    """
+
+    name: ClassVar[str] = "tt_rec"
+    trains: ClassVar[bool] = True
+
+    cores: int = 3
+    cache_share: float = 0.2
+    warm_up: int = 1
+    init: Init = "corrected"
+    multiple: int = 8
+    scope: Scope = "block"
+    order: Order = "file"
+    training: tuple[Training, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.cores <= 4:
+            raise ConfigError(f"`cores` must lie in [2, 4], but got cores={self.cores}.")
+        if not 0 <= self.cache_share < 1:
+            raise ConfigError(f"`cache_share` must lie in [0, 1), but got cache_share={self.cache_share}.")
+        for name, least in (("warm_up", 0), ("multiple", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"`{name}` must be at least {least}, but got {name}={getattr(self, name)}.")
+        if self.init not in ("corrected", "approx_normal"):
+            raise ConfigError(f"`init` must be 'corrected' or 'approx_normal', but got {self.init!r}.")
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
+        """Nothing is computed before the budget is known."""
+        frequent: dict[Region, NDArray[np.int64]] = {}
+
+        def plan(region: Region, values: int) -> TTPlan | None:
+            if region not in frequent:
+                order = np.argsort(-data.counts[region.start : region.stop], kind="stable")
+                frequent[region] = slots_of(region, data, self.order)[order]
+            return self.plan(region, values, frequent[region])
+
+        return ComposedLadder.of(
+            self.name, model, data, run,
+            scope=self.scope, order=self.order, training=self.training, plan=plan, least=self.least,
+            train=lambda draft: self._train(draft, data, run),
+        )  # fmt: skip
+
+    def plan(self, region: Region, values: int, frequent: NDArray[np.int64]) -> TTPlan | None:
+        """Cores and cache of a region within ``values`` scalars.
+
+        Args:
+            region: Rows and columns.
+            values: Scalars, at most.
+            frequent: All slots, the most frequent first.
+        """
+        rows, widths = row_factors(region.rows, self.cores), width_factors(region.width, self.cores)
+        ranks = self.ranks(rows, widths, values - int(values * self.cache_share)) or self.ranks(rows, widths, values)
+        if ranks is None:
+            return None
+        plan = TTPlan(region.rows, rows, widths, ranks, self.init)
+        cached = min((values - plan.values) // region.width, region.rows) if self.cache_share else 0
+        return replace(plan, cached=np.sort(frequent[:cached]))
+
+    def least(self, region: Region) -> int:
+        """Scalars of the smallest train of a region."""
+        rows, widths = row_factors(region.rows, self.cores), width_factors(region.width, self.cores)
+        return train_values(rows, widths, (1,) * (self.cores - 1))
+
+    def ranks(self, rows: tuple[int, ...], widths: tuple[int, ...], values: int) -> tuple[int, ...] | None:
+        """The largest ranks whose cores hold at most ``values`` scalars; ``None`` if there are none."""
+        bounds = rank_bounds(rows, widths)
+
+        def capped(rank: int) -> tuple[int, ...]:
+            return tuple(min(rank, bound) for bound in bounds)
+
+        low, high = 0, max(bounds)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if train_values(rows, widths, capped(middle)) <= values:
+                low = middle
+            else:
+                high = middle - 1
+        if low < 1:
+            return None
+        step = self.multiple if low >= self.multiple else 1
+        ranks = capped(low // step * step)
+        grown = True
+        while grown:
+            grown = False
+            for k, bound in enumerate(bounds):
+                wider = (*ranks[:k], min(ranks[k] + step, bound), *ranks[k + 1 :])
+                if wider != ranks and wider[k] <= 2 * low and train_values(rows, widths, wider) <= values:
+                    ranks, grown = wider, True
+        return ranks
+
+    def _train(self, draft: Model, data: Dataset, run: Run) -> Model:
+        """Warm up on the cores, fill the cache, train on."""
+        stages = self.training or (Training.default(data.schema.task),)
+        table = cast("ComposedTable", draft.table)
+        if self.warm_up and any(cast("TTComposition", part).cached for part in table.parts):
+            warming = draft.with_table(_each_part(table, warm=True))
+            warm = replace(stages[0], epochs=self.warm_up, patience=self.warm_up)
+            draft = run.fit(f"{self.name}_warm_up", warming, data, warm)
+        filled = _each_part(cast("ComposedTable", draft.table), warm=False)
+        return run.fit(self.name, draft.with_table(filled), data, stages)
+
+
+def _each_part(table: ComposedTable, *, warm: bool) -> ComposedTable:
+    """A copy of the table whose caches are out of use, or filled and in use."""
+    table = copy.deepcopy(table)
+    for part in table.parts:
+        cast("TTComposition", part).fill(warm=warm)
+    return table
+
+
+def train_values(rows: tuple[int, ...], widths: tuple[int, ...], ranks: tuple[int, ...]) -> int:
+    """Scalars of the cores.
+
+    Example:
+        >>> train_values((125, 125, 128), (2, 2, 4), (192, 192))
+        9362304
+    """
+    return sum(n * width for n, width in core_shapes(rows, widths, ranks))
+
+
+def rank_bounds(rows: tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The ranks at which a train says every matrix exactly."""
+    cells = [n * d for n, d in zip(rows, widths, strict=True)]
+    return tuple(min(math.prod(cells[:k]), math.prod(cells[k:])) for k in range(1, len(cells)))
+
+
+@dataclass(frozen=True)
+class TTPlan:
+    """Cores and cache for ``slots`` slots."""
+
+    slots: int
+    rows: tuple[int, ...]
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+    init: Init = "corrected"
+    cached: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False, compare=False)
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return math.prod(self.widths)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Shape of each core."""
+        return core_shapes(self.rows, self.widths, self.ranks)
+
+    @property
+    def values(self) -> int:
+        """Scalars of cores and cache."""
+        return train_values(self.rows, self.widths, self.ranks) + len(self.cached) * self.width
+
+    def size_bytes(self, storage: Storage) -> int:
+        """Bytes of cores and cache in a file."""
+        return train_bytes(self.shapes, len(self.cached), self.width, storage)
+
+    def build(self, source: torch.Generator) -> TTComposition:
+        """The cores, freshly drawn, and the cache as they say."""
+        return TTComposition(self, [_core(shape, self, source) for shape in self.shapes])
+
+
+def _core(shape: tuple[int, int], plan: TTPlan, source: torch.Generator) -> Tensor:
+    """A core, freshly drawn; see the argument ``init`` of :class:`TTRec`."""
+    variance = 1 / (3 * plan.slots)
+    if plan.init == "corrected":
+        std = (variance / math.prod(plan.ranks)) ** (1 / (2 * len(plan.rows)))
+        return torch.empty(shape).normal_(0, std, generator=source)
+    uniform = torch.empty(shape, dtype=torch.float64).uniform_(-1, 1, generator=source)
+    least = math.erf(2 / math.sqrt(2))
+    tail = torch.erfinv(least + (1 - least) * uniform.abs()).clamp(max=5.0) * math.sqrt(2)
+    return (tail * uniform.sign() * variance ** (1 / 6)).float()
+
+
+class TTComposition(Composition):
+    """A tensor train and a cache.
+
+    The first half of the cores is multiplied out once for all ids of a look-up, and kept between look-ups that need no
+    gradient; so each distinct id costs one small matrix product.
+    """
+
+    place: Tensor
+    cached_slots: Tensor
+
+    def __init__(self, plan: TTPlan, cores: list[Tensor]) -> None:
+        super().__init__()
+        self.rows = plan.slots
+        self.width = plan.width
+        self.plan = plan
+        self.split = -(-len(plan.rows) // 2)
+        self.right_rows = math.prod(plan.rows[self.split :])
+        self.cores = nn.ParameterList(nn.Parameter(core) for core in cores)
+        self.warm = False
+        self.cached = len(plan.cached)
+        place = torch.full((plan.slots,), -1)
+        place[torch.from_numpy(plan.cached)] = torch.arange(self.cached)
+        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("cached_slots", torch.from_numpy(plan.cached), persistent=False)
+        self._halves: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        if self.cached:
+            self.cache = nn.Parameter(torch.zeros(self.cached, self.width))
+            self.fill(warm=False)
+
+    def extra_repr(self) -> str:
+        """All settings, and whether the cache is in use."""
+        return f"{self.plan}, cached={self.cached}, warm={self.warm}"
+
+    @torch.no_grad()
+    def fill(self, *, warm: bool) -> None:
+        """Take the cache out of use (``warm``), or fill it with what the cores say and use it."""
+        self.warm = warm
+        if self.cached:
+            self.cache.requires_grad_(not warm)
+            self.cache.copy_(self._computed(self.cached_slots))
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Slots ``(m,)`` -> ``(m, width)``; each distinct slot is computed once."""
+        distinct, back = torch.unique(slots, return_inverse=True)
+        if self.warm or not self.cached:
+            return F.embedding(back, self._computed(distinct))
+        place = self.place[distinct]
+        cold, hot = torch.nonzero(place < 0).squeeze(1), torch.nonzero(place >= 0).squeeze(1)
+        vectors = self._computed(distinct[cold])
+        both = vectors.new_empty(len(distinct), self.width)
+        both = both.index_copy(0, cold, vectors).index_copy(0, hot, self.cache[place[hot]])
+        return F.embedding(back, both)
+
+    def weight(self) -> Tensor:
+        """Every vector, ``(rows, width)``: one large matrix product."""
+        left, right = self._both_halves()
+        product = torch.matmul(left.flatten(0, 1), right.transpose(0, 1).flatten(1))
+        shape = (left.shape[0], left.shape[1], right.shape[0], right.shape[2])
+        weight = product.view(shape).transpose(1, 2).reshape(-1, self.width)[: self.rows].float()
+        if self.warm or not self.cached:
+            return weight
+        return weight.index_copy(0, self.cached_slots, self.cache)
+
+    def values(self) -> int:
+        """Scalars of cores and cache."""
+        return self.plan.values
+
+    def pack(self, place: PackedRange, storage: Storage, slots: NDArray[np.uint32] | None) -> TensorTrainBlock:
+        """Layout ``tensor_train``."""
+        arrays: dict[str, NDArray[Any]] = {} if slots is None else {"slots": slots}
+        for k, core in enumerate(self.cores):
+            arrays |= encode_factor(f"core{k}", core.detach().cpu().numpy(), storage)
+        if self.cached:
+            arrays["cached_slots"] = self.cached_slots.cpu().numpy().astype(np.uint32)
+            arrays |= encode_factor("cache", self.cache.detach().cpu().numpy(), storage)
+        plan = self.plan
+        settings = {
+            "slots": plan.slots, "rows": list(plan.rows), "widths": list(plan.widths), "ranks": list(plan.ranks),
+            "cached": self.cached,
+        }  # fmt: skip
+        return TensorTrainBlock(
+            place.name, place.start, place.stop, place.left, place.right, "tensor_train", storage, settings, arrays
+        )
+
+    def _computed(self, distinct: Tensor) -> Tensor:
+        """Vectors of slots from the cores."""
+        left, right = self._both_halves()
+        row = torch.div(distinct, self.right_rows, rounding_mode="floor")
+        first = F.embedding(row, left.flatten(1)).view(len(distinct), *left.shape[1:])
+        second = F.embedding(distinct - row * self.right_rows, right.flatten(1)).view(len(distinct), *right.shape[1:])
+        return torch.bmm(first, second).view(len(distinct), self.width).float()
+
+    def _both_halves(self) -> tuple[Tensor, Tensor]:
+        """Products of each half of the cores, ``(n', d', r)`` and ``(n'', r, d'')``."""
+        versions = tuple((core._version, core.device) for core in self.cores)
+        if torch.is_grad_enabled():
+            return self._half(0, self.split), self._right()
+        if self._halves is None or self._halves[0] != versions:
+            self._halves = (versions, self._half(0, self.split), self._right())
+        return self._halves[1:]
+
+    def _right(self) -> Tensor:
+        half = self._half(self.split, len(self.cores))
+        return half.reshape(self.right_rows, self.plan.ranks[self.split - 1], -1)
+
+    def _half(self, start: int, stop: int) -> Tensor:
+        """All products of neighbouring cores, ``(n, r_left * d, r_right)``."""
+        ranks = (1, *self.plan.ranks, 1)
+        result = self.cores[start].view(self.plan.rows[start], -1, ranks[start + 1])
+        for k in range(start + 1, stop):
+            rows = self.plan.rows[k]
+            piece = self.cores[k].view(rows, ranks[k], -1).transpose(0, 1).flatten(1)
+            product = torch.matmul(result.flatten(0, 1), piece).view(*result.shape[:2], rows, -1)
+            result = product.transpose(1, 2).reshape(len(result) * rows, -1, ranks[k + 1])
+        return result
