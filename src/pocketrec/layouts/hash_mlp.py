@@ -1,13 +1,14 @@
 """Layout ``hash_mlp``: the vector of a slot is what a small network says of a dense hash code of the slot.
 
 Hash ``j`` of slot ``i`` is ``h_j = ((a_j (i + 1) + b_j) mod p_j) mod buckets`` with ``0 < a_j < 10^9``,
-``0 <= b_j < 10^9`` and a prime ``p_j`` in ``(buckets, 2 buckets)``, all drawn from the salt. A ``uniform`` code is
+``0 <= b_j < 10^9`` and a prime ``p_j`` in ``(16 buckets, 17 buckets)``, all drawn from the salt. A ``uniform`` code is
 ``2 h_j / (buckets - 1) - 1``; a ``gaussian`` one turns pairs ``(u, v) = (h + 1) / buckets`` into normal numbers
 ``sqrt(-2 ln u) (cos, sin)(2 pi v)``.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -46,7 +47,7 @@ def constants(functions: int, buckets: int, salt: int) -> tuple[NDArray[np.int64
 def hashes(slots: NDArray[np.int64], functions: int, buckets: int, salt: int) -> NDArray[np.float64]:
     """``h_j`` of slots ``(m,)``: whole numbers ``(m, functions)`` in ``[0, buckets)``.
 
-    In float64, where all products are exact: ``(a mod p) (i + 1) < 2^53`` for every slot below 2^31.
+    In float64, where all products are exact: ``p (i + 2) < 2^53`` for every slot below :func:`most_slots`.
     """
     a, b, p = constants(functions, buckets, salt)
     prime = p.astype(np.float64)
@@ -55,8 +56,18 @@ def hashes(slots: NDArray[np.int64], functions: int, buckets: int, salt: int) ->
     value -= np.floor(value / prime) * prime
     value += np.where(value < 0, prime, 0)
     value -= np.where(value >= prime, prime, 0)
-    value -= np.where(value >= buckets, float(buckets), 0)
+    value -= np.floor(value / buckets) * buckets
     return value
+
+
+def most_slots(buckets: int) -> int:
+    """The slots that can be hashed exactly.
+
+    Example:
+        >>> most_slots(1_000_000)
+        529835012
+    """
+    return 2**53 // (17 * buckets) - 2
 
 
 def codes(slots: NDArray[np.int64], functions: int, buckets: int, salt: int, kind: str) -> NDArray[np.float32]:
@@ -104,6 +115,7 @@ class HashMlpBlock(ComposedBlock):
         known = s.get("code") in CODES and s.get("end") in ENDS
         numbers = whole(s, "slots", "functions", "salt") and whole(s, "buckets") and 2 <= s["buckets"] <= 10**7
         listed = isinstance(hidden, list | tuple) and whole(dict(enumerate(hidden)), *range(len(hidden)))
+        numbers = numbers and s["slots"] <= most_slots(s["buckets"])
         return known and numbers and listed and (s["code"] == "uniform" or s["functions"] % 2 == 0)
 
     def factors(self) -> dict[str, Shape]:
@@ -141,9 +153,12 @@ def _normal(h: NDArray[np.float64], buckets: int) -> NDArray[np.float64]:
 
 def _words(salt: int, count: int) -> NDArray[np.uint64]:
     """SplitMix64: ``count`` 64-bit words of the stream ``salt``; the same for ever, unlike numpy's generators."""
-    mask = 2**64 - 1
-    start = np.uint64(salt * _GOLDEN & mask)
-    z = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    start = _mixed(np.array([salt], np.uint64) + np.uint64(_GOLDEN))
+    return _mixed(start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+
+
+def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A permutation of the 64-bit words that leaves no trace of their order."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -151,10 +166,9 @@ def _words(salt: int, count: int) -> NDArray[np.uint64]:
 
 @cache
 def _primes(buckets: int) -> NDArray[np.int64]:
-    """All primes in ``(buckets, 2 buckets)``."""
-    sieve = np.ones(2 * buckets, dtype=bool)
-    sieve[:2] = False
-    for n in range(2, int((2 * buckets) ** 0.5) + 1):
-        if sieve[n]:
-            sieve[n * n :: n] = False
-    return np.flatnonzero(sieve[buckets + 1 :]) + buckets + 1
+    """All primes in ``(16 buckets, 17 buckets)``: so large that ``mod buckets`` favours no hash by much."""
+    first, stop = 16 * buckets + 1, 17 * buckets
+    sieve = np.ones(stop - first, dtype=bool)
+    for n in range(2, math.isqrt(stop) + 1):
+        sieve[max(n * n, -(-first // n) * n) - first :: n] = False
+    return np.flatnonzero(sieve) + first
