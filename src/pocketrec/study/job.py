@@ -59,27 +59,25 @@ class Grid:
 
     def _jobs(self) -> Iterator[Job]:
         for data, backbone in self.plan.pairs_of():
-            seeds, budgets = self.plan.seeds_of(data), self.plan.budgets_of(data)
-            for kind, over in (("choice", seeds[:1]), ("cell", seeds)):
-                for seed in over:
-                    yield from self._some(Job(kind, data.label, backbone.label, ORIGINAL, DENSE, seed))
+            yield from self._cells(data, backbone.label, ORIGINAL, (DENSE,))
             for method in self.plan.methods_of(data):
-                for kind, over in (("choice", seeds[:1]), ("cell", seeds)):
-                    for seed in over:
-                        for budget in budgets:
-                            yield from self._some(Job(kind, data.label, backbone.label, method, budget, seed))
+                yield from self._cells(data, backbone.label, method, self.plan.budgets_of(data))
             if self.plan.anatomy:
-                yield from (Job("anatomy", data.label, backbone.label, ORIGINAL, DENSE, seed) for seed in seeds)
+                for seed in self.plan.seeds_of(data):
+                    yield Job("anatomy", data.label, backbone.label, ORIGINAL, DENSE, seed)
         for data, backbone in self.plan.pairs_of() if self.plan.efficiency else ():
             first, budget = self.plan.seeds_of(data)[0], self.plan.efficiency_budget
             yield Job("efficiency", data.label, backbone.label, ORIGINAL, DENSE, first)
             for method in self.plan.methods_of(data):
                 yield Job("efficiency", data.label, backbone.label, method, budget, first)
 
-    def _some(self, job: Job) -> Iterator[Job]:
-        """The job, unless it is a search with nothing to search."""
-        if job.kind != "choice" or (self.space(job) and self.plan.trials_of(self.data(job)) > 0):
-            yield job
+    def _cells(self, data: Data, backbone: str, method: str, budgets: tuple[str, ...]) -> Iterator[Job]:
+        """The searches of a method, where there is something to search, and its cells."""
+        seeds = self.plan.seeds_of(data)
+        searches = [Job("choice", data.label, backbone, method, budget, seeds[0]) for budget in budgets]
+        yield from (job for job in searches if self.plan.trials_of(data) > 0 and self.space(job))
+        for seed in seeds:
+            yield from (Job("cell", data.label, backbone, method, budget, seed) for budget in budgets)
 
     def needs(self, job: Job) -> tuple[Job, ...]:
         """What has to be done before."""

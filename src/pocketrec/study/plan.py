@@ -431,12 +431,8 @@ def _setting(where: str, value: Any, hint: Any) -> Any:
         if not isinstance(value["choices"], list) or not value["choices"] or len(value) > 1:
             raise ConfigError(f"`{where}` must be like {{ choices = [0, 1] }}, but got {value}.")
         return Choices(tuple(_checked(where, v, hint) for v in value["choices"]))
-    try:
-        space = Range(**value)
-        sound = space.low < space.high and (not space.log or space.low > 0) and (space.step is None or space.step > 0)
-    except TypeError:
-        sound = False
-    if not sound:
+    space = _range(value)
+    if space is None:
         raise ConfigError(
             f"`{where}` must be a value, {{ choices = [...] }} or {{ low = 1e-4, high = 1e-2, log = true }} with "
             f"low < high, but got {value}."
@@ -444,6 +440,16 @@ def _setting(where: str, value: Any, hint: Any) -> Any:
     for end in space.values():
         _checked(where, end, hint)
     return space
+
+
+def _range(value: Mapping[str, Any]) -> Range | None:
+    """The range that a table says, if it is a sound one."""
+    try:
+        space = Range(**value)
+        sound = space.low < space.high and (not space.log or space.low > 0) and (space.step is None or space.step > 0)
+    except TypeError:
+        return None
+    return space if sound else None
 
 
 def _checked(where: str, value: Any, hint: Any) -> Any:
