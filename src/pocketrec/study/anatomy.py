@@ -42,7 +42,8 @@ def _block(block: Block, weight: NDArray[np.float32], counts: NDArray[np.int64])
     rows = slice(block.start, block.stop)
     magnitude = np.abs(weight[rows, block.left : block.right]).mean(axis=1, dtype=np.float64)
     often = counts[rows]
-    spearman = pl.select(pl.corr(pl.Series(often), pl.Series(magnitude), method="spearman")).item()
+    found = pl.select(pl.corr(pl.Series(often), pl.Series(magnitude), method="spearman")).item()
+    spearman = round(float(found), 12) if found is not None and np.isfinite(found) else None
     doubling = np.where(often > 0, np.floor(np.log2(np.maximum(often, 1))).astype(np.int64), -1)
     bins = []
     for power in np.unique(doubling).tolist():
@@ -52,5 +53,4 @@ def _block(block: Block, weight: NDArray[np.float32], counts: NDArray[np.int64])
         bins.append(
             {"low": low, "high": high, "rows": len(inside), "mean": float(inside.mean()), "p10": p10, "p90": p90}
         )
-    defined = spearman is not None and np.isfinite(spearman)
-    return {"block": block.name, "spearman": round(spearman, 12) if defined else None, "bins": bins}
+    return {"block": block.name, "spearman": spearman, "bins": bins}
