@@ -320,7 +320,9 @@ def test_codes_are_spread_and_differ_by_salt():
     assert np.abs(one).max() <= 1
     assert np.abs(one.mean(axis=0)).max() < 0.06
     np.testing.assert_allclose(one.var(axis=0), 1 / 3, atol=0.03)
-    assert np.abs(np.corrcoef(one.T, other.T)[:16, 16:]).max() < 0.1
+    across = np.abs(np.corrcoef(one.T, other.T)[:16, 16:])
+    assert across.mean() < 0.02
+    assert across.max() < 0.2
     normal = codes(np.arange(4000), 16, 1_000_000, 1, "gaussian")
     assert abs(normal.mean()) < 0.02
     assert normal.var() == pytest.approx(1, abs=0.03)
