@@ -192,7 +192,7 @@ def main() -> None:
             for r in table
         ),
         "",
-        f"DCN-Mix computes all experts of a layer at once: {loop / batched:.2f} times as fast as a loop over them, with",
+        f"DCN-Mix computes all experts together: {loop / batched:.2f} times as fast as a loop over them, with",
         f"the same gradients (largest difference {gap:.0e} of the largest gradient).",
     ]
     (RESULTS / "backbone_step.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
