@@ -23,6 +23,7 @@ from pocketrec.attribution.shapley import (
     Owen,
     Permutation,
     RankingGame,
+    Scoring,
     Stream,
     attribute,
 )
@@ -329,6 +330,37 @@ def test_owen_reports_its_gap() -> None:
     assert abs(scores.gap) > 0
     anchored = attribute(game, weight, fill, rows, Owen(8, "anchored"), batch_size=1000)
     assert anchored.explained == pytest.approx(anchored.drop, abs=1e-5)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 20), st.sampled_from([16, 50, 900]), st.sampled_from([Owen(), Permutation()]))
+def test_shards_add_up_to_the_whole_within_rounding(
+    shards: int, batch_size: int, estimator: Owen | Permutation
+) -> None:
+    game, weight, fill, rows = click_problem(130)
+    scoring = Scoring(game, weight, fill, rows, estimator, batch_size=batch_size)
+    whole = scoring.scores(passes=2, tolerance=0.0)
+    merged = scoring.merged(lambda p: [scoring.shard(p, i, shards).arrays() for i in range(shards)], 2, 0.0)
+    assert merged.samples == whole.samples == 260
+    assert (merged.explained, merged.drop) == pytest.approx((whole.explained, whole.drop), rel=1e-12)
+    terms = 2 * np.bincount(rows.ids.ravel(), minlength=len(weight))[:, None]
+    largest = np.sqrt(terms * 260 * whole.square.astype(np.float64)) / 260
+    rounding = 2 * terms * np.finfo(np.float32).eps
+    assert (np.abs(merged.mean - whole.mean) <= rounding * largest).all()
+    assert (np.abs(merged.square - whole.square) <= rounding * whole.square).all()
+
+
+def test_a_shard_that_was_cut_short_ends_with_the_same_bytes() -> None:
+    game, weight, fill, rows = click_problem()
+    scoring = Scoring(game, weight, fill, rows, Owen(), batch_size=50)
+    whole = scoring.shard(1, 2, 3)
+    memory = Memory(3)
+    with pytest.raises(KeyboardInterrupt):
+        scoring.shard(1, 2, 3, memory)
+    again = scoring.shard(1, 2, 3, memory)
+    assert whole.samples == 250
+    for name, array in whole.arrays().items():
+        assert array.tobytes() == again.arrays()[name].tobytes()
 
 
 class Memory:

@@ -104,6 +104,10 @@ class Dataset:
                 raise DataError(f"{file}: expected digest {entry['sha256']}, but its bytes changed; encode again.")
         return cls(path, document)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes a data set travels as the name of its folder."""
+        return Dataset.open, (self.path.resolve(),)
+
     @property
     def train(self) -> Split:
         """Training rows; the only ones that vocabulary, counts and methods may read."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -351,6 +351,13 @@ class Tally:
             self.total, self.square = (torch.from_numpy(np.array(stored[k])) for k in ("total", "square"))
             self.audit, self.samples = np.array(stored["audit"]), int(stored["samples"][0])
 
+    def include(self, sums: Mapping[str, NDArray[Any]]) -> None:
+        """Add the sums of other samples."""
+        self.total += torch.from_numpy(np.array(sums["total"]))
+        self.square += torch.from_numpy(np.array(sums["square"]))
+        self.audit += sums["audit"]
+        self.samples += int(sums["samples"][0])
+
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Scatter one batch: ``rows (B, P)``, ``values (B, P, D)``."""
         flat = values.reshape(-1, values.shape[-1])
@@ -373,14 +380,16 @@ class Tally:
         boundary("step")
         if self.checkpoint is None or not self.checkpoint.due():
             return
-        self.checkpoint.save(
-            {
-                "total": self.total.numpy(),
-                "square": self.square.numpy(),
-                "audit": self.audit,
-                "samples": np.array([self.samples]),
-            }
-        )
+        self.checkpoint.save(self.arrays())
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The sums."""
+        return {
+            "total": self.total.numpy(),
+            "square": self.square.numpy(),
+            "audit": self.audit,
+            "samples": np.array([self.samples]),
+        }
 
     def converged(self, tolerance: float) -> bool:
         """The published stop rule: largest standard error below ``tolerance`` times the range of the means."""
@@ -400,7 +409,87 @@ class Tally:
         )
 
 
-@torch.no_grad()
+Shards = Callable[[int], Sequence[Mapping[str, NDArray[Any]]]]
+"""The sums of every shard of a pass, by the pass's number."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A scoring run: which games are played, on which table, and how their values are estimated.
+
+    Args:
+        game: What a coalition is worth.
+        weight: The table, ``(n, D)``.
+        fill: Placeholder per field, ``(fields, D)``.
+        samples: Which games to play.
+        estimator: :class:`Owen` or :class:`Permutation`.
+        seed: Root of all draws.
+        batch_size: Samples at once, at least 1.
+    """
+
+    game: Game
+    weight: Tensor
+    fill: Tensor
+    samples: Samples
+    estimator: Estimator
+    seed: int = 0
+    batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"`batch_size` must be at least 1, but got batch_size={self.batch_size}.")
+
+    def tally(self, checkpoint: Checkpoint | None = None) -> Tally:
+        """Sums of no sample yet, or those of the checkpoint."""
+        return Tally((self.weight.shape[0], self.weight.shape[1]), checkpoint)
+
+    def shard(self, pass_index: int, index: int, shards: int, checkpoint: Checkpoint | None = None) -> Tally:
+        """The sums over one of ``shards`` parts of a pass: whole batches, as near as can be to equally many.
+
+        What a sample draws depends on its place in the pass, and which batches there are on the batch size; so the
+        parts of a pass add up to the pass, to rounding, however many they are and whoever plays them.
+        """
+        batches = -(-len(self.samples) // self.batch_size)
+        start, stop = (batches * i // shards * self.batch_size for i in (index, index + 1))
+        tally = self.tally(checkpoint)
+        self.play(tally, pass_index, start + tally.samples, min(stop, len(self.samples)))
+        return tally
+
+    def scores(self, passes: int = 1, tolerance: float = 0.01, checkpoint: Checkpoint | None = None) -> Scores:
+        """All samples, one pass after the other; see :func:`attribute`."""
+        tally = self.tally(checkpoint)
+        for pass_index in range(tally.samples // len(self.samples), _passes(passes)):
+            if pass_index and tally.converged(tolerance):
+                break
+            self.play(tally, pass_index, tally.samples - pass_index * len(self.samples), len(self.samples))
+        return tally.scores()
+
+    def merged(self, shards: Shards, passes: int = 1, tolerance: float = 0.01) -> Scores:
+        """As :meth:`scores`, each pass added up from the sums of its shards, in their order."""
+        tally = self.tally()
+        for pass_index in range(_passes(passes)):
+            if pass_index and tally.converged(tolerance):
+                break
+            for sums in shards(pass_index):
+                tally.include(sums)
+        return tally.scores()
+
+    @torch.no_grad()
+    def play(self, tally: Tally, pass_index: int, start: int, stop: int) -> None:
+        """Add samples ``start ... stop - 1`` of a pass to the sums."""
+        placeholder = self.fill[self.samples.fields]
+        stream = Stream(self.seed, f"coalitions/{pass_index}")
+        for index, batch in _batches(self.samples, pass_index, self.batch_size, start, stop):
+            vectors = functional.embedding(batch.rows, self.weight)
+            values = self.estimator.estimate(self.game, vectors, placeholder, batch.labels, stream, batch.position)
+            if index % AUDIT_EVERY == 0:
+                empty = placeholder.expand_as(vectors)
+                drop = self.game.value(vectors, batch.labels) - self.game.value(empty, batch.labels)
+                tally.audit += [values.sum().item(), drop.sum().item(), len(vectors)]
+            tally.add(batch.rows, values)
+            tally.save()
+
+
 def attribute(
     game: Game,
     weight: Tensor,
@@ -432,26 +521,16 @@ def attribute(
         tolerance: Of the stop rule.
         checkpoint: State of an interrupted run, and where to keep it.
     """
-    if batch_size < 1 or passes < 1:
-        raise ConfigError(f"`batch_size` and `passes` must be at least 1, but got {batch_size} and {passes}.")
-    tally = Tally((weight.shape[0], weight.shape[1]), checkpoint)
-    placeholder = fill[samples.fields]
-    for pass_index in range(tally.samples // len(samples), passes):
-        if pass_index and tally.converged(tolerance):
-            break
-        stream = Stream(seed, f"coalitions/{pass_index}")
-        for index, batch in _batches(samples, pass_index, batch_size, tally.samples - pass_index * len(samples)):
-            vectors = functional.embedding(batch.rows, weight)
-            values = estimator.estimate(game, vectors, placeholder, batch.labels, stream, batch.position)
-            if index % AUDIT_EVERY == 0:
-                drop = game.value(vectors, batch.labels) - game.value(placeholder.expand_as(vectors), batch.labels)
-                tally.audit += [values.sum().item(), drop.sum().item(), len(vectors)]
-            tally.add(batch.rows, values)
-            tally.save()
-    return tally.scores()
+    return Scoring(game, weight, fill, samples, estimator, seed, batch_size).scores(passes, tolerance, checkpoint)
 
 
-def _batches(samples: Samples, pass_index: int, batch_size: int, done: int) -> Iterator[tuple[int, Batch]]:
-    """The batches of one pass after its first ``done`` samples."""
-    for start in range(done, len(samples), batch_size):
-        yield start // batch_size, samples.batch(start, min(start + batch_size, len(samples)), pass_index)
+def _passes(passes: int) -> int:
+    if passes < 1:
+        raise ConfigError(f"`passes` must be at least 1, but got passes={passes}.")
+    return passes
+
+
+def _batches(samples: Samples, pass_index: int, batch_size: int, first: int, last: int) -> Iterator[tuple[int, Batch]]:
+    """The batches of samples ``first ... last - 1`` of one pass, each with its number in the pass."""
+    for start in range(first, last, batch_size):
+        yield start // batch_size, samples.batch(start, min(start + batch_size, last), pass_index)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeGuard
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from pocketrec.allpairs import product_weight
@@ -30,7 +30,7 @@ from pocketrec.attribution.shapley import (
     Permutation,
     RankingGame,
     Scores,
-    attribute,
+    Scoring,
 )
 from pocketrec.backbone import ClickModel, Model, RankingModel
 from pocketrec.dataset import Dataset
@@ -38,7 +38,7 @@ from pocketrec.errors import ConfigError
 from pocketrec.method import Ladder, Method
 from pocketrec.packed import Index, Storage
 from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
-from pocketrec.run import Run
+from pocketrec.run import Arrays, Run
 from pocketrec.table import PrunedTable
 from pocketrec.train import fingerprint
 
@@ -70,6 +70,9 @@ class Shaver(Method):
         masks: Antithetic pairs of table masks, for the BPR loss of ranking models that propagate their table.
         batch_size: Samples at once.
         precision: Of the matrix products while scoring, ``fp32`` or ``bf16``.
+        shards: Parts of each pass that are scored and kept on their own, so that helpers of the run can share them, and
+            added up in order: the sums depend on how many there are, by rounding only, and on nothing else. What is
+            scored in one game, lists and tables that are propagated, is not parted.
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
         tune: Train on with the mask fixed and the head frozen: ``none``, the ``table``, or table and ``codebook``.
 
@@ -100,11 +103,12 @@ class Shaver(Method):
     masks: int = 32
     batch_size: int = 1024
     precision: Precision = "fp32"
+    shards: int = 1
     scope: Scope = "joint"
     tune: Literal["none", "table", "codebook"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("draws", "passes", "masks", "batch_size"):
+        for name in ("draws", "passes", "masks", "batch_size", "shards"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, but got {name}={getattr(self, name)}.")
         if self.top < 0 or not self.balance >= 0:
@@ -132,9 +136,12 @@ class Shaver(Method):
 
     def scores(self, model: Model, data: Dataset, run: Run) -> Scores:
         """Shapley values of every entry: computed at most once per run, model, data set and scoring settings."""
-        key = {"model": fingerprint(model), "data": data.digest, **self._scoring(model)}
-        stored = run.once("shapley", key, lambda checkpoint: self._attribute(model, data, run, checkpoint))
-        scores = Scores.from_arrays(stored)
+        if self.shards > 1 and not self._in_one_game(model):
+            scores = self._merged(model, data, run)
+        else:
+            key = {"model": fingerprint(model), "data": data.digest, **self._scoring(model)}
+            stored = run.once("shapley", key, lambda checkpoint: self._attribute(model, data, run, checkpoint))
+            scores = Scores.from_arrays(stored)
         run.log(stage="shapley", samples=scores.samples, efficiency_gap=scores.gap)
         run.progress("shapley", scores.samples, scores.samples, {"efficiency gap": scores.gap})
         return scores
@@ -143,11 +150,14 @@ class Shaver(Method):
         """The settings that the score tables depend on; ranking and tuning come later."""
         if self._plays_lists(model):
             return {"fill": self.fill, "top": self.top, "balance": self._balance(model)}
-        later = ("score", "exponent", "scope", "tune", "top", "balance", "ego_exponent", "baked_exponent")
+        later = ("score", "exponent", "scope", "tune", "top", "balance", "ego_exponent", "baked_exponent", "shards")
         return {k: v for k, v in asdict(self).items() if k not in later}
 
     def _plays_lists(self, model: Model) -> TypeGuard[RankingModel]:
         return self.top > 0 and isinstance(model, RankingModel) and product_weight(model.lower()) is not None
+
+    def _in_one_game(self, model: Model) -> TypeGuard[RankingModel]:
+        return self._plays_lists(model) or _propagates(model)
 
     def _exponent(self, model: Model) -> float:
         if not self._plays_lists(model):
@@ -157,33 +167,48 @@ class Shaver(Method):
     def _balance(self, model: RankingModel) -> float:
         return self.balance if model.propagates else 0.0
 
-    def _attribute(self, model: Model, data: Dataset, run: Run, checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
+    def _attribute(self, model: Model, data: Dataset, run: Run, checkpoint: Checkpoint) -> Arrays:
+        if not self._in_one_game(model):
+            return self._games(model, data, run.seed).scores(self.passes, self.tolerance, checkpoint).arrays()
         split = training_rows(data.train)
         weight = model.table.weight().detach()
         fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
         if self._plays_lists(model):
             return attribute_lists(model, fill, split, top=self.top, balance=self._balance(model)).arrays()
-        if _propagates(model):
-            pairs = RankingSamples(split, self.samples, run.seed)
-            return attribute_propagated(
-                model, fill, pairs, masks=self.masks, seed=run.seed, checkpoint=checkpoint
-            ).arrays()
+        pairs = RankingSamples(split, self.samples, run.seed)
+        return attribute_propagated(model, fill, pairs, masks=self.masks, seed=run.seed, checkpoint=checkpoint).arrays()
+
+    def _games(self, model: Model, data: Dataset, seed: int) -> Scoring:
+        """One game per training sample."""
+        weight = model.table.weight().detach()
+        fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
         clicks = isinstance(model, ClickModel)
         head = Head.of(model.lower(), self.precision)
-        estimator = Owen(self.draws, self.levels) if self.estimator == "owen" else Permutation(self.draws)
         samples = ClickSamples if clicks else RankingSamples
-        return attribute(
+        return Scoring(
             ClickGame(head) if clicks else RankingGame(head),
             weight,
             fill,
-            samples(split, self.samples, run.seed),
-            estimator,
-            seed=run.seed,
-            batch_size=self.batch_size,
-            passes=self.passes,
-            tolerance=self.tolerance,
-            checkpoint=checkpoint,
-        ).arrays()
+            samples(training_rows(data.train), self.samples, seed),
+            Owen(self.draws, self.levels) if self.estimator == "owen" else Permutation(self.draws),
+            seed,
+            self.batch_size,
+        )
+
+    def _merged(self, model: Model, data: Dataset, run: Run) -> Scores:
+        """The scores from shards, each a step of the run."""
+        once = {n: v for n, v in self._scoring(model).items() if n not in ("passes", "tolerance")}
+        key = {"model": fingerprint(model), "data": data.digest, **once}
+
+        def shards(pass_index: int) -> list[Arrays]:
+            keys = [{**key, "pass": pass_index, "shard": [i, self.shards]} for i in range(self.shards)]
+            return run.map("shapley", keys, partial(self._shard, model, data, run.seed))
+
+        return self._games(model, data, run.seed).merged(shards, self.passes, self.tolerance)
+
+    def _shard(self, model: Model, data: Dataset, seed: int, key: Any, checkpoint: Checkpoint) -> Arrays:
+        """The sums of one shard of a pass."""
+        return self._games(model, data, seed).shard(key["pass"], *key["shard"], checkpoint).arrays()
 
 
 def _propagates(model: Model) -> TypeGuard[RankingModel]:
