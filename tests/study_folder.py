@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import numpy as np
 
@@ -18,8 +19,13 @@ CLICKS = {"criteo": 1_086_810 * 16, "avazu": 4_428_511 * 16}
 VISITS = {"gowalla": 4_533_696}
 
 
-def write_study(folder, *, rows=1500, users=400, predictions=True, seeds=SEEDS, gaps=True):
+def write_study(folder, *, rows=900, users=300, predictions=True, seeds=SEEDS, gaps=True):
     """Two click sets and a ranking set; ``qr`` fails once, ``pep`` lacks a seed, and one method never ran."""
+    with mock.patch("os.fsync"):
+        return _write(folder, rows, users, predictions, seeds, gaps)
+
+
+def _write(folder, rows, users, predictions, seeds, gaps):
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("predictions", "labels"):
         (folder / name).mkdir(exist_ok=True)

@@ -309,7 +309,7 @@ def chi_square_cdf(value: float, freedom: int) -> float:
 
 def range_cdf(width: float, size: int) -> float:
     """Chance that ``k`` standard normals lie within a width ``w``: ``k int phi(z) (Phi(z) - Phi(z - w))^(k-1) dz``."""
-    nodes, node_weights = np.polynomial.legendre.leggauss(128)
+    nodes, node_weights = _quadrature()
     z = 9.0 * nodes
     phi = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     inside = np.array([math.erf(v / math.sqrt(2)) - math.erf((v - width) / math.sqrt(2)) for v in z]) / 2
@@ -324,16 +324,23 @@ def range_quantile(probability: float, size: int) -> float:
 
 def student_cdf(t: float, freedom: int) -> float:
     """Distribution function of Student's t: ``1/2 + c int_0^{atan(t / sqrt(v))} cos(a)^(v-1) da``."""
-    nodes, node_weights = np.polynomial.legendre.leggauss(128)
+    nodes, node_weights = _quadrature()
     limit = math.atan(t / math.sqrt(freedom))
     integral = limit / 2 * float(node_weights @ np.cos(limit / 2 * (nodes + 1)) ** (freedom - 1))
     constant = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
     return 0.5 + constant * integral
 
 
+@lru_cache
 def student_quantile(probability: float, freedom: int) -> float:
     """Inverse of :func:`student_cdf` for probabilities in [0.5, 1), by bisection."""
     return _inverse(lambda t: student_cdf(t, freedom), probability)
+
+
+@lru_cache
+def _quadrature() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nodes and weights of Gauss and Legendre on [-1, 1]."""
+    return np.polynomial.legendre.leggauss(128)
 
 
 def _inverse(cdf: Callable[[float], float], probability: float) -> float:
