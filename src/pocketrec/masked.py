@@ -116,6 +116,11 @@ def search_training(training: Sequence[Training], task: Task, epochs: int | None
     return replace(first, epochs=epochs or -(-first.epochs // 2), optimizer="adam")
 
 
+def restarted(start: Model, head: Head, data: Dataset, run: Run) -> Model:
+    """The model around which a mask is trained: ``start`` itself, or a fresh one."""
+    return start if head == "initial" else start.backbone.build(data, derive(run.seed, "retrain"))
+
+
 def retrain(
     start: Model, table: PrunedTable, head: Head, data: Dataset, run: Run, training: Sequence[Training]
 ) -> Model:
@@ -129,8 +134,8 @@ def retrain(
         run: keeps the result.
         training: stages; none for the defaults of the task.
     """
+    start = restarted(start, head, data, run)
     if head == "fresh":
-        start = start.backbone.build(data, derive(run.seed, "retrain"))
         fresh, base = start.table.weight().detach(), table.base.detach().clone()
         for block in table.blocks:
             if not block.counted:

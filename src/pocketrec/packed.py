@@ -46,6 +46,7 @@ DTYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16
 COMPOSED: Mapping[str, str] = {
     "hash_mlp": "HashMlpBlock",
     "product": "ProductBlock",
+    "pruned_sum": "PrunedSumBlock",
     "quantised": "QuantisedBlock",
     "tensor_train": "TensorTrainBlock",
 }
