@@ -91,9 +91,10 @@ def profile(
             and 20 % of ranking data.
 
     Returns:
-        Records of kind ``efficiency`` without labels: ``phase``, ``profile``, ``batch``, ``threads``, ``ms`` (``p50``,
-        ``p10``, ``p90``, ``repeats``), ``peak_mib`` (see :mod:`pocketrec.study.phase`), ``extrapolated``, ``device``;
-        ``joules`` per call where energy counters can be read, ``device_peak_mib`` on a GPU.
+        Records of kind ``efficiency`` without labels: ``phase``, ``profile``, ``batch`` (``None`` where the phase takes
+        all rows as it likes), ``threads``, ``ms`` (``p50``, ``p10``, ``p90``, ``repeats``), ``peak_mib`` (see
+        :mod:`pocketrec.study.phase`), ``extrapolated``, ``device``; ``joules`` per call where energy counters can be
+        read, ``device_peak_mib`` on a GPU.
 
     Raises:
         ConfigError: an argument is out of range, or there is no GPU.

@@ -16,8 +16,9 @@ is what Linux counts as resident: private pages, and those pages of mapped files
     Their sum: the peak.
 
 What it took to get ready (a replayed compression, buffers of reading) is freed and handed back before the phase runs,
-and the kernel's high-water mark starts anew there; where the kernel refuses that, ``runtime`` includes it. Torch-free
-until a phase needs torch: the runtime's phases never do, which is checked.
+and the kernel's high-water mark starts anew there; where the kernel refuses that, ``runtime`` includes it. A file is
+checked in chunks of 1 MiB as it is read: what shares a chunk counts with what is read first. Torch-free until a phase
+needs torch: the runtime's phases never do, which is checked.
 """
 
 from __future__ import annotations

@@ -175,7 +175,8 @@ class Stopwatch(Run):
     def records(self, phase: str) -> list[Record]:
         """What was timed: step and epoch of the first training, if there was one, and the whole phase.
 
-        The whole counts every training by its epochs, without validation; it is left out where they are not known.
+        The whole counts every training by its epochs, without validation; it is left out where they are not known. One
+        without training has no ``batch``.
         """
         found: list[Record] = []
         if self.loops:
@@ -186,7 +187,8 @@ class Stopwatch(Run):
         if None not in epochs:
             trained = sum(loop.epoch * (loop.epochs or 0) for loop in self.loops)
             whole = spread([self._elapsed + trained])
-            found.append({"phase": phase, "ms": whole, "extrapolated": bool(self.loops)})
+            entire = {} if self.loops else {"batch": None}
+            found.append({"phase": phase, "ms": whole, "extrapolated": bool(self.loops), **entire})
         return found
 
     def once(self, name: str, key: Any, fn: Callable[[Checkpoint], Mapping[str, NDArray[Any]]]) -> Arrays:
