@@ -209,8 +209,8 @@ def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Trainin
         computed = True
         return _fit(run, name, deepcopy(model).to(run.device), data, training, checkpoint)
 
-    fitted = deepcopy(model)
     arrays = run.once(name, key, compute)
+    fitted = deepcopy(model)
     epochs = _epochs(arrays["history"])
     if not computed:
         _tell_past(run, name, epochs)
