@@ -48,6 +48,14 @@ def check_table_lookup_is_its_weight(method: Method, lab: Lab) -> None:
         same("look-up and weight", small.table(ids), small.table.weight(), within=_rounding(small.table))
 
 
+def check_forms_read_alike(method: Method, lab: Lab) -> None:
+    """However a table is held for inference, it reads the same vectors, up to rounding."""
+    for small in _smalls(method, lab):
+        weight = small.table.weight()
+        for name in small.table.forms:
+            same(f"the table held as {name!r}", small.table.form(name).weight(), weight, within=1e-5)
+
+
 def check_lookup_shapes(method: Method, lab: Lab) -> None:
     """Ids of shape (0, F), (1, F), (7, F) give float32 vectors (.., F, D)."""
     for small in _smalls(method, lab):
