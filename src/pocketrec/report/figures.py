@@ -22,6 +22,7 @@ FRONTIERS: tuple[tuple[str, tuple[str, ...], Format, Scale], ...] = (
 """What quality is drawn against: name, where it stands in a record, how it is written, its axis."""
 
 BATCHES = ("batch_64", "batch_1")
+LISTS = ("scoring", "ranking", "recommending")
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,22 @@ def costs(study: Study) -> list[Cost]:
 
 
 def _alike(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Records by what may be compared: steps of learning, and inference by batch."""
+    """Records by what may be compared: whole phases of learning, their epochs and steps, and serving by batch."""
     found: dict[str, list[Record]] = {}
     for r in records:
-        inference = r["phase"].startswith("inference")
-        found.setdefault(f"inference, batch {r['batch']}" if inference else "training and search", []).append(r)
-    return sorted(found.items(), key=lambda item: (item[0].startswith("inference"), item[0]))
+        found.setdefault(_kind(r), []).append(r)
+    return sorted(found.items(), key=lambda item: (item[0].startswith(("inference", "lists")), item[0]))
+
+
+def _kind(r: Record) -> str:
+    phase = r["phase"]
+    batch = "all rows" if r["batch"] is None else f"batch {r['batch']}"
+    if phase.startswith("inference"):
+        return f"inference, {batch}"
+    if phase in LISTS:
+        return f"lists, {batch}"
+    part = phase.rpartition(" ")[2]
+    return f"training and search, one {part}" if part in ("step", "epoch") else "training and search"
 
 
 def _bars(study: Study, title: str, records: Sequence[Record], bar: Any) -> Drawn:

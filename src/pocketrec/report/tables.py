@@ -24,7 +24,7 @@ _WORDS = {"seeds and rows": "bootstrap over seeds and test rows", "rows": "boots
 
 def sheets(study: Study, known: Known) -> list[Sheet]:
     """Every table that has something to say."""
-    by_data = [quality(study, known, data) for data in sorted({p.data for p in study.pairs})]
+    by_data = [quality(study, known, data) for data in dict.fromkeys(p.data for p in study.pairs)]
     made = [
         *by_data,
         within(study, known),
@@ -93,7 +93,7 @@ def quality(study: Study, known: Known, data: str) -> Sheet:
     for pair in pairs:
         columns += _quality_columns(pair, METRICS[study.task(pair) or "ctr"])
     rows = []
-    for place in study.places(pairs[0]) if pairs else ():
+    for place in study.places(pairs[0]):
         entries = [Entry.of(place.method)]
         for pair in pairs:
             here = Place(pair, place.method, place.budget)
@@ -283,7 +283,7 @@ def _published_overall(study: Study, method: str, budget: str, task: Task) -> fl
     asked = formats.sparsity(budget)
     if asked is None:
         return None
-    names = [plain(method), plain(str(study.plan["methods"][method].get("plugin", method)))]
+    names = [plain(method), plain(str(study.plan["methods"].get(method, {}).get("plugin", method)))]
     found = (transfer().get((f"{100 * asked:.6g}", name)) for name in names)
     return next((row[f"overall_{task}"] for row in found if row), None)
 
@@ -454,7 +454,7 @@ def efficiency(study: Study) -> Sheet:
                     Entry.of(r["method"]),
                     Entry.of(r["phase"]),
                     Entry.of(r["profile"]),
-                    Entry(str(r["batch"]), r["batch"]),
+                    Entry("all rows" if r["batch"] is None else str(r["batch"]), r["batch"]),
                     Entry(str(r.get("threads", "")), r.get("threads")),
                     Entry(formats.milliseconds(ms["p50"]) + (" *" if r.get("extrapolated") else ""), ms["p50"])
                     if ms.get("p50") is not None
@@ -571,4 +571,4 @@ def ledger(study: Study) -> Sheet:
 
 def _budgets(study: Study) -> list[str]:
     """Budgets of all data sets, in the plan's order."""
-    return list(dict.fromkeys(b for data in sorted(study.plan["data"]) for b in study.budgets(data)))
+    return list(dict.fromkeys(b for pair in study.pairs for b in study.budgets(pair.data)))
