@@ -1,4 +1,4 @@
-// Inner loops of PocketRec: packed look-up, graph propagation, top-k. Plain C ABI, no dependency but threads.
+// Inner loops of PocketRec: packed look-up, graph propagation, top-k, perceptrons over pairs. Plain C ABI, no dependency but threads.
 //
 // The file includes itself once per instruction set: the first pass holds what all share and the exported functions,
 // the inner passes (POCKETREC_ISA defined) compile the loops into one namespace each. The processor picks at run time.
@@ -111,6 +111,17 @@ struct TopK {
   Csr seen;
   int32_t *ids;            // (user_count, k)
   float *scores;           // (user_count, k)
+};
+
+struct Tower {
+  const float *users, *items;              // (user_count, width), (item_count, width): their parts of the first layer
+  const float *user_counts, *item_counts;  // what the first layer's sum is divided by, or null
+  const float *bias;                       // (width)
+  int64_t user_count, item_count, width;
+  const float *weights;                    // of each further layer its weight (outputs, inputs), then its bias
+  const int64_t *widths;                   // (layers + 1); the last is 1
+  int64_t layers;
+  float *out;                              // (user_count, item_count)
 };
 
 }  // namespace
@@ -226,6 +237,16 @@ POCKETREC_EXPORT int pocketrec_topk(const float *users, int64_t user_count, cons
   if (level.load(std::memory_order_relaxed) == VNNI) return vnni::topk(task, items, threads);
 #endif
   POCKETREC_DISPATCH(topk, task, items, threads)
+}
+
+// Perceptron scores (user_count, item_count) of all pairs, from the two parts of the first layer.
+POCKETREC_EXPORT int pocketrec_tower(const float *users, const float *items, const float *user_counts,
+                                     const float *item_counts, const float *bias, int64_t user_count,
+                                     int64_t item_count, int64_t width, const float *weights, const int64_t *widths,
+                                     int64_t layers, float *out, int threads) {
+  const Tower task{users, items, user_counts, item_counts, bias, user_count, item_count, width, weights, widths,
+                   layers, out};
+  POCKETREC_DISPATCH(tower, task, threads)
 }
 
 #else  // POCKETREC_ISA: one instruction set
@@ -896,6 +917,8 @@ int topk(const TopK &unpacked, const float *items, int threads) {
   });
   return status.load();
 }
+
+#include "_tower.cpp"
 
 }  // namespace POCKETREC_ISA
 }  // namespace

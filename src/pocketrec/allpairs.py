@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -21,8 +22,11 @@ from pocketrec.program import kernel as reference
 Csr: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int32]]
 """``(indptr (rows + 1,), indices (nnz,))``: the columns of row ``r`` are ``indices[indptr[r]:indptr[r + 1]]``."""
 
-USERS, ITEMS = 16, 128
-"""Users and items of a tile: its layers stay in cache. Tiles begin at fixed places, so no score depends on others."""
+USERS, ITEMS = 64, 32
+"""Users and items of a tile: its layers stay in cache. Tiles are of one size, and so equal items have equal scores."""
+
+CHEAP = ("add", "sum")
+"""Ops on scores alone: where no other is left, a tile holds all items."""
 
 INNER_PRODUCT = Program((Op("dot", ("vectors",), "score"),))
 
@@ -45,8 +49,8 @@ class _Pair:
     counted: bool = False
 
     def tile(self, rows: NDArray[np.int64], columns: slice) -> Array:
-        """``(b i, 2, d)``, or ``(b i, 2 d)`` where it is flat."""
-        users, items = self.users[rows], self.items[columns]
+        """``(b i, 2, d)``, or ``(b i, 2 d)`` where it is flat; float64, so that equal pairs stay equal."""
+        users, items = self.users[rows].astype(np.float64), self.items[columns]
         shape = (len(users), len(items), users.shape[1])
         pair = np.stack([np.broadcast_to(users[:, None], shape), np.broadcast_to(items, shape)], axis=2)
         pair = pair.reshape(-1, *((2 * shape[2],) if self.flat else (2, shape[2])))
@@ -79,12 +83,44 @@ class _Product:
     items: Array
     bias: float
 
+    @cached_property
+    def padded(self) -> Array:
+        """Items and zeros behind them, up to a whole tile."""
+        return np.pad(self.items, ((0, -len(self.items) % ITEMS), (0, 0)))
+
     def tile(self, rows: NDArray[np.int64], columns: slice) -> Array:
         """``(b i,)``."""
-        return (self.users[rows] @ self.items[columns].T + np.float32(self.bias)).reshape(-1)
+        count = columns.stop - columns.start
+        items = self.padded[columns.start : columns.stop + -count % ITEMS]
+        return (self.users[rows] @ items.T + np.float32(self.bias))[:, :count].reshape(-1)
 
 
-_Known: TypeAlias = _Pair | _Sum | _Product
+@dataclass(frozen=True)
+class _Tower:
+    """A perceptron above its first layer: further layers, each behind a ReLU; ``clipped`` where one comes last."""
+
+    first: _Sum
+    layers: tuple[tuple[Array, Array], ...] = ()
+    clipped: bool = True
+    score: bool = False
+
+    def tile(self, rows: NDArray[np.int64], columns: slice) -> Array:
+        """``(b i,)`` scores, or ``(b i, o)`` of a layer inside."""
+        if self.score:
+            return self.scores(rows, columns).reshape(-1)
+        x = np.maximum(self.first.tile(rows, columns), 0)
+        for i, (weight, bias) in enumerate(self.layers):
+            x = (np.maximum(x, 0) if i else x) @ weight.T + bias
+        return np.maximum(x, 0) if self.clipped else x
+
+    def scores(self, rows: NDArray[np.int64], columns: slice) -> Array:
+        """``(b, i)`` scores."""
+        first = self.first
+        counts = None if first.counts is None else (first.counts[0][rows], first.counts[1][columns])
+        return kernel.tower(first.users[rows], first.items[columns], first.bias, self.layers, counts=counts)
+
+
+_Known: TypeAlias = _Pair | _Sum | _Product | _Tower
 
 
 class AllPairs:
@@ -106,10 +142,12 @@ class AllPairs:
         self.count = len(items)
         self.known: dict[str, _Known] = {"vectors": _Pair(users, items)}
         self.steps: list[Op] = []
+        self.columns = self.count
         for op in head.ops:
             folded = _fold(op, self.known.get(op.inputs[0]))
             if folded is None:
                 self.steps.append(op)
+                self.columns = self.columns if op.kind in CHEAP else ITEMS
             else:
                 self.known[op.output] = folded
 
@@ -118,8 +156,9 @@ class AllPairs:
         out = np.empty((len(rows), self.count), np.float32)
         for top in range(0, len(rows), USERS):
             part = rows[top : top + USERS]
-            for left in range(0, self.count, ITEMS):
-                columns = slice(left, min(left + ITEMS, self.count))
+            for left in range(0, self.count, self.columns):
+                stop = min(left + self.columns, self.count)
+                columns = slice(max(0, stop - self.columns), stop)
                 out[top : top + USERS, columns] = self._tile(part, columns)
         return out
 
@@ -159,7 +198,13 @@ class AllPairs:
 
 def _fold(op: Op, value: _Known | None) -> _Known | None:
     """What the op makes of a value that is known per entity, or ``None`` where only pairs have it."""
-    if not isinstance(value, _Pair) or len(op.inputs) > 1:
+    if len(op.inputs) > 1:
+        return None
+    if isinstance(value, _Sum) and op.kind == "relu":
+        return _Tower(value)
+    if isinstance(value, _Tower) and not value.score:
+        return _climb(op, value)
+    if not isinstance(value, _Pair):
         return None
     if op.kind == "columns" and not value.flat:
         columns = slice(int(op.attributes["start"]), int(op.attributes["stop"]))
@@ -173,6 +218,24 @@ def _fold(op: Op, value: _Known | None) -> _Known | None:
     if op.kind == "dot" and not value.flat:
         users = value.users * op.tensors["weight"] if "weight" in op.tensors else value.users
         return _Product(users, value.items, float(op.attributes.get("bias", 0.0)))
+    return None
+
+
+def _climb(op: Op, value: _Tower) -> _Tower | None:
+    """A perceptron with one op more."""
+    if op.kind == "relu":
+        return replace(value, clipped=True)
+    if op.kind == "linear" and value.clipped:
+        return replace(value, layers=(*value.layers, (op.tensors["weight"], op.tensors["bias"])), clipped=False)
+    if op.kind == "sum":
+        shift = np.float32(op.attributes.get("bias", 0.0))
+        if value.clipped:
+            inputs = len(value.layers[-1][1]) if value.layers else len(value.first.bias)
+            total = (np.ones((1, inputs), np.float32), np.array([shift]))
+            return replace(value, layers=(*value.layers, total), clipped=False, score=True)
+        *inner, (weight, bias) = value.layers
+        total = (weight.sum(axis=0, keepdims=True), bias.sum(keepdims=True) + shift)
+        return replace(value, layers=(*inner, total), score=True)
     return None
 
 

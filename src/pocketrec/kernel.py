@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ _SIGNATURES: dict[str, list[Any]] = {
                        _POINTER, _POINTER, _LONG, _LONG, _INT],
     "pocketrec_topk": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
                        _INT],
+    "pocketrec_tower": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER,
+                        _LONG, _POINTER, _INT],
     "pocketrec_adam_distinct": [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER],
     "pocketrec_adam_catch_up": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG],
     "pocketrec_adam_update": [_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG],
@@ -397,13 +400,102 @@ def best(
         return ids, kept
     scores[np.repeat(np.arange(users), np.diff(seen_indptr)), seen_indices[seen_indptr[0] : seen_indptr[-1]]] = -np.inf
     scores[np.isnan(scores)] = -np.inf
-    last = np.partition(scores, scores.shape[1] - take, axis=1)[:, -take, None]
-    ties = scores == last
-    room = take - (scores > last).sum(axis=1, keepdims=True)
-    chosen = np.nonzero((scores > last) | (ties & (ties.cumsum(axis=1) <= room)))[1].reshape(-1, take)
-    values = np.take_along_axis(scores, chosen, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    kept[:, :take] = np.take_along_axis(values, order, axis=1)
-    ids[:, :take] = np.take_along_axis(chosen, order, axis=1)
+    for user, (row, bound) in enumerate(zip(scores, _bounds(scores, take), strict=True)):
+        chosen = np.flatnonzero(row >= bound)
+        values = row[chosen]
+        last = np.partition(values, len(values) - take)[-take]
+        above, equal = np.flatnonzero(values > last), np.flatnonzero(values == last)
+        places = np.sort(np.concatenate([above, equal[: take - len(above)]]))
+        places = places[np.argsort(-values[places], kind="stable")]
+        ids[user, :take], kept[user, :take] = chosen[places], values[places]
     ids[kept == -np.inf] = -1
     return ids, kept
+
+
+def _bounds(scores: NDArray[np.float32], take: int) -> NDArray[np.float32]:
+    """A number per row that at least ``take`` of its entries reach: the ``take``-th largest of the maxima of groups."""
+    groups = max(take, scores.shape[1] // 64)
+    starts = np.arange(groups) * scores.shape[1] // groups
+    return np.partition(np.maximum.reduceat(scores, starts, axis=1), groups - take, axis=1)[:, groups - take]
+
+
+def tower(
+    users: NDArray[np.float32],
+    items: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    *,
+    counts: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    threads: int = 1,
+) -> NDArray[np.float32]:
+    """Scores of all pairs by a perceptron, from the parts that users and items have in its first layer.
+
+    ``h = max(0, (users[u] + items[i]) / max(1, counts[0][u] + counts[1][i]) + bias)``, then ``layers`` with a ReLU
+    after each but the last. A pair's score does not depend on where user and item stand.
+
+    Args:
+        users: ``(U, o)``.
+        items: ``(I, o)``.
+        bias: of the first layer, ``(o,)``.
+        layers: weight ``(outputs, inputs)`` and bias ``(outputs,)`` each, at least one; the last has one output.
+        counts: ``(U,)`` and ``(I,)``; by default nothing is divided.
+        threads: Threads, at least 1.
+
+    Returns:
+        ``(U, I)``.
+
+    Example:
+        >>> import numpy as np
+        >>> ones = np.ones((1, 2), np.float32)
+        >>> tower(ones, -3 * ones, 4 * ones[0], [(ones, ones[0, :1])]).tolist()
+        [[5.0]]
+    """
+    users, items, bias = (np.ascontiguousarray(a, np.float32) for a in (users, items, bias))
+    width = users.shape[1]
+    _check_array("items", items, (len(items), width), np.float32)
+    _check_array("bias", bias, (width,), np.float32)
+    shapes = [weight.shape for weight, _ in layers]
+    widths = [width, *(outputs for outputs, _ in shapes)]
+    fit = [(outputs, inputs) for inputs, outputs in pairwise(widths)] == shapes and widths[-1] == 1 and bool(layers)
+    if not fit or any(b.shape != (len(w),) for w, b in layers):
+        raise ConfigError(f"`layers` must lead from {width} values to one, but their weights have shapes {shapes}.")
+    if counts is not None:
+        counts = np.ascontiguousarray(counts[0], np.float32), np.ascontiguousarray(counts[1], np.float32)
+        _check_array("counts[0]", counts[0], (len(users),), np.float32)
+        _check_array("counts[1]", counts[1], (len(items),), np.float32)
+    out = np.empty((len(users), len(items)), np.float32)
+    library = _library()
+    if library is None:
+        _tower_numpy(users, items, bias, layers, counts, out)
+        return out
+    weights = np.concatenate([np.asarray(a, np.float32).ravel() for layer in layers for a in layer])
+    shape = np.array(widths, np.int64)
+    status = library.pocketrec_tower(
+        _pointer(users), _pointer(items), *((None, None) if counts is None else map(_pointer, counts)), _pointer(bias),
+        len(users), len(items), width, _pointer(weights), _pointer(shape), len(layers), _pointer(out), threads,
+    )  # fmt: skip
+    _check_status(status, "`layers`")
+    return out
+
+
+def _tower_numpy(
+    users: NDArray[np.float32],
+    items: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    counts: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    out: NDArray[np.float32],
+) -> None:
+    tall, wide = 16, 128
+    *hidden, (last, last_bias) = layers
+    for top in range(0, len(users), tall):
+        for right in range(wide, len(items) + wide, wide):
+            stop = min(right, len(items))
+            tile = np.s_[top : top + tall, max(0, stop - wide) : stop]
+            x = users[tile[0], None] + items[tile[1]]
+            if counts is not None:
+                x /= np.maximum(counts[0][tile[0], None] + counts[1][tile[1]], 1)[..., None]
+            x = np.maximum(x + bias, 0).reshape(-1, len(bias))
+            for weight, shift in hidden:
+                x = np.maximum(x @ weight.T + shift, 0)
+            out[tile] = (x @ last.T + last_bias).reshape(out[tile].shape)

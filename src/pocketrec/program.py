@@ -65,7 +65,10 @@ def _sum(op: Op, x: Array) -> Array:
 
 def _add(op: Op, *xs: Array) -> Array:
     """Sum of its inputs, all ``(B,)``."""
-    return np.asarray(np.sum(xs, axis=0, dtype=np.float32))
+    total = xs[0].astype(np.float32)
+    for x in xs[1:]:
+        total += x.astype(np.float32, copy=False)
+    return total
 
 
 def _dot(op: Op, x: Array) -> Array:
