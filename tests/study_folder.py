@@ -17,6 +17,7 @@ HARM = {"mag_prune": 1.6, "pep": 0.5, "qr": 1.2, "shaver": 0.25}
 SEEDS = (0, 1, 2)
 CLICKS = {"criteo": 1_086_810 * 16, "avazu": 4_428_511 * 16}
 VISITS = {"gowalla": 4_533_696}
+PAIRS = (*((name, "deepfm") for name in CLICKS), *((name, "lightgcn") for name in VISITS))
 
 
 def write_study(folder, *, rows=900, users=300, predictions=True, seeds=SEEDS, gaps=True):
@@ -38,6 +39,7 @@ def _write(folder, rows, users, predictions, seeds, gaps):
         "data": data,
         "backbones": {"deepfm": {"plugin": "deepfm"}, "lightgcn": {"plugin": "lightgcn"}},
         "methods": {name: {"plugin": name} for name in HARM},
+        "jobs": [job for pair in PAIRS for job in _jobs(*pair, seeds)],
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     versions = {"python": "3.11.2", "torch": "2.13.0", "numpy": "2.4.0"}
@@ -58,6 +60,14 @@ def _grid(seeds):
         for budget in BUDGETS:
             for seed in seeds:
                 yield method, budget, seed
+
+
+def _jobs(data, backbone, seeds):
+    yield from ({**_record(data, backbone, *cell), "kind": "cell"} for cell in _grid(seeds))
+    for method, budget in (("original", "dense"), *(("pep", b) for b in BUDGETS)):
+        yield {**_record(data, backbone, method, budget, 0), "kind": "choice"}
+    for method in ("original", *HARM):
+        yield {**_record(data, backbone, method, "sparsity=0.8", 0), "kind": "efficiency"}
 
 
 def _record(data, backbone, method, budget, seed):

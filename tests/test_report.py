@@ -204,6 +204,16 @@ def test_a_cell_that_succeeds_after_a_failure_is_done(tmp_path):
     assert Study.read(study).count() == before
 
 
+def test_records_of_an_earlier_plan_do_not_count(tmp_path):
+    study = write_study(tmp_path / "changed", gaps=False)
+    before = Study.read(study)
+    record = next(r for r in Journal(study / "journal").read() if r["kind"] == "cell" and r["method"] == "qr")
+    Journal(study / "journal").append({**record, "key": "another", "test": {"auc": 1.0, "logloss": 0.0}})
+    after = Study.read(study)
+    assert after.cells == before.cells
+    assert after.count() == before.count()
+
+
 def test_ranks_are_of_methods_with_a_figure_everywhere(folder):
     found = standings(Study.read(folder))
     assert found["sparsity=0.5"].average.keys() == {"mag_prune", "pep", "shaver"}
@@ -395,17 +405,11 @@ def test_a_damaged_plan_is_refused(tmp_path, content):
 
 
 def test_a_study_without_any_record_yet_has_a_report(tmp_path):
-    plan = {
-        "name": "empty",
-        "seeds": [0],
-        "budgets": ["5%"],
-        "data": {"a": {}},
-        "backbones": {"b": {}},
-        "methods": {"c": {}},
-    }
+    job = {"kind": "cell", "data": "a", "backbone": "b", "method": "c", "budget": "5%", "seed": 0, "key": "k"}
+    plan = {"name": "empty", "seeds": [0], "budgets": ["5%"], "data": {"a": {}}, "methods": {"c": {}}, "jobs": [job]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     written = report.write(tmp_path)
-    assert written.counts == {"done": 0, "failed": 0, "missing": 0}
+    assert written.counts == {"done": 0, "failed": 0, "missing": 1}
     assert not (tmp_path / "journal").exists()
 
 

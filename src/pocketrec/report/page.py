@@ -97,8 +97,8 @@ def facts(study: Study) -> list[tuple[str, str]]:
     machine = study.machine
     versions = machine.get("versions", {})
     told = [
-        ("data sets", ", ".join(sorted(study.plan["data"]))),
-        ("backbones", ", ".join(sorted(study.plan["backbones"]))),
+        ("data sets", ", ".join(dict.fromkeys(pair.data for pair in study.pairs))),
+        ("backbones", ", ".join(dict.fromkeys(pair.backbone for pair in study.pairs))),
         ("methods", ", ".join(study.methods)),
         ("budgets", ", ".join(formats.budget(b) for b in study.plan["budgets"])),
         ("seeds", ", ".join(str(s) for s in study.plan["seeds"])),
@@ -111,7 +111,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
 
 def section(study: Study, method: str) -> MethodSection:
     """Settings found, searches and times of a method; of the uncompressed model for ``original``."""
-    plugin = "" if method == "original" else str(study.plan["methods"][method].get("plugin", method))
+    plugin = "" if method == "original" else str(study.plan["methods"].get(method, {}).get("plugin", method))
     style = None if method == "original" else figures.style(study, method)
     found = [s for pair in study.pairs if (s := _settings(study, pair, method)) is not None]
     return MethodSection(

@@ -120,7 +120,7 @@ def plain(name: str) -> str:
 
 def _names(study: Study, axis: str, label: str) -> list[str]:
     """What a label may be called in a paper: itself, or its plug-in."""
-    entry = study.plan[axis].get(label, {})
+    entry = study.plan.get(axis, {}).get(label, {})
     return [plain(label), plain(str(entry.get("plugin", label)))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,12 +77,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that a folder records.
+    """Everything that a folder records of the jobs of its plan.
 
     Attributes:
         folder: where it lies.
         plan: the resolved plan.
         machine: what it ran on, if that was written.
+        planned: seeds of every place, in the plan's order.
         cells: final records by place and seed.
         failures: errors of cells that did not end well.
         others: records of other kinds, in order.
@@ -92,6 +93,7 @@ class Study:
     folder: Path
     plan: Record
     machine: Record
+    planned: Mapping[Place, tuple[int, ...]]
     cells: Mapping[Place, Mapping[int, Record]]
     failures: Mapping[Place, Mapping[int, str]]
     others: tuple[Record, ...]
@@ -100,6 +102,8 @@ class Study:
     @classmethod
     def read(cls, folder: str | Path) -> Study:
         """Read a folder that ``pocketrec bench`` has made; nothing in it is changed.
+
+        Records of jobs that an earlier plan had and this one has not are left out.
 
         Raises:
             DataError: there is no study.
@@ -112,14 +116,16 @@ class Study:
                 "pocketrec bench PLAN.toml --out DIR."
             )
         plan = _document(folder / "plan.json")
-        missing = [key for key in ("name", "seeds", "budgets", "data", "backbones", "methods") if key not in plan]
+        missing = [key for key in ("name", "seeds", "budgets", "data", "methods", "jobs") if key not in plan]
         if missing:
             raise ArtifactError(f"{folder / 'plan.json'} must have {', '.join(missing)}, but has not; run bench again.")
-        records = _journal(folder, "journal")
+        keys = {job["key"] for job in plan["jobs"]}
+        records = [r for r in _journal(folder, "journal") if r.get("key") in keys]
         cells, failures = _final(records, folder)
-        others = tuple(r for r in records if r["kind"] not in ("cell", "failed"))
         machine = _document(folder / "machine.json") if (folder / "machine.json").is_file() else {}
-        return cls(folder, plan, machine, cells, failures, others, tuple(_journal(folder, "ledger")))
+        others = tuple(r for r in records if r["kind"] not in ("cell", "failed"))
+        ledger = tuple(r for r in _journal(folder, "ledger") if r.get("key") in keys)
+        return cls(folder, plan, machine, _planned(plan), cells, failures, others, ledger)
 
     def of_kind(self, kind: str) -> list[Record]:
         """Records of another kind than cells."""
@@ -127,53 +133,40 @@ class Study:
 
     @cached_property
     def tasks(self) -> Mapping[str, Task]:
-        """The task of every data set that has a cell, and of every backbone."""
-        return {
-            label: task_of(record)
-            for place, by_seed in self.cells.items()
-            for record in by_seed.values()
-            for label in (f"data {place.pair.data}", f"backbone {place.pair.backbone}")
-        }
+        """The task of every data set that has a cell."""
+        return {p.pair.data: task_of(r) for p, by_seed in self.cells.items() for r in by_seed.values()}
 
     def task(self, pair: Pair) -> Task | None:
         """The task of a pair, as far as any record tells."""
-        return self.tasks.get(f"data {pair.data}") or self.tasks.get(f"backbone {pair.backbone}")
+        return self.tasks.get(pair.data)
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
-        """Data sets with the backbones that fit them: those with a record, and those whose tasks are known to agree."""
-        seen = {place.pair for place in (*self.cells, *self.failures)}
-
-        def fits(pair: Pair) -> bool:
-            data, backbone = self.tasks.get(f"data {pair.data}"), self.tasks.get(f"backbone {pair.backbone}")
-            return pair in seen or (data is not None and data == backbone)
-
-        every = [Pair(d, b) for d in sorted(self.plan["data"]) for b in sorted(self.plan["backbones"])]
-        return tuple(pair for pair in every if fits(pair))
+        """Data sets with the backbones that fit them, in the plan's order."""
+        return tuple(dict.fromkeys(place.pair for place in self.planned))
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
-        """Labels of methods, without the original."""
-        return tuple(sorted(self.plan["methods"]))
+        """Labels of methods in the plan's order, without the original."""
+        return tuple(dict.fromkeys(place.method for place in self.planned if place.method != ORIGINAL))
 
     def budgets(self, data: str) -> tuple[str, ...]:
         """Budgets of a data set, as planned."""
-        return tuple(self.plan["data"][data].get("budgets") or self.plan["budgets"])
+        found = (p.budget for p in self.planned if p.pair.data == data and p.method != ORIGINAL)
+        return tuple(dict.fromkeys(found))
 
     def seeds(self, data: str) -> tuple[int, ...]:
         """Seeds of a data set, as planned."""
-        return tuple(self.plan["data"][data].get("seeds") or self.plan["seeds"])
+        return next(seeds for place, seeds in self.planned.items() if place.pair.data == data)
 
-    def places(self, pair: Pair) -> Iterator[Place]:
-        """Every place of a pair: the original, then budget by budget all methods."""
-        yield Place(pair, ORIGINAL, DENSE)
-        for budget in self.budgets(pair.data):
-            for method in self.methods:
-                yield Place(pair, method, budget)
+    def places(self, pair: Pair) -> list[Place]:
+        """Every place of a pair: the original, then budget by budget all its methods."""
+        order = (DENSE, *self.budgets(pair.data))
+        return sorted((p for p in self.planned if p.pair == pair), key=lambda p: order.index(p.budget))
 
     def count(self) -> dict[str, int]:
         """Planned cells that are ``done``, ``failed`` and ``missing``."""
-        planned = [(p, s) for pair in self.pairs for p in self.places(pair) for s in self.seeds(pair.data)]
+        planned = [(place, seed) for place, seeds in self.planned.items() for seed in seeds]
         done = sum(s in self.cells.get(p, {}) for p, s in planned)
         failed = sum(s in self.failures.get(p, {}) for p, s in planned)
         return {"done": done, "failed": failed, "missing": len(planned) - done - failed}
@@ -211,6 +204,16 @@ def deviation(values: Iterable[float]) -> float | None:
     """Standard deviation over seeds; ``None`` for a single one."""
     figures = list(values)
     return float(np.std(figures, ddof=1)) if len(figures) > 1 else None
+
+
+def _planned(plan: Record) -> dict[Place, tuple[int, ...]]:
+    """Seeds of the cells that a plan asks for."""
+    found: dict[Place, tuple[int, ...]] = {}
+    for job in plan["jobs"]:
+        if job["kind"] == "cell":
+            place = Place(Pair(job["data"], job["backbone"]), job["method"], job["budget"])
+            found[place] = (*found.get(place, ()), job["seed"])
+    return found
 
 
 def _final(
