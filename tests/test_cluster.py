@@ -1,0 +1,163 @@
+"""A study on a real Ray cluster of several nodes on this machine, against the same study in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from study_cases import plan, records
+
+pytest.importorskip("ray")
+
+from pocketrec.backbones.deepfm import DeepFM
+from pocketrec.dataset import encode
+from pocketrec.errors import ConfigError, StorageError
+from pocketrec.methods.shaver import Shaver
+from pocketrec.run import Run
+from pocketrec.sources.synthetic import Synthetic
+from pocketrec.study.bench import bench
+from pocketrec.study.cluster import helpers, on_cluster
+
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(240)]
+
+PLAN = plan(
+    {"method.shaver": {"shards": 3, "batch_size": 128}, "method.mag_prune.n_min": 1},
+    budgets=["sparsity=0.5"],
+    trials=2,
+    at_once=2,
+)
+del PLAN.methods["random"]
+SLOW = replace(PLAN, name="slow")
+
+
+class Nodes:
+    """A cluster of two nodes with one processor each, to which this process is connected."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.cluster_utils import Cluster
+
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        handler = signal.getsignal(signal.SIGTERM)
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.nodes = [self.add() for _ in range(2)]
+        ray.init(self.cluster.address, log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGTERM, handler)
+
+    def add(self):
+        return self.cluster.add_node(num_cpus=1, include_dashboard=False)
+
+    def kill(self) -> None:
+        """A node and all its workers, without warning."""
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+        self.nodes.append(self.add())
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ResourceWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+        found = Nodes()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("serial")
+    assert bench(PLAN, folder)["failed"] == 0
+    return folder
+
+
+def test_a_study_on_a_cluster_has_the_records_of_one_process(nodes, serial, tmp_path):
+    told = []
+    counts = bench(PLAN, tmp_path, workers=on_cluster("auto"), progress=lambda *step: told.append(step[:3]))
+    assert counts["failed"] == 0
+    assert records(tmp_path) == records(serial)
+    assert told[-1] == ("jobs", counts["done"], counts["done"])
+    assert predictions(tmp_path) == predictions(serial)
+
+
+def predictions(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (folder / "predictions").iterdir()}
+
+
+def test_a_node_that_dies_midway_changes_nothing(nodes, serial, tmp_path):
+    def kill_once_under_way() -> None:
+        while not (any((tmp_path / "runs").glob("*/lock")) or list((tmp_path / "store").glob("*.partial"))):
+            time.sleep(0.01)
+        nodes.kill()
+
+    killer = threading.Thread(target=kill_once_under_way)
+    killer.start()
+    counts = bench(PLAN, tmp_path, workers=on_cluster("auto"))
+    killer.join()
+    assert counts["failed"] == 0
+    assert records(tmp_path) == records(serial)
+
+
+def test_a_job_that_raises_is_a_failed_record(nodes, tmp_path):
+    broken = plan({"data.clicks": {"source": "criteo", "raw": "nowhere.parquet"}}, trials=0)
+    counts = bench(broken, tmp_path / "cluster", workers=on_cluster("auto"))
+    assert counts == bench(broken, tmp_path / "serial")
+    assert counts["done"] == 0
+    assert records(tmp_path / "cluster") == records(tmp_path / "serial")
+
+
+def test_shards_are_the_same_bytes_whoever_plays_them(nodes, tmp_path):
+    data = encode(Synthetic(rows=1500, cardinalities=(60, 20, 5)), None, tmp_path / "data")
+    model = DeepFM(dim=4, hidden=(8,)).build(data, 0)
+    method = Shaver(shards=3, passes=2, tolerance=0.0, batch_size=100)
+    with Run(tmp_path / "serial") as run:
+        alone = method.scores(model, data, run)
+    with helpers("auto") as hands, Run(tmp_path / "helped", helpers=hands) as run:
+        helped = method.scores(model, data, run)
+        assert run.helpers is hands
+    for name, array in alone.arrays().items():
+        assert array.tobytes() == helped.arrays()[name].tobytes()
+    assert {p.name for p in (tmp_path / "serial" / "steps").glob("*.safetensors")} == {
+        p.name for p in (tmp_path / "helped" / "steps").glob("*.safetensors")
+    }
+
+
+def test_a_worker_that_does_not_see_the_folder_stops_the_study(nodes, tmp_path, monkeypatch):
+    monkeypatch.setattr("pocketrec.study.cluster.atomic_write", lambda path, content: None)
+    with pytest.raises(StorageError, match="does not see"):
+        bench(PLAN, tmp_path, workers=on_cluster("auto"))
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_job_that_fits_on_no_node_is_refused(nodes, tmp_path):
+    with pytest.raises(ConfigError, match="3 CPUs"):
+        bench(PLAN.shifted(threads=3), tmp_path, workers=on_cluster("auto"))
+
+
+@pytest.mark.parametrize("address", ["local:0", "local:", "here", "ray://nowhere", "local:two"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(ConfigError, match="local:N"):
+        on_cluster(address)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_nobody_at_an_address_is_said_at_once(scheme, tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        started = time.monotonic()
+        with pytest.raises(ConfigError, match="none answers"):
+            bench(PLAN, tmp_path, workers=on_cluster(f"{scheme}127.0.0.1:{port}"))
+    assert time.monotonic() - started < 10
