@@ -19,7 +19,10 @@ COLORS = ("#0b5cad", "#c2410c", "#0f766e", "#7c3aed", "#b4235a", "#667600", "#8a
 INK, FAINT, GRID = "#1c2430", "#5b6673", "#e3e7ec"
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT = 300, 214
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 38, 10, 24, 40
+FLATTEST = 2e-3
+"""Least range of a linear axis, as a share of its values: what differs by less is drawn as the same."""
+
 PARTS = ("#0b5cad", "#7ba7d7", "#c2410c", "#e9a37f")
 
 Format = Callable[[float], str]
@@ -41,7 +44,7 @@ class Dot:
 class Line:
     """Points that belong together; ``style`` chooses colour, mark and dash; ``marks`` shows the points themselves."""
 
-    style: int
+    style: int | None
     dots: tuple[Dot, ...]
     marks: bool = True
     faint: bool = False
@@ -54,12 +57,13 @@ class Figure:
     Attributes:
         title: for those who cannot see it.
         x: name of the axis below.
-        y: name of the axis at the left.
+        y: name of the axis at the left, above it. Its range is that of the points; longer spreads are cut off.
         lines: what is drawn.
         x_format: how a number below is written.
         y_format: how a number at the left is written; by default with as many decimals as the ticks need.
         scale: of the axis below.
         star: the uncompressed model, as a star with a level line.
+        whole: ticks below are whole numbers only.
     """
 
     title: str
@@ -70,6 +74,7 @@ class Figure:
     y_format: Format | None = None
     scale: Scale = "linear"
     star: Dot | None = None
+    whole: bool = False
 
     @property
     def dots(self) -> list[Dot]:
@@ -82,9 +87,10 @@ def svg(figure: Figure) -> str:
     dots = figure.dots
     if not dots:
         return ""
-    bounds = _bounds([d.x for d in dots], figure.scale), _bounds(_reach(dots), "linear")
+    bounds = _bounds([d.x for d in dots], figure.scale), _bounds([d.y for d in dots], "linear")
     (x0, x1), (y0, y1) = bounds
     x_ticks = ticks(x0, x1, 5) if figure.scale == "linear" else log_ticks(x0, x1, figure.scale == "binary")
+    x_ticks = [t for t in x_ticks if t == round(t)] if figure.whole else x_ticks
     y_ticks = ticks(y0, y1, 5)
     y_format = figure.y_format or _decimals(y_ticks)
     across = (lambda v: v) if figure.scale == "linear" else math.log
@@ -93,6 +99,7 @@ def svg(figure: Figure) -> str:
         return LEFT + (across(x) - across(x0)) / (across(x1) - across(x0)) * (WIDTH - LEFT - RIGHT)
 
     def py(y: float) -> float:
+        y = min(max(y, y0), y1)
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
@@ -101,7 +108,7 @@ def svg(figure: Figure) -> str:
         *(_text(LEFT - 6, py(t) + 3.5, y_format(t), "end") for t in y_ticks),
         *_x_axis(x_ticks, px, figure.x_format),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, figure.x, "middle"),
-        _text(13, (TOP + HEIGHT - BOTTOM) / 2, figure.y, "middle", turned=True),
+        _text(0, 11, figure.y, "start"),
     ]
     if figure.star:
         y = py(figure.star.y)
@@ -191,12 +198,9 @@ def _bounds(values: Iterable[float], scale: Scale) -> tuple[float, float]:
     if scale != "linear":
         room = max((high / low) ** 0.06, 1.2)
         return low / room, high * room
-    room = 0.07 * (high - low) or abs(high) * 0.05 or 1.0
+    least = FLATTEST * max(abs(low), abs(high)) or 1.0
+    room = 0.07 * (high - low) + max(0.0, least - (high - low)) / 2
     return low - room, high + room
-
-
-def _reach(dots: Sequence[Dot]) -> Iterable[float]:
-    return [v for d in dots for v in (d.y - d.spread, d.y + d.spread)]
 
 
 def _decimals(marks: Sequence[float]) -> Format:
@@ -258,16 +262,16 @@ def _mark(x: float, y: float, shape: str, color: str, hint: str) -> str:
     )
 
 
-def _shape(style: int) -> str:
-    return _SHAPES[style % len(_SHAPES)]
+def _shape(style: int | None) -> str:
+    return _SHAPES[(style or 0) % len(_SHAPES)]
 
 
 def _color(style: int | None) -> str:
     return INK if style is None else COLORS[style % len(COLORS)]
 
 
-def _dash(style: int) -> str:
-    dash = DASHES[style // len(COLORS) % len(DASHES)]
+def _dash(style: int | None) -> str:
+    dash = DASHES[(style or 0) // len(COLORS) % len(DASHES)]
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 
@@ -275,12 +279,9 @@ def _rule(x0: float, y0: float, x1: float, y1: float) -> str:
     return f'<path d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}" stroke="{GRID}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, *, turned: bool = False, ink: bool = False) -> str:
-    turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{INK if ink else FAINT}"{turn}>'
-        f"{escape(text)}</text>"
-    )
+def _text(x: float, y: float, text: str, anchor: str, *, ink: bool = False) -> str:
+    color = INK if ink else FAINT
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
 
 
 def _cut(text: str, most: int) -> str:

@@ -92,7 +92,8 @@ def curves(study: Study, pair: Pair) -> list[Drawn]:
         lines = [line for place in group for line in _curves(study, place)]
         title = formats.budget(group[0].budget)
         if lines:
-            figure = Figure(f"{metric.title} on validation, {title}", "epoch", metric.title, tuple(lines))
+            named = f"{metric.title} on validation"
+            figure = Figure(f"{named}, {title}", "epoch", named, tuple(lines), whole=True)
             drawn.append(Drawn(title, svg(figure)))
     return drawn
 
@@ -103,7 +104,7 @@ def _curves(study: Study, place: Place) -> list[Line]:
         points = [(e, p[1]) for e, p in enumerate(record.get("curve") or [], start=1) if p[1] is not None]
         if points:
             dots = tuple(Dot(e, y, 0.0, f"{place.method}, seed {seed}, epoch {e}: {y:.4f}") for e, y in points)
-            look = style(study, place.method) if place.method != ORIGINAL else 9
+            look = None if place.method == ORIGINAL else style(study, place.method)
             lines.append(Line(look, dots, marks=len(dots) == 1))
     return lines
 
@@ -115,18 +116,20 @@ def search(study: Study, method: str) -> list[Drawn]:
         if r["method"] == method and r.get("metric") is not None:
             by_search.setdefault((Pair(r["data"], r["backbone"]), r["budget"]), []).append(r)
     drawn = []
-    for (pair, budget), trials in sorted(by_search.items(), key=lambda item: (str(item[0][0]), item[0][1])):
+    order = [(pair, budget) for pair in study.pairs for budget in (DENSE, *study.budgets(pair.data))]
+    for (pair, budget), trials in sorted(by_search.items(), key=lambda item: order.index(item[0])):
         task = study.task(pair)
         if task is None or len(trials) < 2:
             continue
         metric = METRICS[task][0].title
         ordered = sorted(trials, key=lambda r: r["trial"])
         best = np.maximum.accumulate([r["metric"] for r in ordered]).tolist()
-        look = style(study, method)
+        look = None if method == ORIGINAL else style(study, method)
         dots = tuple(Dot(r["trial"] + 1, r["metric"], 0.0, _hint(r)) for r in ordered)
         steps = tuple(Dot(d.x, b) for d, b in zip(dots, best, strict=True))
         lines = (Line(look, steps, marks=False, faint=True), *(Line(look, (d,)) for d in dots))
-        figure = Figure(f"search of {method} on {pair}", "trial", f"{metric} on validation", lines)
+        named = f"{metric} on validation"
+        figure = Figure(f"search of {method} on {pair}", "trial", named, lines, whole=True)
         drawn.append(Drawn(f"{pair}, {formats.budget(budget)}", svg(figure)))
     return drawn
 
@@ -200,7 +203,7 @@ def _kind(r: Record) -> str:
     if phase in LISTS:
         return f"lists, {batch}"
     part = phase.rpartition(" ")[2]
-    return f"training and search, one {part}" if part in ("step", "epoch") else "training and search"
+    return f"one {part} of training" if part in ("step", "epoch") else "training and search"
 
 
 def _bars(study: Study, title: str, records: Sequence[Record], bar: Any) -> Drawn:

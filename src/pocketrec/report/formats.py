@@ -44,9 +44,9 @@ def spread(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with a true minus sign: ``−.0012``."""
+    """A difference with a true minus sign, ``−.0012``; ``0`` where four decimals are all zero."""
     text = f"{value:+.4f}".replace("-", "−")
-    return re.sub(r"^([+−])0\.", r"\1.", text)
+    return re.sub(r"^([+−])0\.", r"\1.", text) if float(f"{value:.4f}") else "0"
 
 
 def share(value: float | None) -> str:

@@ -70,8 +70,8 @@ def lightgcn(study: Study, pair: Pair) -> str | None:
     if "lightgcn" not in _names(study, "backbones", pair.backbone):
         return None
     found = [r for r in rows("lightgcn_reference.csv") if r["dataset"] == plain(pair.data)]
-    told = "; ".join(f"{r['layers']} layers {float(r['ndcg20']):.4f} and {float(r['recall20']):.4f}" for r in found)
-    return f"LightGCN's authors report NDCG@20 and (uncapped) recall@20 on {pair.data}: {told}." if found else None
+    told = "; ".join(f"{float(r['ndcg20']):.4f} and {float(r['recall20']):.4f} (L = {r['layers']})" for r in found)
+    return f"LightGCN's authors report NDCG@20 and uncapped recall@20 on {pair.data}: {told}." if found else None
 
 
 def rows(name: str) -> list[dict[str, str]]:
