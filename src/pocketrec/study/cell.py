@@ -175,10 +175,11 @@ def profiles(bench: Bench, job: Job, choices: Choices) -> Iterator[Record]:
             method,
             bench.data(job),
             budget=bench.plan.efficiency_budget,
-            training=stages[0],
+            training=stages,
             seed=job.seed,
             profile=name,
             threads=bench.plan.threads,
+            device=bench.plan.device,
             store=bench.store,
         )
 
