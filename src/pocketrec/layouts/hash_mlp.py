@@ -23,7 +23,7 @@ CODES = ("uniform", "gaussian")
 ENDS = ("linear", "mish", "mish_affine")
 _SPAN = 10**9
 _GOLDEN = 0x9E3779B97F4A7C15
-_CHUNK = 2048
+_CHUNK, _HASHED_TOGETHER = 2048, 128
 
 
 @cache
@@ -73,9 +73,10 @@ def most_slots(buckets: int) -> int:
 def codes(slots: NDArray[np.int64], functions: int, buckets: int, salt: int, kind: str) -> NDArray[np.float32]:
     """Dense codes of slots ``(m,)``, ``(m, functions)``."""
     found = np.empty((len(slots), functions), np.float32)
-    for start in range(0, len(slots), _CHUNK):
-        part = hashes(slots[start : start + _CHUNK], functions, buckets, salt)
-        found[start : start + _CHUNK] = 2 * part / (buckets - 1) - 1 if kind == "uniform" else _normal(part, buckets)
+    for start in range(0, len(slots), _HASHED_TOGETHER):
+        part = hashes(slots[start : start + _HASHED_TOGETHER], functions, buckets, salt)
+        code = 2 * part / (buckets - 1) - 1 if kind == "uniform" else _normal(part, buckets)
+        found[start : start + _HASHED_TOGETHER] = code
     return found
 
 

@@ -26,6 +26,9 @@ from pocketrec.train import Training
 
 Init = Literal["corrected", "approx_normal"]
 
+CHUNK = 2048
+"""Vectors that are multiplied out together: their slices stay in cache."""
+
 
 @dataclass(frozen=True)
 class TTRec(Method):
@@ -281,8 +284,8 @@ class TTComposition(Composition):
     def weight(self) -> Tensor:
         """Every vector, ``(rows, width)``: one large matrix product."""
         left, right = self._both_halves()
-        product = torch.matmul(left.flatten(0, 1), right.transpose(0, 1).flatten(1))
-        shape = (left.shape[0], left.shape[1], right.shape[0], right.shape[2])
+        product = torch.matmul(left.flatten(0, 1), right.flatten(0, 1).T)
+        shape = (*left.shape[:2], *right.shape[:2])
         weight = product.view(shape).transpose(1, 2).reshape(-1, self.width)[: self.rows].float()
         if self.warm or not self.cached:
             return weight
@@ -312,13 +315,11 @@ class TTComposition(Composition):
     def _computed(self, distinct: Tensor) -> Tensor:
         """Vectors of slots from the cores."""
         left, right = self._both_halves()
-        row = torch.div(distinct, self.right_rows, rounding_mode="floor")
-        first = F.embedding(row, left.flatten(1)).view(len(distinct), *left.shape[1:])
-        second = F.embedding(distinct - row * self.right_rows, right.flatten(1)).view(len(distinct), *right.shape[1:])
-        return torch.bmm(first, second).view(len(distinct), self.width).float()
+        vectors = [_joined(left, right, part) for part in distinct.split(CHUNK)]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
     def _both_halves(self) -> tuple[Tensor, Tensor]:
-        """Products of each half of the cores, ``(n', d', r)`` and ``(n'', r, d'')``."""
+        """Products of each half of the cores, ``(n', d', r)`` and ``(n'', d'', r)``."""
         versions = tuple((core._version, core.device) for core in self.cores)
         if torch.is_grad_enabled():
             return self._half(0, self.split), self._right()
@@ -328,7 +329,7 @@ class TTComposition(Composition):
 
     def _right(self) -> Tensor:
         half = self._half(self.split, len(self.cores))
-        return half.reshape(self.right_rows, self.plan.ranks[self.split - 1], -1)
+        return half.reshape(self.right_rows, self.plan.ranks[self.split - 1], -1).transpose(1, 2).contiguous()
 
     def _half(self, start: int, stop: int) -> Tensor:
         """All products of neighbouring cores, ``(n, r_left * d, r_right)``."""
@@ -340,3 +341,11 @@ class TTComposition(Composition):
             product = torch.matmul(result.flatten(0, 1), piece).view(*result.shape[:2], rows, -1)
             result = product.transpose(1, 2).reshape(len(result) * rows, -1, ranks[k + 1])
         return result
+
+
+def _joined(left: Tensor, right: Tensor, slots: Tensor) -> Tensor:
+    """Vectors ``(m, d' d'')`` of slots ``(m,)`` from the products of both halves of the cores."""
+    row = torch.div(slots, len(right), rounding_mode="floor")
+    first = F.embedding(row, left.flatten(1)).view(-1, *left.shape[1:])
+    second = F.embedding(slots - row * len(right), right.flatten(1)).view(-1, *right.shape[1:])
+    return torch.bmm(first, second.transpose(1, 2)).flatten(1).float()
