@@ -138,6 +138,7 @@ def test_a_plan_counts_the_parameters_that_it_builds(plan, width):
         assert part.pack(place(part.rows, width), storage, None).size_bytes == plan.size_bytes(storage)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 5000), data=st.data())
 def test_qr_pairs_are_a_bijection_and_budgets_are_kept(rows, data):
     method = QR(large=data.draw(st.sampled_from(["remainder", "quotient"])))
@@ -154,6 +155,7 @@ def test_qr_pairs_are_a_bijection_and_budgets_are_kept(rows, data):
         assert pairs[1].max() == -(-rows // divisor) - 1
 
 
+@settings(deadline=None)
 @given(st.integers(4, 10_000), st.floats(0.01, 0.99))
 def test_qr_with_a_large_remainder_table_wastes_at_most_a_few_rows(rows, share):
     most = int(rows * share)
@@ -258,13 +260,12 @@ def decomposed(matrix, rows, widths, ranks):
     return cores, math.sqrt(max(lost, 0.0))
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(4, 24), st.integers(4, 24))
+@settings(max_examples=10, deadline=None)
+@given(st.integers(16, 32), st.integers(16, 32))
 def test_the_corrected_start_has_the_variance_of_the_target(first, second):
-    part = TTPlan(64_000, (40, 40, 40), (2, 2, 4), (first, second)).build(noise(5, "tt"))
-    cores = [c.detach().double() for c in part.cores]
-    expected = math.prod(float(c.square().mean()) for c in cores) * first * second
-    assert expected == pytest.approx(1 / (3 * 64_000), rel=0.15)
+    part = TTPlan(400**3, (400, 400, 400), (2, 2, 4), (first, second)).build(noise(5, "tt"))
+    found = math.prod(float(c.detach().double().square().mean()) for c in part.cores) * first * second
+    assert found == pytest.approx(1 / (3 * 400**3), rel=0.07)
 
 
 def test_the_published_start_is_as_large_as_was_derived():
@@ -305,12 +306,13 @@ def test_the_cache_starts_as_the_cores_say_and_is_then_read():
     assert not part.cache.requires_grad
 
 
+@settings(deadline=None)
 @given(st.integers(0, most_slots(1_000_000) - 1), st.integers(0, 2**40))
 def test_hashes_are_exact(slot, salt):
     a, b, p = constants(8, 1_000_000, salt)
     assert all(0 < int(x) < 10**9 for x in a)
     assert all(16_000_000 < int(x) < 17_000_000 for x in p)
-    assert all(int(x) % n for x in p for n in range(2, 4124))
+    assert np.all(p[:, None] % np.arange(2, 4124))
     exact = [(int(x) * (slot + 1) + int(y)) % int(z) % 1_000_000 for x, y, z in zip(a, b, p, strict=True)]
     assert hashes(np.array([slot]), 8, 1_000_000, salt)[0].tolist() == exact
 
@@ -367,6 +369,7 @@ def test_dhe_trains_on_the_statistics_of_distinct_ids_and_survives_a_single_one(
         torch.testing.assert_close(part(torch.tensor([3, 30, 3])), part.weight()[[3, 30, 3]])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 20), st.integers(2, 8), st.integers(0, 99))
 def test_codes_of_few_bits_are_packed_and_unpacked(rows, width, bits, seed):
     found = np.random.default_rng(seed).integers(0, 2**bits, (rows, width), dtype=np.uint8)
@@ -375,6 +378,7 @@ def test_codes_of_few_bits_are_packed_and_unpacked(rows, width, bits, seed):
     np.testing.assert_array_equal(unpack_codes(packed, width, bits), found)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.sampled_from(["fp32", "fp16", "int8"]))
 def test_factors_take_the_bytes_that_were_promised(rows, columns, storage):
     values = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
