@@ -49,7 +49,7 @@ def pairs_file(folder: Path) -> Path:
     return path
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
+def records(folder: Path, clock: tuple[str, ...] = CLOCK) -> list[dict[str, Any]]:
     """Everything in the journal, in the order of its keys, without the clock."""
-    found = [{k: v for k, v in r.items() if k not in CLOCK} for r in Journal(folder / "journal").read()]
+    found = [{k: v for k, v in r.items() if k not in clock} for r in Journal(folder / "journal").read()]
     return sorted(found, key=lambda r: (r["key"], r["kind"], r.get("trial", -1)))

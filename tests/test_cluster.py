@@ -2,39 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import tomllib
 import warnings
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
-from study_cases import plan, records
+from study_cases import plan
+from study_cases import records as all_records
 
 pytest.importorskip("ray")
 
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.dataset import encode
 from pocketrec.errors import ConfigError, StorageError
+from pocketrec.files import Journal
 from pocketrec.methods.shaver import Shaver
 from pocketrec.run import Run
 from pocketrec.sources.synthetic import Synthetic
 from pocketrec.study.bench import bench
 from pocketrec.study.cluster import helpers, on_cluster
+from pocketrec.study.plan import parse
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(240)]
 
-PLAN = plan(
-    {"method.shaver": {"shards": 3, "batch_size": 128}, "method.mag_prune.n_min": 1},
-    budgets=["sparsity=0.5"],
-    trials=2,
-    at_once=2,
-)
-del PLAN.methods["random"]
-SLOW = replace(PLAN, name="slow")
+TOML = """
+name = "small"
+budgets = ["sparsity=0.5"]
+seeds = [0, 1]
+trials = 2
+at_once = 2
+
+[data.clicks]
+source = "synthetic"
+rows = 1500
+cardinalities = [60, 20, 5]
+
+[backbone.deepfm]
+dim = 4
+hidden = [8]
+
+[backbone.deepfm.training]
+epochs = 2
+batch_size = 64
+learning_rate = { low = 1e-3, high = 1e-1, log = true }
+
+[method.mag_prune]
+[method.shaver]
+shards = 3
+batch_size = 128
+score = { choices = ["geo", "abs"] }
+"""
+PLAN = parse(tomllib.loads(TOML))
+
+
+records = partial(all_records, clock=("seconds", "latency_us"))
 
 
 class Nodes:
@@ -54,16 +85,27 @@ class Nodes:
     def add(self):
         return self.cluster.add_node(num_cpus=1, include_dashboard=False)
 
-    def kill(self) -> None:
-        """A node and all its workers, without warning."""
-        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
-        self.nodes.append(self.add())
+    def kill(self, worker: int) -> None:
+        """The node of a worker process: it, its raylet and all its other workers, without warning."""
+        node = next(n for n in self.nodes if raylet(n) in psutil.Process(worker).parents())
+        for process in (raylet(node), *raylet(node).children(recursive=True)):
+            process.kill()
+
+    def mend(self) -> None:
+        """Two nodes again."""
+        for node in [n for n in self.nodes if not raylet(n).is_running()]:
+            self.cluster.remove_node(node)
+            self.nodes[self.nodes.index(node)] = self.add()
 
     def close(self) -> None:
         import ray
 
         ray.shutdown()
         self.cluster.shutdown()
+
+
+def raylet(node) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +139,27 @@ def predictions(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_node_that_dies_midway_changes_nothing(nodes, serial, tmp_path):
+    killed = []
+
     def kill_once_under_way() -> None:
-        while not (any((tmp_path / "runs").glob("*/lock")) or list((tmp_path / "store").glob("*.partial"))):
-            time.sleep(0.01)
-        nodes.kill()
+        while not killed:
+            for lock in (tmp_path / "runs").glob("*/lock"):
+                with contextlib.suppress(OSError, ValueError, IndexError, psutil.Error):
+                    worker = int(lock.read_text().split()[1])
+                    psutil.Process(worker).suspend()
+                    if lock.exists():
+                        nodes.kill(worker)
+                        killed.append(lock.parent.name)
+                        return
+                    psutil.Process(worker).resume()
+            time.sleep(0.002)
 
     killer = threading.Thread(target=kill_once_under_way)
     killer.start()
     counts = bench(PLAN, tmp_path, workers=on_cluster("auto"))
     killer.join()
+    nodes.mend()
+    assert len(killed) == 1
     assert counts["failed"] == 0
     assert records(tmp_path) == records(serial)
 
@@ -161,3 +215,26 @@ def test_nobody_at_an_address_is_said_at_once(scheme, tmp_path):
         with pytest.raises(ConfigError, match="none answers"):
             bench(PLAN, tmp_path, workers=on_cluster(f"{scheme}127.0.0.1:{port}"))
     assert time.monotonic() - started < 10
+
+
+def test_a_signal_ends_the_command_cleanly_and_the_study_goes_on(serial, tmp_path):
+    (tmp_path / "small.toml").write_text(TOML)
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "pocketrec.cli", "bench", str(tmp_path / "small.toml"), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--cluster", "local:2", "--no-report"], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list((out / "store").glob("*.safetensors")):
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said == "pocketrec: interrupted; run the same command again to go on.\n"
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    before = Journal(out / "journal").read()
+    assert len(before) < len(records(serial))
+    assert not [r for r in before if r["kind"] == "failed"]
+    assert bench(PLAN, out)["failed"] == 0
+    assert records(out) == records(serial)

@@ -59,7 +59,7 @@ CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 20.0
 """How long interrupted tasks may take to reach a checkpoint."""
 
-SIGHT_SECONDS = 5.0
+SIGHT_SECONDS = 3.0
 """How long a shared file system may take to show a new file."""
 
 ENVIRONMENT = ("POCKETREC_DATA", "POCKETREC_CACHE")
