@@ -15,7 +15,7 @@ from typing import NoReturn
 from pocketrec.errors import PocketRecError, StorageError
 
 _EXTRA = {"click": "train", "rich": "train", "torch": "train", "polars": "train", "psutil": "train",
-          "matplotlib": "report", "jinja2": "bench"}  # fmt: skip
+          "matplotlib": "report", "jinja2": "bench", "ray": "cluster"}  # fmt: skip
 
 
 class Terminated(BaseException):
