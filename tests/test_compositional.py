@@ -557,6 +557,20 @@ def test_an_interrupted_warm_up_goes_on(clicks, model, tmp_path):
     assert torch.equal(whole.table.weight(), again.table.weight())
 
 
+def test_the_multiplied_cores_follow_an_optimiser_that_leaves_no_trace():
+    part = TTPlan(60, (3, 4, 5), (2, 2, 2), (3, 3)).build(noise(0, "tt"))
+    adam, ids = torch.optim.Adam(part.parameters(), lr=0.1, fused=True), torch.arange(60)
+    for _ in range(3):
+        with torch.no_grad():
+            before = part(ids)
+        part(ids).square().sum().backward()
+        adam.step()
+        with torch.no_grad():
+            assert not torch.equal(part(ids), before)
+            torch.testing.assert_close(part(ids), part.weight())
+            np.testing.assert_allclose(part(ids).numpy()[7], contraction(part, 7), rtol=1e-4)
+
+
 def test_published_shapes():
     assert row_factors(1_086_810, 3) == (125, 125, 128)
     assert row_factors(4_428_511, 3) == (150, 150, 200)

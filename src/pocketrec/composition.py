@@ -8,7 +8,7 @@ field lie in the order of their fingerprints; so a file finds its slots for noth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -108,10 +108,12 @@ class Composition(nn.Module, ABC):
         lasting: see :class:`~pocketrec.active.ActiveTable`.
         clip: see there.
         penalised: whether there is a ``penalty``.
+        forms: Ways to hold it for inference; the first is the composition as it is.
     """
 
     rows: int
     width: int
+    forms: tuple[str, ...] = ("composed",)
     lasting: bool = False
     clip: float = 0.0
     penalised: bool = False
@@ -126,6 +128,10 @@ class Composition(nn.Module, ABC):
 
     def drawn(self) -> Self:
         """The composition of a training step, on the same weights."""
+        return self
+
+    def form(self, name: str) -> Self:
+        """The same vectors in another of the ``forms``."""
         return self
 
     def rules(self) -> Mapping[str, Rule]:
@@ -187,6 +193,7 @@ class ComposedTable(ActiveTable):
         self.blocks = blocks
         self.regions = tuple(region for region, _, _ in parts)
         self.parts = nn.ModuleList(part for _, part, _ in parts)
+        self.forms = parts[0][1].forms
         self.plain_blocks = tuple(b for b in blocks if not b.counted)
         self.plain = nn.ParameterList(
             nn.Parameter(weight[b.start : b.stop, b.left : b.right].detach().clone()) for b in self.plain_blocks
@@ -213,10 +220,19 @@ class ComposedTable(ActiveTable):
 
     def drawn(self, noise: torch.Generator) -> ComposedTable:
         """The table of a training step: its compositions as they train, on the same weights."""
+        return self._holding(part.drawn() for part in self.compositions)
+
+    def form(self, name: str) -> ComposedTable:
+        """The same compositions in another of their ``forms``."""
+        if name not in self.forms:
+            raise ConfigError(f"`name` must be one of {', '.join(self.forms)}, but got {name!r}.")
+        return self._holding(part.form(name) for part in self.compositions)
+
+    def _holding(self, parts: Iterable[Composition]) -> ComposedTable:
+        """This table with other compositions on the same weights."""
         other = object.__new__(type(self))
         vars(other).update(vars(self))
-        parts = nn.ModuleList(part.drawn() for part in self.compositions)
-        other._modules = {**self._modules, "parts": parts}
+        other._modules = {**self._modules, "parts": nn.ModuleList(parts)}
         return other
 
     def rules(self) -> Mapping[str, Rule]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ class Table(nn.Module, ABC):
             table as it is; the others are made by ``form``.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("table",)
+    forms: tuple[str, ...] = ("table",)
 
     schema: Schema
     blocks: tuple[Block, ...]
@@ -135,7 +134,7 @@ def _check_matrix(name: str, matrix: Tensor, shape: tuple[int, int], dtype: torc
 class DenseTable(Table):
     """The uncompressed table: one trainable float32 matrix ``(n, D)``; the out-of-vocabulary row is its absent row."""
 
-    forms: ClassVar[tuple[str, ...]] = ("dense",)
+    forms: tuple[str, ...] = ("dense",)
 
     def __init__(self, schema: Schema, blocks: tuple[Block, ...], weight: Tensor) -> None:
         super().__init__()
@@ -189,7 +188,7 @@ class PrunedTable(Table):
         absent: Float32 ``(F, D)``; see ``from_counts``.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("masked",)
+    forms: tuple[str, ...] = ("masked",)
 
     base: Tensor
     keep: Tensor

@@ -115,7 +115,7 @@ class HashMlpBlock(ComposedBlock):
         hidden = s.get("hidden")
         known = s.get("code") in CODES and s.get("end") in ENDS
         numbers = whole(s, "slots", "functions", "salt") and whole(s, "buckets") and 2 <= s["buckets"] <= 10**7
-        listed = isinstance(hidden, list | tuple) and whole(dict(enumerate(hidden)), *range(len(hidden)))
+        listed = isinstance(hidden, list | tuple) and all(type(w) is int and 0 < w < 2**31 for w in hidden)
         numbers = numbers and s["slots"] <= most_slots(s["buckets"])
         return known and numbers and listed and (s["code"] == "uniform" or s["functions"] % 2 == 0)
 

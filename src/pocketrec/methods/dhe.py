@@ -30,6 +30,7 @@ Norm = Literal["before", "after", "none"]
 Last = Literal["linear", "bn_mish"]
 Code = Literal["uniform", "gaussian"]
 
+FORMS = ("stored codes", "on-demand codes")
 CODE_BYTES = 512 << 20
 """Hash codes of a table are kept in memory up to this size; beyond it they are computed at each look-up."""
 
@@ -194,16 +195,26 @@ class DHEPlan:
 
 
 class CodeStore:
-    """The hash codes of all slots, computed once and never copied."""
+    """The hash codes of all slots, computed once and never copied.
 
-    def __init__(self, rows: int, functions: int, compute: Callable[[NDArray[np.int64]], NDArray[np.float32]]) -> None:
+    Args:
+        rows: Slots.
+        compute: Codes of slots ``(m,)``, ``(m, k)``.
+        kept: Whether codes stay in memory.
+    """
+
+    def __init__(self, rows: int, compute: Callable[[NDArray[np.int64]], NDArray[np.float32]], *, kept: bool) -> None:
         self._rows = rows
-        self._kept = 4 * rows * functions <= CODE_BYTES
         self._compute = compute
+        self._kept = kept
         self._codes: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CodeStore:
         return self
+
+    def keeping(self, *, kept: bool) -> CodeStore:
+        """A store of the same codes that keeps them, or does not."""
+        return CodeStore(self._rows, self._compute, kept=kept)
 
     def every(self, device: torch.device) -> Tensor:
         """Codes of all slots, ``(rows, k)``."""
@@ -224,6 +235,7 @@ class CodeStore:
 class DHEComposition(Composition):
     """``hash code -> [linear -> batch norm -> Mish] x depth -> linear``; running statistics but in training steps."""
 
+    forms = ("composed", *FORMS)
     hot: Tensor | None
 
     def __init__(self, plan: DHEPlan, source: torch.Generator) -> None:
@@ -237,7 +249,8 @@ class DHEComposition(Composition):
         normed = plan.widths[1:] if plan.last_layer == "bn_mish" else plan.widths[1:-1]
         self.norms = nn.ModuleList(nn.BatchNorm1d(w) for w in normed if plan.norm != "none")
         k, buckets, salt, code = plan.widths[0], plan.buckets, plan.salt, plan.code
-        self.store = CodeStore(plan.rows, k, lambda slots: codes(slots, k, buckets, salt, code))
+        kept = 4 * plan.rows * k <= CODE_BYTES
+        self.store = CodeStore(plan.rows, lambda slots: codes(slots, k, buckets, salt, code), kept=kept)
         self.hot = None
 
     def extra_repr(self) -> str:
@@ -246,9 +259,16 @@ class DHEComposition(Composition):
 
     def drawn(self) -> Self:
         """The same network, with the statistics of the batch."""
+        return self._having(live=True, hot=None)
+
+    def form(self, name: str) -> Self:
+        """The same network, with all codes in memory or none."""
+        return self._having(store=self.store.keeping(kept=name == "stored codes")) if name in FORMS else self
+
+    def _having(self, **attributes: Any) -> Self:
+        """The same network with other attributes."""
         other = object.__new__(type(self))
-        vars(other).update(vars(self))
-        other.live, other.hot = True, None
+        vars(other).update(vars(self) | attributes)
         return other
 
     def forward(self, slots: Tensor) -> Tensor:

@@ -291,6 +291,10 @@ class TTComposition(Composition):
             return weight
         return weight.index_copy(0, self.cached_slots, self.cache)
 
+    def observe(self) -> None:
+        """The weights have changed, and a fused optimiser leaves their versions as they were."""
+        self._halves = None
+
     def values(self) -> int:
         """Scalars of cores and cache."""
         return self.plan.values
@@ -322,6 +326,7 @@ class TTComposition(Composition):
         """Products of each half of the cores, ``(n', d', r)`` and ``(n'', d'', r)``."""
         versions = tuple((core._version, core.device) for core in self.cores)
         if torch.is_grad_enabled():
+            self._halves = None
             return self._half(0, self.split), self._right()
         if self._halves is None or self._halves[0] != versions:
             self._halves = (versions, self._half(0, self.split), self._right())
