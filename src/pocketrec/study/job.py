@@ -81,6 +81,15 @@ class Grid:
 
     def needs(self, job: Job) -> tuple[Job, ...]:
         """What has to be done before."""
+        if job not in self._needs:
+            self._needs[job] = self._needed(job)
+        return self._needs[job]
+
+    @cached_property
+    def _needs(self) -> dict[Job, tuple[Job, ...]]:
+        return {}
+
+    def _needed(self, job: Job) -> tuple[Job, ...]:
         if job.kind == "efficiency":
             return tuple(j for j in self.jobs if j.kind != "efficiency")
         seed = self.plan.seeds_of(self.data(job))[0]
@@ -131,6 +140,15 @@ class Grid:
 
     def key(self, job: Job) -> str:
         """Digest of all that the result of a job depends on; a changed plan never meets a stale result."""
+        if job not in self._keys:
+            self._keys[job] = self._key(job)
+        return self._keys[job]
+
+    @cached_property
+    def _keys(self) -> dict[Job, str]:
+        return {}
+
+    def _key(self, job: Job) -> str:
         data, method = self.data(job), self.method(job)
         searched = self.plan.trials_of(data) if self.space(job) else 0
         return digest(
