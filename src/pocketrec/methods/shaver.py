@@ -208,7 +208,8 @@ class Shaver(Method):
 
     def _shard(self, model: Model, data: Dataset, seed: int, key: Any, checkpoint: Checkpoint) -> Arrays:
         """The sums of one shard of a pass."""
-        return self._games(model, data, seed).shard(key["pass"], *key["shard"], checkpoint).arrays()
+        index, shards = key["shard"]
+        return self._games(model, data, seed).shard(key["pass"], index, shards, checkpoint).arrays()
 
 
 def _propagates(model: Model) -> TypeGuard[RankingModel]:

@@ -56,6 +56,9 @@ RETRIES = 5
 CONNECT_SECONDS = 5.0
 """How long an address may take to answer."""
 
+REFRESH_SECONDS = 2.0
+"""How often the driver looks for what other processes have finished while it waits for its tasks."""
+
 GRACE_SECONDS = 20.0
 """How long interrupted tasks may take to reach a checkpoint."""
 
@@ -160,6 +163,8 @@ def _connection(address: str) -> Callable[[Share], AbstractContextManager[None]]
 @contextmanager
 def _local(nodes: int, share: Share) -> Iterator[None]:
     """A cluster of this machine: a head that does no jobs, and nodes for one job each."""
+    if ray.is_initialized():
+        raise ConfigError("This process works on a Ray cluster already; use `auto`, or leave it first.")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with _handlers_kept():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -167,7 +172,7 @@ def _local(nodes: int, share: Share) -> Iterator[None]:
         with _handlers_kept():
             for _ in range(nodes):
                 cluster.add_node(num_cpus=share.threads, num_gpus=share.gpus, include_dashboard=False)
-        with _connected(cluster.address):
+        with _connected(str(cluster.address)):
             yield
     finally:
         cluster.shutdown()
@@ -347,6 +352,7 @@ class _Driver:
         self.sent = ray.put(place)
         self.job, self.trial = self.share.task(_do), self.share.task(_try)
         self.doing: dict[Job, _Doing] = {}
+        self.refreshed = time.monotonic()
 
     def work(self) -> None:
         """Until nothing is left to do, here or by another process."""
@@ -439,8 +445,9 @@ class _Driver:
         else:
             time.sleep(POLL_SECONDS)
         over = set(ray.wait(tasks, num_returns=len(tasks), timeout=0)[0] if tasks else ())
-        if not over:
+        if not over and time.monotonic() - self.refreshed > REFRESH_SECONDS:
             self.known.refresh()
+            self.refreshed = time.monotonic()
         for job, doing in list(self.doing.items()):
             if over.issuperset(doing.tasks):
                 self._finish(job, doing.tasks)

@@ -64,7 +64,7 @@ class Trial:
         return best
 
 
-Round = tuple[list[tuple[str, Point]], list[float]]
+Round = tuple[Sequence[tuple[str, Point]], Sequence[float]]
 """Trials that are drawn together, by the name and point of each, and the bar that each epoch has to reach."""
 
 Evaluate = Callable[[Sequence[tuple[str, Point]], Sequence[float]], list[Trial]]
