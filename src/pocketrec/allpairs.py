@@ -10,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +48,15 @@ class _Pair:
     flat: bool = False
     counted: bool = False
 
-    def tile(self, rows: NDArray[np.int64], columns: slice) -> Array:
+    def tile(self, rows: NDArray[np.int64], columns: slice) -> NDArray[Any]:
         """``(b i, 2, d)``, or ``(b i, 2 d)`` where it is flat; float64, so that equal pairs stay equal."""
         users, items = self.users[rows].astype(np.float64), self.items[columns]
         shape = (len(users), len(items), users.shape[1])
         pair = np.stack([np.broadcast_to(users[:, None], shape), np.broadcast_to(items, shape)], axis=2)
         pair = pair.reshape(-1, *((2 * shape[2],) if self.flat else (2, shape[2])))
-        return pair / np.maximum(np.count_nonzero(pair, axis=1), 1)[:, None] if self.counted else pair
+        if not self.counted:
+            return pair
+        return pair / np.maximum(np.count_nonzero(pair, axis=1), 1)[:, None]
 
 
 @dataclass(frozen=True)

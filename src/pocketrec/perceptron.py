@@ -82,7 +82,7 @@ class Perceptron:
 def linear_layers(widths: tuple[int, ...], source: torch.Generator, init: Init = "uniform") -> nn.ModuleList:
     """Linear layers between the widths; ``xavier`` draws the weights of all but the last Xavier-uniform."""
     inner = (linear(i, o, source, init) for i, o in pairwise(widths[:-1]))
-    return nn.ModuleList((*inner, linear(*widths[-2:], source)))
+    return nn.ModuleList((*inner, linear(widths[-2], widths[-1], source)))
 
 
 def batch_norms(widths: tuple[int, ...]) -> nn.ModuleList:
