@@ -65,7 +65,7 @@ def most_slots(buckets: int) -> int:
 
     Example:
         >>> most_slots(1_000_000)
-        529835012
+        529835248
     """
     return 2**53 // (17 * buckets) - 2
 
