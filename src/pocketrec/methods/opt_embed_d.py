@@ -1,0 +1,77 @@
+"""OptEmbed-D: how many columns each row, or each field, needs; no row is left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pocketrec.active import Rule
+from pocketrec.backbone import Model
+from pocketrec.dataset import Dataset
+from pocketrec.evolution import Evolution, EvolvedLadder, Sampling, Supernet, Units, check_epochs
+from pocketrec.masked import Head, initial_model, search_training
+from pocketrec.method import Method
+from pocketrec.run import Run
+from pocketrec.train import Training
+
+
+@dataclass(frozen=True)
+class OptEmbedD(Method):
+    """Train a supernet with random prefix lengths, evolve the length of every user and item, train them again.
+
+    As OptEmbed without row thresholds: every vector keeps at least one column, so a table of width ``d`` cannot be made
+    smaller than ``1 / d``. Ranking models have one length per row and block, click models one per field.
+
+    Args:
+        search_epochs: most epochs of the supernet, at least 1; by default half of those of the first training stage.
+        sampling: lengths of candidates: ``alpha`` draws short ones as often as the budget asks, ``uniform`` all alike.
+        population: candidates of the first generation, at least 1.
+        generations: most generations, at least 1.
+        parents: best candidates that have children, at least 1.
+        children: by crossover, and as many by mutation, at least 1.
+        mutation: share of genes that a mutation draws again, in [0, 1].
+        patience: generations without a better candidate before the search ends, at least 1; published runs never end.
+        head: ``initial`` starts the retraining where the supernet started, ``fresh`` with a new head.
+        training: stages of training; the supernet takes its settings from the first; none for the task's default.
+
+    Example:
+        >>> OptEmbedD().generations
+        30
+
+    Reference:
+        Lyu et al., "OptEmbed: learning optimal embedding table for click-through rate prediction", 2022, section 3.3;
+        lengths of users and items as in the benchmark of lightweight embeddings (2024).
+    """
+
+    name: ClassVar[str] = "opt_embed_d"
+    trains: ClassVar[bool] = True
+
+    search_epochs: int | None = None
+    sampling: Sampling = "alpha"
+    population: int = 20
+    generations: int = 30
+    parents: int = 15
+    children: int = 10
+    mutation: float = 0.1
+    patience: int = 8
+    head: Head = "initial"
+    training: tuple[Training, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_epochs(self.search_epochs)
+        self.evolution()
+
+    def evolution(self) -> Evolution:
+        """Settings of the search among lengths."""
+        return Evolution(
+            self.population, self.generations, self.parents, self.children, self.mutation, self.patience, self.sampling
+        )
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> EvolvedLadder:
+        """Train the supernet, once for all budgets."""
+        start, dense = initial_model(model, data, run)
+        units = Units.of(data.schema, dense.blocks, "row" if data.schema.task == "cf" else "field")
+        search = search_training(self.training, data.schema.task, self.search_epochs)
+        supernet = Supernet(dense, units, None, Rule(1.0, kind="sgd"), 0.0)
+        net = run.fit("supernet", start.with_table(supernet), data, search)
+        return EvolvedLadder(net, start, dense, units, False, self.evolution(), self.head, self.training, data, run)
