@@ -80,7 +80,7 @@ def _dot(op: Op, x: Array) -> Array:
 
 def _nonzero_mean(op: Op, x: Array) -> Array:
     """``(B, i) -> (B, i)``: each row divided by its number of non-zero entries (by one where it has none)."""
-    counts: Array = np.maximum(np.count_nonzero(x, axis=1), 1).astype(x.dtype)
+    counts: Any = np.maximum(np.count_nonzero(x, axis=1), 1).astype(x.dtype)
     return x / counts[:, None]
 
 
