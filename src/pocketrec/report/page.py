@@ -17,7 +17,7 @@ from pocketrec.report.compare import Evidence
 from pocketrec.report.figures import Drawn
 from pocketrec.report.records import METRICS, Pair, Place, Record, Study
 from pocketrec.report.sheet import Sheet
-from pocketrec.report.tables import PARTS, flat, searched_names
+from pocketrec.report.tables import PARTS, budgets, flat, searched_names
 
 TEMPLATE = "page.html.j2"
 
@@ -100,8 +100,8 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("data sets", ", ".join(dict.fromkeys(pair.data for pair in study.pairs))),
         ("backbones", ", ".join(dict.fromkeys(pair.backbone for pair in study.pairs))),
         ("methods", ", ".join(study.methods)),
-        ("budgets", ", ".join(formats.budget(b) for b in study.plan["budgets"])),
-        ("seeds", ", ".join(str(s) for s in study.plan["seeds"])),
+        ("budgets", ", ".join(formats.budget(b) for b in budgets(study))),
+        ("seeds", ", ".join(str(s) for s in dict.fromkeys(s for by in study.planned.values() for s in by))),
         ("trials of a search", formats.plain(study.plan.get("trials"))),
         ("processor", f"{machine['cpu']}, {formats.plain(machine.get('cores'))} cores" if machine.get("cpu") else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))),

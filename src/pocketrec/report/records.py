@@ -116,7 +116,7 @@ class Study:
                 "pocketrec bench PLAN.toml --out DIR."
             )
         plan = _document(folder / "plan.json")
-        missing = [key for key in ("name", "seeds", "budgets", "data", "methods", "jobs") if key not in plan]
+        missing = [key for key in ("name", "data", "methods", "jobs") if key not in plan]
         if missing:
             raise ArtifactError(f"{folder / 'plan.json'} must have {', '.join(missing)}, but has not; run bench again.")
         keys = {job["key"] for job in plan["jobs"]}

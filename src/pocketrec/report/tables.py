@@ -252,7 +252,7 @@ def transferred(study: Study) -> Sheet:
     columns = [Column("method", words=True), *(Column(str(p)) for p in pairs)]
     columns += [Column(f"overall {t}") for t in tasks] + [Column(f"published overall {t}") for t in tasks]
     rows = []
-    for budget in _budgets(study):
+    for budget in budgets(study):
         for method in study.methods:
             kept = {p: retention(study, Place(p, method, budget)) for p in pairs}
             if not any(kept.values()):
@@ -304,7 +304,7 @@ def _without_empty(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[tupl
 def standings(study: Study) -> dict[str, Ranks]:
     """By budget, ranks of the methods that have a figure on every pair with that budget; at least two of each."""
     found = {}
-    for budget in _budgets(study):
+    for budget in budgets(study):
         pairs = [p for p in study.pairs if budget in study.budgets(p.data) and study.task(p) is not None]
         by_method = {m: [_first_figure(study, Place(p, m, budget)) for p in pairs] for m in study.methods}
         whole = {m: [f for f in figures if f is not None] for m, figures in by_method.items()}
@@ -570,6 +570,6 @@ def ledger(study: Study) -> Sheet:
     )
 
 
-def _budgets(study: Study) -> list[str]:
+def budgets(study: Study) -> list[str]:
     """Budgets of all data sets, in the plan's order."""
     return list(dict.fromkeys(b for pair in study.pairs for b in study.budgets(pair.data)))
