@@ -87,7 +87,7 @@ def on_cluster(address: str) -> Workers:
 
     Raises:
         ConfigError: the address is none; once at work, no cluster answers, or no node has what a job takes.
-        StorageError: once at work, a worker does not see the folder of the study.
+        StorageError: once at work, a worker does not see the folder of the study, or no node could be started.
 
     Example:
         >>> workers = on_cluster("local:2")
@@ -166,16 +166,25 @@ def _local(nodes: int, share: Share) -> Iterator[None]:
     if ray.is_initialized():
         raise ConfigError("This process works on a Ray cluster already; use `auto`, or leave it first.")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    with _handlers_kept():
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster()
     try:
         with _handlers_kept():
-            for _ in range(nodes):
-                cluster.add_node(num_cpus=share.threads, num_gpus=share.gpus, include_dashboard=False)
+            _start(cluster, nodes, share)
         with _connected(str(cluster.address)):
             yield
     finally:
         cluster.shutdown()
+
+
+def _start(cluster: Cluster, nodes: int, share: Share) -> None:
+    try:
+        cluster.add_node(num_cpus=0, include_dashboard=False)
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=share.threads, num_gpus=share.gpus, include_dashboard=False)
+    except Exception as error:
+        raise StorageError(
+            f"Ray could not start {nodes} nodes on this machine: {error} Start fewer, or try again when less runs here."
+        ) from error
 
 
 @contextmanager
