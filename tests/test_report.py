@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 from html.parser import HTMLParser
 from itertools import pairwise
 from unittest import mock
@@ -26,9 +27,11 @@ from pocketrec.report.tables import retention, standings
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Nothing here has to survive a power loss."""
+    """Nothing here has to survive a power loss, and the command's signal handler is taken back."""
+    before = signal.getsignal(signal.SIGTERM)
     with mock.patch("os.fsync"):
         yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
