@@ -225,7 +225,7 @@ def _ledger(bench: Bench, job: Job, key: str) -> Any:
     again = any(entry["key"] == key for entry in journal.read())
 
     def note(**record: Any) -> None:
-        journal.append({**job.labels(), "key": key, "again": again, **record})
+        journal.append({**record, "data_digest": record["data"], **job.labels(), "key": key, "again": again})
 
     return note
 
