@@ -241,7 +241,7 @@ def _fused_adam(parameters: list[nn.Parameter], learning_rate: float, weight_dec
 def _descend(parameter: nn.Parameter, rule: Rule) -> None:
     """A step of plain gradient descent."""
     if parameter.grad is not None:
-        parameter -= rule.learning_rate * (parameter.grad + rule.weight_decay * parameter)
+        parameter.sub_(rule.learning_rate * (parameter.grad + rule.weight_decay * parameter))
         parameter.grad = None
 
 

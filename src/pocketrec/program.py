@@ -80,8 +80,9 @@ def _dot(op: Op, x: Array) -> Array:
 
 def _nonzero_mean(op: Op, x: Array) -> Array:
     """``(B, i) -> (B, i)``: each row divided by its number of non-zero entries (by one where it has none)."""
-    counts: Any = np.maximum(np.count_nonzero(x, axis=1), 1).astype(x.dtype)
-    return x / counts[:, None]
+    counts = np.maximum(np.count_nonzero(x, axis=1), 1)
+    mean: Any = x / counts[:, None].astype(x.dtype)
+    return mean
 
 
 def _cross(op: Op, x0: Array, x: Array) -> Array:
