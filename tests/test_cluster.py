@@ -29,7 +29,8 @@ from pocketrec.files import Journal
 from pocketrec.methods.shaver import Shaver
 from pocketrec.run import Run
 from pocketrec.sources.synthetic import Synthetic
-from pocketrec.study.bench import bench
+from pocketrec.study.bench import bench, claim
+from pocketrec.study.cell import Bench
 from pocketrec.study.cluster import helpers, on_cluster
 from pocketrec.study.plan import parse
 
@@ -221,14 +222,17 @@ def test_a_signal_ends_the_command_cleanly_and_the_study_goes_on(serial, tmp_pat
     (tmp_path / "small.toml").write_text(TOML)
     out = tmp_path / "study"
     command = [sys.executable, "-m", "pocketrec.cli", "bench", str(tmp_path / "small.toml"), "--out", str(out)]
-    process = subprocess.Popen(
-        [*command, "--cluster", "local:2", "--no-report"], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not list((out / "store").glob("*.safetensors")):
-        time.sleep(0.05)
-    children = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    out.mkdir()
+    context = Bench(PLAN, out, out / "store")
+    with claim(context, context.grid.jobs[-1]):  # so that the study cannot end before the signal
+        process = subprocess.Popen(
+            [*command, "--cluster", "local:2", "--no-report"], start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and not list((out / "store").glob("*.safetensors")):
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert said == "pocketrec: interrupted; run the same command again to go on.\n"
     _, alive = psutil.wait_procs(children, timeout=10)

@@ -189,7 +189,7 @@ def test_a_second_budget_reads_the_stored_scores(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("pocketrec.methods.shaver.attribute", refuse)
+    monkeypatch.setattr(Shaver, "_attribute", refuse)
     again = compress(click_model, clicks, Shaver(), ["sparsity=0.9", "10%"], run=tmp_path / "run")
     assert torch.equal(first.table.keep, again[0].table.keep)
     compress(click_model, clicks, Shaver(score="abs", exponent=0.25), "sparsity=0.5", run=tmp_path / "run")

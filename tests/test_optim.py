@@ -91,7 +91,7 @@ def test_without_decay_catch_up_is_exact_up_to_eps(start, missed, scale):
     )
     rule.catch_up(torch.arange(10), start + missed)
     way = np.abs(expected[0] - w).max()
-    np.testing.assert_allclose(state_of(rule)[0], expected[0], atol=1e-2 * way + 1e-7)
+    np.testing.assert_allclose(state_of(rule)[0], expected[0], atol=2e-2 * way + 1e-7)
     np.testing.assert_allclose(state_of(rule)[1], expected[1], rtol=1e-3, atol=1e-12)
     np.testing.assert_allclose(state_of(rule)[2], expected[2], rtol=1e-3, atol=1e-20)
 

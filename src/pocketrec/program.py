@@ -80,14 +80,14 @@ def _dot(op: Op, x: Array) -> Array:
 
 def _nonzero_mean(op: Op, x: Array) -> Array:
     """``(B, i) -> (B, i)``: each row divided by its number of non-zero entries (by one where it has none)."""
-    counts = np.maximum(np.count_nonzero(x, axis=1), 1)
-    mean: Any = x / counts[:, None].astype(x.dtype)
-    return mean
+    counts = np.maximum(np.count_nonzero(x, axis=1), 1).astype(np.float32)
+    return x / counts[:, None]
 
 
 def _cross(op: Op, x0: Array, x: Array) -> Array:
     """``(B, f), (B, f) -> (B, f)``: ``x_0 * (W x + b) + x`` with ``weight (f, f)``, ``bias (f,)``."""
-    return x0 * (x @ op.tensors["weight"].T + op.tensors["bias"]) + x
+    crossed: Array = x @ op.tensors["weight"].T + op.tensors["bias"]
+    return x0 * crossed + x
 
 
 def _mixture(op: Op, x0: Array, x: Array) -> Array:
