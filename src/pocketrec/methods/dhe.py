@@ -47,6 +47,8 @@ class DHE(Method):
 
     Args:
         depth: hidden layers, at least 1.
+        hidden: widths of the hidden layers of every region, at least 1 each, as published runs fix them; ``depth`` is
+            theirs then, and the code is never halved. By default from the budget.
         functions: hash functions ``k``, at least 2 and even; fewer where the budget is too small to read them.
         buckets: values of a hash, at least 2.
         code: ``uniform`` in [-1, 1], or ``gaussian``.
@@ -71,6 +73,7 @@ class DHE(Method):
     trains: ClassVar[bool] = True
 
     depth: int = 3
+    hidden: tuple[int, ...] = ()
     functions: int = 1024
     buckets: int = 1_000_000
     code: Code = "uniform"
@@ -83,6 +86,9 @@ class DHE(Method):
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if self.hidden and min(self.hidden) < 1:
+            raise ConfigError(f"`hidden` must have widths of at least 1, but got hidden={self.hidden}.")
         for name, least in (("depth", 1), ("functions", 2), ("buckets", 2), ("multiple", 1), ("salt", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`{name}` must be at least {least}, but got {name}={getattr(self, name)}.")
@@ -116,7 +122,7 @@ class DHE(Method):
 
     def least(self, region: Region) -> int:
         """Scalars of the smallest network of a region."""
-        return self.values((2, *[1] * self.depth, region.width))
+        return self.values(self._fixed(region.width) or (2, *[1] * self.depth, region.width))
 
     def values(self, widths: tuple[int, ...]) -> int:
         """Scalars of a network: weights, biases, and gain and shift of every batch norm.
@@ -129,6 +135,8 @@ class DHE(Method):
 
     def widths(self, width: int, values: int) -> tuple[int, ...] | None:
         """Widths of the largest network within ``values``, from the code to the vector; ``None`` if there is none."""
+        if fixed := self._fixed(width):
+            return fixed if self.values(fixed) <= values else None
         functions = self.functions
         while functions > 2 and self._hidden(functions, width, values) < max(1, functions // 8):
             functions = max(2, functions // 4 * 2)
@@ -141,6 +149,10 @@ class DHE(Method):
             wider = [*widths[:layer], widths[layer] + step, *widths[layer + 1 :]]
             widths = wider if self.values(tuple(wider)) <= values else widths
         return tuple(widths)
+
+    def _fixed(self, width: int) -> tuple[int, ...]:
+        """The widths that the settings fix, if they do."""
+        return (self.functions, *self.hidden, width) if self.hidden else ()
 
     def _hidden(self, functions: int, width: int, values: int) -> int:
         """The largest common width of the hidden layers within ``values``; 0 if there is none."""

@@ -41,13 +41,14 @@ class QR(Method):
         init: ``normal`` (standard deviation sqrt(0.1) for ``mult``, 0.05 for ``add``, 0.1 for ``concat``) or
             ``uniform`` in [1/sqrt(n), 1), as published runs do.
         large: which table is the large one; ``quotient`` with ``order="id"`` is the published behaviour.
+        divisor: ``p`` of every region, at least 1, as published runs fix it; by default from the budget.
         scope: ``block`` has a pair of tables for each counted block, ``joint`` one for all rows.
         order: which ids are neighbours: ``file`` (by fingerprint of the value; free in a file) or ``id`` (in the order
             of first appearance; 4 bytes a row in a file with hashed fields).
         training: stages of training; none for the defaults of the task.
 
     Example:
-        >>> QR().divisor(rows=1_086_810, most=543_405), QR(large="quotient").divisor(rows=1_086_810, most=543_407)
+        >>> QR().divisor_of(rows=1_086_810, most=543_405), QR(large="quotient").divisor_of(rows=1_086_810, most=543_407)
         (543402, 2)
 
     Reference:
@@ -61,6 +62,7 @@ class QR(Method):
     operation: Operation = "mult"
     init: Init = "normal"
     large: Large = "remainder"
+    divisor: int | None = None
     scope: Scope = "block"
     order: Order = "file"
     training: tuple[Training, ...] = ()
@@ -73,6 +75,8 @@ class QR(Method):
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
+        if self.divisor is not None and self.divisor < 1:
+            raise ConfigError(f"`divisor` must be at least 1, but got divisor={self.divisor}.")
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
         """Nothing is computed before the budget is known."""
@@ -83,20 +87,28 @@ class QR(Method):
 
     def plan(self, region: Region, values: int) -> QRPlan | None:
         """The tables of a region that hold at most ``values`` scalars."""
-        divisor = self.divisor(region.rows, values // self._row(region))
+        divisor = self.divisor_of(region.rows, values // self._row(region))
         return None if divisor is None else QRPlan(region.rows, region.width, divisor, self.operation, self.init)
 
     def least(self, region: Region) -> int:
         """Scalars of the smallest tables of a region."""
-        return least_rows(region.rows) * self._row(region)
+        fixed = self._fixed(region.rows)
+        return (least_rows(region.rows) if fixed is None else table_rows(region.rows, fixed)) * self._row(region)
 
-    def divisor(self, rows: int, most: int) -> int | None:
+    def divisor_of(self, rows: int, most: int) -> int | None:
         """``p`` with ``p + ceil(rows / p) <= most``: the largest, or for a large quotient table the smallest."""
-        if most < least_rows(rows):
+        fixed = self._fixed(rows)
+        if most < (least_rows(rows) if fixed is None else table_rows(rows, fixed)):
             return None
+        if fixed is not None:
+            return fixed
         if self.large == "remainder":
-            return next(p for p in range(min(most - 1, rows), 0, -1) if p + -(-rows // p) <= most)
-        return next(p for p in range(-(-rows // most), rows + 1) if p + -(-rows // p) <= most)
+            return next(p for p in range(min(most - 1, rows), 0, -1) if table_rows(rows, p) <= most)
+        return next(p for p in range(-(-rows // most), rows + 1) if table_rows(rows, p) <= most)
+
+    def _fixed(self, rows: int) -> int | None:
+        """The given divisor, as far as there are rows."""
+        return None if self.divisor is None else min(self.divisor, rows)
 
     def _row(self, region: Region) -> int:
         """Scalars of a row of either table."""
@@ -109,6 +121,16 @@ class QR(Method):
         return region.width // 2
 
 
+def table_rows(rows: int, divisor: int) -> int:
+    """Rows of both tables, ``p + ceil(n / p)``.
+
+    Example:
+        >>> table_rows(100, 7)
+        22
+    """
+    return divisor + -(-rows // divisor)
+
+
 def least_rows(rows: int) -> int:
     """``min_p p + ceil(rows / p)``, reached next to the square root.
 
@@ -117,7 +139,7 @@ def least_rows(rows: int) -> int:
         (20, 6)
     """
     root = math.isqrt(rows)
-    return min(p + -(-rows // p) for p in (root, root + 1) if p >= 1)
+    return min(table_rows(rows, p) for p in (root, root + 1) if p >= 1)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class TTRec(Method):
 
     Args:
         cores: 2 to 4.
+        ranks: ``r_1, r_2, ...`` of every region, one fewer than cores and at least 1 each, as published runs fix them;
+            what they leave of the budget goes to the cache, if there is one. By default from the budget.
         cache_share: of the values, for cached rows at least, in [0, 1); 0 for no cache, as published ranking models.
         warm_up: epochs before the cache is filled, at least 0.
         init: ``corrected`` (entries of the table get the variance 1/(3n), whatever the ranks) or ``approx_normal`` (the
@@ -51,7 +53,7 @@ class TTRec(Method):
         training: stages of training; none for the defaults of the task.
 
     Example:
-        >>> TTRec(cache_share=0).ranks((125, 125, 128), (2, 2, 4), 3_477_792)
+        >>> TTRec(cache_share=0).ranks_within((125, 125, 128), (2, 2, 4), 3_477_792)
         (120, 112)
 
     Reference:
@@ -62,6 +64,7 @@ class TTRec(Method):
     trains: ClassVar[bool] = True
 
     cores: int = 3
+    ranks: tuple[int, ...] = ()
     cache_share: float = 0.2
     warm_up: int = 1
     init: Init = "corrected"
@@ -71,8 +74,14 @@ class TTRec(Method):
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(self.ranks))
         if not 2 <= self.cores <= 4:
             raise ConfigError(f"`cores` must lie in [2, 4], but got cores={self.cores}.")
+        if self.ranks and (len(self.ranks) != self.cores - 1 or min(self.ranks) < 1):
+            raise ConfigError(
+                f"`ranks` must be {self.cores - 1} numbers of at least 1 for cores={self.cores}, but got "
+                f"ranks={self.ranks}."
+            )
         if not 0 <= self.cache_share < 1:
             raise ConfigError(f"`cache_share` must lie in [0, 1), but got cache_share={self.cache_share}.")
         for name, least in (("warm_up", 0), ("multiple", 1)):
@@ -106,8 +115,9 @@ class TTRec(Method):
             frequent: All slots, the most frequent first.
         """
         rows, widths = row_factors(region.rows, self.cores), width_factors(region.width, self.cores)
-        ranks = self.ranks(rows, widths, values - int(values * self.cache_share)) or self.ranks(rows, widths, values)
-        if ranks is None:
+        most = values - int(values * self.cache_share)
+        ranks = self.ranks or self.ranks_within(rows, widths, most) or self.ranks_within(rows, widths, values)
+        if ranks is None or train_values(rows, widths, ranks) > values:
             return None
         plan = TTPlan(region.rows, rows, widths, ranks, self.init)
         cached = min((values - plan.values) // region.width, region.rows) if self.cache_share else 0
@@ -116,9 +126,9 @@ class TTRec(Method):
     def least(self, region: Region) -> int:
         """Scalars of the smallest train of a region."""
         rows, widths = row_factors(region.rows, self.cores), width_factors(region.width, self.cores)
-        return train_values(rows, widths, (1,) * (self.cores - 1))
+        return train_values(rows, widths, self.ranks or (1,) * (self.cores - 1))
 
-    def ranks(self, rows: tuple[int, ...], widths: tuple[int, ...], values: int) -> tuple[int, ...] | None:
+    def ranks_within(self, rows: tuple[int, ...], widths: tuple[int, ...], values: int) -> tuple[int, ...] | None:
         """The largest ranks whose cores hold at most ``values`` scalars; ``None`` if there are none."""
         bounds = rank_bounds(rows, widths)
 
