@@ -181,6 +181,29 @@ def test_supports_unite_in_the_sum():
     np.testing.assert_array_equal(part.weight().detach().numpy() != 0, keep[first] | keep[second])
 
 
+@given(st.integers(1, 60), st.integers(0, 99))
+def test_one_codebook_of_all_rows_says_every_matrix(rows, seed):
+    matrix = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed + 1))
+    keep = torch.arange(2 * rows)[:, None].expand(2 * rows, 3) < rows
+    part = PrunedCodebooks(rows, rows, torch.cat([matrix, noise]), keep)
+    assert torch.equal(part.weight(), matrix)
+    assert torch.equal(part(torch.arange(rows)), matrix)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 22), min_size=1, max_size=12), st.integers(0, 2**31))
+def test_gradients_reach_kept_entries_of_the_rows_that_are_read(slots, seed):
+    part = books(kept=25)
+    upstream = np.random.default_rng(seed).normal(size=(len(slots), 4)).astype(np.float32)
+    (part(torch.tensor(slots)) * torch.from_numpy(upstream)).sum().backward()
+    expected = np.zeros(part.books.shape, np.float32)
+    for i, g in zip(slots, upstream, strict=True):
+        expected[i % 6] += g
+        expected[6 + i // 4] += g
+    np.testing.assert_allclose(part.books.grad, np.where(part.keep, expected, 0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("storage", ["fp32", "int8"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.95])
 def test_sizes_are_exact_and_the_file_scores_the_same(clicks, model, sparsity, storage, tmp_path):

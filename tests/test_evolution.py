@@ -290,6 +290,16 @@ def test_no_row_is_left_out_by_opt_embed_d_so_few_columns_are_out_of_reach(visit
     assert caught.value.least_values == clicks.schema.rows
 
 
+def test_a_width_of_sixteen_cannot_be_cut_by_95_percent_without_leaving_rows_out(clicks):
+    model, rows = DeepFM(dim=16, hidden=(8,)).build(clicks, 0), clicks.schema.rows
+    run = Run(None)
+    with pytest.raises(BudgetError, match=f"{rows:,}") as caught:
+        compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.95", run=run)
+    assert caught.value.least_values == rows == 16 * rows - int(16 * rows * 0.9375)
+    assert compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.9375", run=run).values == rows
+    assert compress(model, clicks, OptEmbed(**SHORT), "sparsity=0.95").values == 16 * rows - int(16 * rows * 0.95)
+
+
 def test_four_blocks_have_lengths_of_their_own(visits):
     ranking = NeuMF(dim=4, hidden=(8,)).build(visits, 0)
     training = Training(epochs=2, batch_size=64, weight_decay=0.0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
 from pocketrec.packed import Index, Storage
-from pocketrec.pruning import PruningLadder, fill_rows, largest, ordered, protect
+from pocketrec.pruning import PruningLadder, Scope, fill_rows, largest, ordered, protect
 from pocketrec.schema import Field, Schema
 from pocketrec.table import Block, DenseTable, PrunedTable
 from pocketrec.vocabulary import Vocabulary
@@ -111,12 +111,29 @@ def test_masks_are_nested(seed: int, one: float, other: float) -> None:
     assert not (ladder.at_values(low).keep & ~ladder.at_values(high).keep).any()
 
 
-def test_selection_moves_with_the_rows() -> None:
-    ladder = ranking_ladder(3)
-    order = np.random.default_rng(0).permutation(ladder.table.blocks[0].stop)
-    order = np.concatenate([order, np.arange(len(order), ladder.schema.rows)])
-    moved = PruningLadder(ladder.table, ladder.scores[order], ladder.fill, ladder.counts)
-    np.testing.assert_array_equal(moved.at_values(100).keep, ladder.at_values(100).keep[order])
+@given(st.integers(0, 10**6), st.integers(0, 4), st.sampled_from(["joint", "block"]), st.floats(0.5, 1))
+@settings(max_examples=30, deadline=None)
+def test_selection_moves_with_the_rows(seed: int, n_min: int, scope: Scope, share: float) -> None:
+    ladder = ranking_ladder(seed, scope, n_min)
+    rng, values = np.random.default_rng(seed + 1), int(ladder.scores.size * share)
+    order = np.concatenate([b.start + rng.permutation(b.stop - b.start) for b in ladder.table.blocks])
+    moved = PruningLadder(ladder.table, ladder.scores[order], ladder.fill, ladder.counts, scope, n_min)
+    np.testing.assert_array_equal(moved.at_values(values).keep, ladder.at_values(values).keep[order])
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_kept_entries_are_untouched_and_removed_ones_read_the_placeholder(seed: int, share: float) -> None:
+    ladder = click_ladder(seed)
+    dim, fields = ladder.table.blocks[0].right, torch.from_numpy(ladder.schema.field_of_row.astype(np.int64))
+    table = ladder.at_values(int(ladder.table.blocks[0].values * share))
+    named = torch.ones(ladder.schema.rows, dtype=torch.bool)
+    named[[f.oov_row for f in ladder.schema.fields]] = False
+    expected = torch.where(table.keep, ladder.table.weight(), table.fill[fields])
+    assert torch.equal(table.weight()[named], expected[named])
+    everything, nothing = (ladder.at_values(int(v)).weight()[named] for v in (ladder.table.blocks[0].values, 0))
+    assert torch.equal(everything, ladder.table.weight()[named])
+    assert torch.equal(nothing[:, :dim], torch.from_numpy(ladder.fill)[fields][named][:, :dim])
 
 
 @pytest.mark.parametrize("seed", range(5))
