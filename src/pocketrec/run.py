@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 Arrays = dict[str, NDArray[Any]]
 
 DOCUMENT = "run.json"
+STEPS = "log.journal"
+"""In a folder of steps: what each took, beside their files, since the same step has the same bytes."""
 
 
 class Progress(Protocol):
@@ -70,6 +72,10 @@ class Helpers(Protocol):
 
     def __call__(self, run: Run, name: str, keys: Sequence[Any], part: Part) -> None:
         """Returns when all parts are in ``run.steps``."""
+
+
+WORTH = 200
+"""How many times as long as a save the work between two of them is, where none is due otherwise."""
 
 
 class Abandoned(Exception):
@@ -129,15 +135,25 @@ class Checkpoint:
         self._every_seconds = every_seconds
         self._every_calls = every_calls
         self._signals = signals
-        self._saved_at = time.monotonic()
+        self._saved_at = self._started = time.monotonic()
+        self._before = 0.0
         self._calls = 0
+        self._cost = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the step has taken, earlier starts included; what a kill undid does not count."""
+        return self._before + time.monotonic() - self._started
 
     def load(self) -> Arrays | None:
         """What was saved last, or ``None`` at a first start."""
         if self.path is None or not self.path.exists():
             return None
         arrays, meta = open_arrays(self.path)
-        return arrays if meta["identity"] == self.identity else None
+        if meta["identity"] != self.identity:
+            return None
+        self._before, self._started = meta.get("seconds", 0.0), time.monotonic()
+        return arrays
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -149,15 +165,24 @@ class Checkpoint:
         by_calls = self._every_calls > 0 and self._calls % self._every_calls == 0
         return by_calls or time.monotonic() - self._saved_at >= self._every_seconds
 
+    def worth(self) -> bool:
+        """Whether the work since the last save is long against a save: at least as long as ``WORTH`` of them.
+
+        For boundaries that are good to go on from, such as the end of an epoch; the first one is always worth it.
+        """
+        return self.due() or (self.path is not None and time.monotonic() - self._saved_at >= WORTH * self._cost)
+
     def save(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Replace what ``load`` returns; then stop, if a signal has asked for it.
 
         Raises:
             Stopped: a signal came; the state is saved.
         """
+        started = time.monotonic()
         if self.path is not None:
-            save_arrays(self.path, arrays, {"identity": self.identity})
+            save_arrays(self.path, arrays, {"identity": self.identity, "seconds": self.seconds})
         self._saved_at = time.monotonic()
+        self._cost = self._saved_at - started
         if self._signals.pending is not None:
             raise Stopped
 
@@ -180,6 +205,7 @@ class Run:
             default the one that ``POCKETREC_CACHE`` names, else each run keeps its own.
         watch: told of every epoch's figure on validation.
         helpers: compute the parts of a :meth:`map` side by side; by default one is computed after the other, here.
+        peak: tells the peak memory of the work so far in MiB, which is noted with every step; ``None`` is not known.
         checkpoint_seconds: least time between two checkpoints of a step.
         checkpoint_calls: also save at every so many boundaries of a step; 0 for never.
 
@@ -205,6 +231,7 @@ class Run:
         store: str | Path | None = None,
         watch: Watch | None = None,
         helpers: Helpers | None = None,
+        peak: Callable[[], float | None] | None = None,
         checkpoint_seconds: float = 60.0,
         checkpoint_calls: int = 0,
     ) -> None:
@@ -217,6 +244,7 @@ class Run:
         named = store or os.environ.get("POCKETREC_CACHE")
         self.store = None if named is None else Path(named)
         self.helpers = helpers
+        self.peak = peak or _unmeasured
         self._every = (checkpoint_seconds, checkpoint_calls)
         self._memory: dict[str, Arrays] = {}
         self._records: dict[str, list[dict[str, Any]]] = {}
@@ -248,6 +276,9 @@ class Run:
     def once(self, name: str, key: Any, fn: Callable[[Checkpoint], Mapping[str, NDArray[Any]]]) -> Arrays:
         """The arrays that ``fn`` returns, computed at most once per ``(name, key, seed)`` and then read from the file.
 
+        The log is told what computing them took, whenever and wherever that was: ``stage``, ``step``, ``seconds`` and
+        ``peak_mib`` (``None`` where no one noted it), and the seconds ``spent`` here and now.
+
         Args:
             name: of the step; a part of its file's name.
             key: a JSON document that says all the result depends on: configuration and digests of the inputs.
@@ -257,19 +288,25 @@ class Run:
             Arrays by name; memory-mapped and read-only where the run has a folder.
         """
         identity = digest({"name": name, "key": key, "seed": self.seed})
-        folder = self.steps
+        folder, started = self.steps, time.monotonic()
         if folder is None:
             if identity not in self._memory:
                 with self.working(None, identity) as checkpoint:
                     self._memory[identity] = dict(fn(checkpoint))
+                spent = time.monotonic() - started
+                self.log(stage=name, step=identity, seconds=spent, peak_mib=self.peak(), spent=spent)
             return self._memory[identity]
         with storage_errors(folder, "make"):
             folder.mkdir(parents=True, exist_ok=True)
         finished = folder / f"{name}-{identity[:16]}.safetensors"
         with self.claimed(finished), self.working(finished.with_suffix(".partial"), identity) as checkpoint:
             if not finished.exists():
-                save_arrays(finished, fn(checkpoint), {"name": name, "key": key, "seed": self.seed})
+                arrays = fn(checkpoint)
+                noted = {"step": identity, "seconds": checkpoint.seconds, "peak_mib": self.peak()}
+                Journal(folder / STEPS).append(noted)
+                save_arrays(finished, arrays, {"name": name, "key": key, "seed": self.seed})
             checkpoint.clear()
+        self.log(stage=name, **_noted(folder, identity), spent=time.monotonic() - started)
         return open_arrays(finished)[0]
 
     def map(self, name: str, keys: Sequence[Any], part: Part) -> list[Arrays]:
@@ -344,7 +381,7 @@ class Run:
         if self.path is None:
             self._records.setdefault(name, []).append(record)
         else:
-            Journal(self.path / f"{name}.journal").append(record)
+            Journal(self.path / f"{name}.journal", synced=name != "log").append(record)
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         if self.path is None:
@@ -365,6 +402,12 @@ def waited(lock: Lock) -> Iterator[None]:
         yield
     finally:
         lock.__exit__(None, None, None)
+
+
+def _noted(folder: Path, identity: str) -> dict[str, Any]:
+    """What a folder of steps says of one of them; steps of an earlier version are not in its journal."""
+    unknown = {"step": identity, "seconds": None, "peak_mib": None}
+    return next((e for e in reversed(Journal(folder / STEPS).read()) if e["step"] == identity), unknown)
 
 
 def write_document(folder: Path, content: Mapping[str, Any]) -> None:
@@ -406,6 +449,11 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _unmeasured() -> float | None:
+    """Memory that nobody measures."""
+    return None
 
 
 def _silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:

@@ -354,7 +354,7 @@ class _Loop:
         return self.at.epoch >= self.training.epochs or (self.at.best >= 0 and stale >= self.training.patience)
 
     def epoch(self) -> None:
-        """The rest of the present epoch, its verdict, and a checkpoint."""
+        """The rest of the present epoch, its verdict, and a checkpoint where it is worth one."""
         started = time.monotonic()
         batches = self.model.batches(
             self.data, self.training.batch_size, self.run.seed, self.at.epoch, shuffle=self.training.shuffle
@@ -363,7 +363,8 @@ class _Loop:
             self._step(tuple(t.to(self.run.device) for t in batch))
         self.optimizer.synchronise()
         self._judge(time.monotonic() - started)
-        self.save()
+        if self.checkpoint.worth():
+            self.save()
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
         """One update, and a checkpoint where it is due."""
