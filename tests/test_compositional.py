@@ -474,9 +474,26 @@ def test_dhe_trains_on_the_statistics_of_distinct_ids_and_survives_a_single_one(
     torch.testing.assert_close(once, often[:3])
     assert torch.isfinite(live(torch.tensor([5, 5]))).all()
     assert float(part.norms[0].running_mean.abs().sum()) > 0
-    part.warm(torch.arange(10))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 39), max_size=12), st.lists(st.integers(0, 39), min_size=1, max_size=12))
+def test_kept_vectors_of_dhe_change_nothing_and_go_with_the_next_step(hot, slots):
+    part: DHEComposition = DHEPlan(40, (16, 9, 6), 1000, "uniform", "before", "linear", 3).build(noise(0, "dhe"))
+    ids = torch.tensor(slots)
+    part.warm(torch.tensor(hot, dtype=torch.int64))
+    assert part.hot is not None
+    assert len(part.hot[1]) == len(set(hot))
     with torch.no_grad():
-        torch.testing.assert_close(part(torch.tensor([3, 30, 3])), part.weight()[[3, 30, 3]])
+        torch.testing.assert_close(part(ids), part.weight()[ids])
+        part.hot[1].add_(1)
+        read = part(ids) - part.weight()[ids]
+        expected = torch.tensor([[float(i in hot)] for i in slots]).expand(-1, 6)
+        torch.testing.assert_close(read, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(part(ids), part.weight()[ids])
+    part.observe()
+    with torch.no_grad():
+        torch.testing.assert_close(part(ids), part.weight()[ids])
 
 
 @settings(max_examples=20, deadline=None)
