@@ -4,7 +4,7 @@
 
 ``WHOLE`` is the folder of the study that ran undisturbed. The same plan is started in the fresh folder ``OUT`` with a
 store of its own (trained models named by ``--seed-store`` are copied into it first), is sent SIGKILL after a random
-time, is started again, and so on; then all records of both journals are compared, but for what the clock says. Writes
+time, is started again, and so on; then all records of both journals are compared, but for what clock and memory say. Writes
 ``bench/results/killed_study.md``.
 """
 
@@ -25,7 +25,7 @@ from configs import RESULTS
 from pocketrec.files import Journal
 from pocketrec.randomness import generator
 
-CLOCK = ("seconds", "latency_us", "curve")
+CLOCK = ("seconds", "latency_us", "peak_mib", "curve")
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:

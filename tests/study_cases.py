@@ -25,8 +25,8 @@ CLICKS: dict[str, Any] = {
     "method": {"random": {}, "mag_prune": {"n_min": {"choices": [0, 1]}}},
 }
 
-CLOCK = ("seconds", "latency_us", "curve")
-"""What a resumed or distributed study may say differently: times, and the curve of a trial that was not repeated."""
+CLOCK = ("seconds", "latency_us", "peak_mib", "curve")
+"""What a resumed or distributed study may say differently: times, memory, the curve of a trial not repeated."""
 
 
 def plan(changes: dict[str, Any] | None = None, **more: Any) -> Plan:

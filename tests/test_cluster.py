@@ -66,7 +66,7 @@ score = { choices = ["geo", "abs"] }
 PLAN = parse(tomllib.loads(TOML))
 
 
-records = partial(all_records, clock=("seconds", "latency_us"))
+records = partial(all_records, clock=("seconds", "latency_us", "peak_mib"))
 
 
 class Nodes:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -62,6 +63,43 @@ def test_a_step_goes_on_from_its_checkpoint(tmp_path):
             run.once("sum", {}, lambda c: compute(c, stop_at=3))
         assert run.once("sum", {}, compute)["sum"] == 10
     assert done == [0, 1, 2, 3, 4]
+
+
+def test_what_a_step_took_adds_up_over_its_starts_and_is_told_whenever_it_is_read(tmp_path):
+    def compute(checkpoint, stop_at=None):
+        state = checkpoint.load()
+        for at in range(0 if state is None else int(state["at"]), 3):
+            if at == stop_at:
+                raise RuntimeError("pulled the plug")
+            time.sleep(0.03)
+            checkpoint.save({"at": np.array(at + 1)})
+        return {"x": np.zeros(1)}
+
+    with Run(tmp_path / "one", store=tmp_path / "store", peak=lambda: 5.0) as run:
+        with pytest.raises(RuntimeError):
+            run.once("sleep", {}, lambda c: compute(c, stop_at=2))
+        assert run.logged() == []
+        run.once("sleep", {}, compute)
+        (first,) = run.logged()
+    assert first["seconds"] >= 0.09
+    assert 0.03 <= first["spent"] < first["seconds"]
+    with Run(tmp_path / "two", store=tmp_path / "store") as run:
+        run.once("sleep", {}, compute)
+        (again,) = run.logged()
+    assert {**again, "spent": first["spent"]} == first
+    assert again["spent"] < 0.03
+    assert (again["stage"], again["peak_mib"]) == ("sleep", 5.0)
+
+
+def test_nothing_is_told_of_a_step_that_noted_nothing(tmp_path):
+    with Run(tmp_path) as run:
+        run.once("step", {}, counting([]))
+        (tmp_path / "steps" / "log.journal").unlink()
+        run.once("step", {}, counting([]))
+        assert [e["seconds"] is None for e in run.logged()] == [False, True]
+    with Run(None) as run:
+        run.once("step", {}, counting([]))
+        assert run.logged()[0]["seconds"] >= 0
 
 
 def test_a_checkpoint_of_another_step_is_not_loaded(tmp_path):

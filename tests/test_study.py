@@ -20,9 +20,10 @@ from pocketrec.methods import MagPrune
 from pocketrec.run import Run
 from pocketrec.study.anatomy import anatomy
 from pocketrec.study.bench import bench
-from pocketrec.study.cell import Bench, _opened
+from pocketrec.study.cell import Bench, _opened, cost
 from pocketrec.study.estimate import estimate
 from pocketrec.study.job import Grid
+from pocketrec.study.memory import reset
 from pocketrec.study.plan import PLANS, Plan, build_backbone
 from pocketrec.study.search import Trial, search
 from pocketrec.table import Block
@@ -195,6 +196,28 @@ def test_another_plan_with_the_same_store_trains_nothing_twice(finished, tmp_pat
     counts = bench(plan({"method": {"frequency_distance": {}}}), tmp_path, store=finished / "store")
     assert counts["failed"] == 0
     assert not steps
+    trained, read = (
+        {r["seed"]: r for r in records(folder, ()) if (r["kind"], r["method"]) == ("cell", "original")}
+        for folder in (finished, tmp_path)
+    )
+    for seed, cell in read.items():
+        assert cell["seconds"]["train"] == trained[seed]["seconds"]["train"] > 0
+        assert cell["seconds"]["compress"] > 0
+
+
+def test_memory_of_a_cell_is_what_its_process_held_at_most(finished):
+    cells = [r for r in records(finished, ()) if r["kind"] == "cell"]
+    for cell in cells if reset() else ():
+        assert 50 < cell["peak_mib"] < 50_000
+    steps = [
+        {"stage": "fit", "step": "a", "seconds": 2.0, "peak_mib": 900.0, "spent": 0.5},
+        {"stage": "fit", "curve": []},
+        {"stage": "score", "step": "b", "seconds": 4.0, "peak_mib": 300.0, "spent": 4.0},
+    ]
+    made = cost(steps, elapsed=5.0, measured=1.0, peak=400.0)
+    assert made == {"seconds": {"train": 2.0, "compress": 4.5, "measure": 1.0}, "peak_mib": 900.0}
+    unknown = cost([{**steps[0], "seconds": None, "peak_mib": None}, *steps[1:]], 5.0, 1.0, 400.0)
+    assert unknown == {"seconds": {"train": None, "compress": 4.5, "measure": 1.0}, "peak_mib": None}
 
 
 def test_a_changed_setting_is_another_cell_and_the_others_stay(finished, tmp_path):

@@ -20,6 +20,7 @@ from pocketrec.measure import Measurement, measure
 from pocketrec.method import Small, compress
 from pocketrec.run import Helpers, Progress, Run, Watch
 from pocketrec.study.job import Grid, Job
+from pocketrec.study.memory import Peak
 from pocketrec.study.plan import DENSE, ORIGINAL, STAGE, Plan, Point, build_backbone, build_method, build_training
 from pocketrec.train import validate
 
@@ -66,6 +67,7 @@ class Bench:
             watch=watch,
             progress=self.progress,
             helpers=self.helpers,
+            peak=Peak(),
         )
 
 
@@ -103,6 +105,7 @@ def cell(bench: Bench, job: Job, choices: Choices) -> Record:
     data = bench.data(job)
     started = time.monotonic()
     with bench.run(key[:16], job) as run, TemporaryDirectory(dir=bench.folder) as folder:
+        earlier = len(run.logged())
         if job.method == ORIGINAL:
             model: Model = original(bench, job, point, run)
             target: Model | Path = BakedModel.of(model) if bench.grid.data(job).bake else model
@@ -116,7 +119,7 @@ def cell(bench: Bench, job: Job, choices: Choices) -> Record:
         threads = bench.plan.threads
         valid = measure(model, data.valid, latency=False, threads=threads).quality
         test = measure(target, data.test, threads=threads, predictions=True, ledger=_ledger(bench, job, key))
-        logged = run.logged()
+        logged, peak = run.logged(), run.peak()
     return {
         "params": params(bench, job, point),
         "valid": dict(valid),
@@ -126,12 +129,8 @@ def cell(bench: Bench, job: Job, choices: Choices) -> Record:
         "latency_us": {batch: dict(figures) for batch, figures in test.latency_us.items()},
         "digest": test.digest,
         **made,
+        **cost(logged[earlier:], ready - started, time.monotonic() - ready, peak),
         "curve": curve(logged),
-        "seconds": {
-            "train": sum(e["seconds"] for e in logged if "epoch" in e),
-            "compress": ready - started,
-            "measure": time.monotonic() - ready,
-        },
         "predictions": _keep(bench, job, key, data, test) if bench.plan.predictions else None,
     }
 
@@ -182,6 +181,36 @@ def profiles(bench: Bench, job: Job, choices: Choices) -> Iterator[Record]:
             device=bench.plan.device,
             store=bench.store,
         )
+
+
+def cost(logged: list[Record], elapsed: float, measured: float, peak: float | None) -> Record:
+    """What the model of a cell took to make: ``seconds`` and ``peak_mib``; ``None`` where a step of it noted nothing.
+
+    A step that was found in the store counts as it was computed: with its own time, added up over its starts, and its
+    own peak. ``train`` is all trainings of the model, ``compress`` all else that led to its file; the training of the
+    original that a method shrinks is the original's.
+
+    Args:
+        logged: what the run has noted since this start.
+        elapsed: seconds of this start until the file was there.
+        measured: seconds of measuring.
+        peak: MiB of this start, all that the process held included.
+    """
+    steps = {e["step"]: e for e in logged if "step" in e}.values()
+    trained = {e["stage"] for e in logged if "curve" in e}
+    train = _sum([e["seconds"] for e in steps if e["stage"] in trained])
+    others = _sum([e["seconds"] for e in steps if e["stage"] not in trained])
+    rest = elapsed - sum(e["spent"] for e in logged if "step" in e)
+    peaks = [peak, *(e["peak_mib"] for e in steps)]
+    return {
+        "seconds": {"train": train, "compress": None if others is None else others + rest, "measure": measured},
+        "peak_mib": None if None in peaks else max(p for p in peaks if p is not None),
+    }
+
+
+def _sum(seconds: list[float | None]) -> float | None:
+    known = [s for s in seconds if s is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def curve(logged: list[Record]) -> list[list[float | None]]:

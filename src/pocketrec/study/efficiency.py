@@ -34,7 +34,8 @@ from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.files import save_arrays
 from pocketrec.method import Budget, Ladder, Method, Small, sized
 from pocketrec.run import Run
-from pocketrec.study.phase import STATUS, Task, prepared
+from pocketrec.study.memory import STATUS
+from pocketrec.study.phase import Task, prepared
 from pocketrec.study.stopwatch import Record
 
 if TYPE_CHECKING:

@@ -127,7 +127,7 @@ def _training_seconds(context: Bench, known: Known | None, job: Job, data: Datas
     past = [] if known is None else known.journal.read()
     same = [r for r in past if (r["data"], r["backbone"], r["method"]) == (job.data, job.backbone, ORIGINAL)]
     timed = [r["seconds"] for r in same if r["kind"] == "trial" and r["state"] == "complete"]
-    timed += [r["seconds"]["train"] for r in same if r["kind"] == "cell" and r["seconds"]["train"] > 0]
+    timed += [r["seconds"]["train"] for r in same if r["kind"] == "cell" and (r["seconds"]["train"] or 0) > 0]
     if timed:
         return mean(timed)
     stage = build_training(data.schema.task, context.grid.training(job).stages(_middle(context.grid, job)))[0]

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from pocketrec import kernel, registry
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.files import open_arrays
+from pocketrec.study.memory import reset, resident
 from pocketrec.study.stopwatch import Record, Stopwatch, nothing, timed
 
 if TYPE_CHECKING:
@@ -52,9 +53,6 @@ if TYPE_CHECKING:
 
 LIST = 20
 """Length of a recommendation list."""
-
-STATUS = Path("/proc/self/status")
-PEAK_RESET = "5"
 
 
 @dataclass(frozen=True)
@@ -114,22 +112,14 @@ class Memory:
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)
-        now = max(self._level, _status("VmRSS"))
+        now = max(self._level, resident("VmRSS"))
         self._parts[part], self._level = now - self._level, now
-        try:
-            STATUS.with_name("clear_refs").write_text(PEAK_RESET)
-        except OSError:
-            return
+        reset()
 
     def parts(self) -> dict[str, float]:
         """All parts; the peak since the last mark is run time."""
-        peak = max(self._level, _status("VmHWM"))
+        peak = max(self._level, resident("VmHWM"))
         return {**self._parts, "runtime": peak - self._level, "total": peak}
-
-
-def _status(entry: str) -> float:
-    """MiB of one entry of the process's status."""
-    return int(STATUS.read_text().split(f"{entry}:")[1].split()[0]) / 1024
 
 
 class Phase(Protocol):
