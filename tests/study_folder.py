@@ -156,6 +156,7 @@ def _cell(base, test, lists, values, predictions, batches):
         "bytes": {**parts, "file": sum(parts.values())},
         "values": left,
         "sparsity": 1 - left / values,
+        "peak_mib": 700.0 + base["seed"],
         "seconds": {"train": 120.5 if trained else 0.0, "compress": 3.2, "measure": 0.7},
         "curve": curve,
         "latency_us": {b: {"p50": slow * (9.0 if b == "batch_64" else 1.0), "p99": slow * 12.0} for b in batches},

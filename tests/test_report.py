@@ -22,7 +22,7 @@ from pocketrec.report import chart, formats, papers
 from pocketrec.report.compare import evidence
 from pocketrec.report.records import Pair, Place, Study
 from pocketrec.report.sheet import Column, Entry, Row, Sheet
-from pocketrec.report.tables import retention, standings
+from pocketrec.report.tables import retention, standings, wall
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -247,12 +247,63 @@ def test_published_retention_agrees_with_the_papers_table_7():
 
 
 def test_published_figures_stand_beside_ours(folder, written):
-    found = rows(folder, "published")
-    row = next(r for r in found if (r["data"], r["method"], r["budget"]) == ("gowalla", "mag_prune", "sparsity=0.95"))
-    assert float(row["AUC or NDCG@20 published"]) == 0.0365
-    assert float(row["log-loss or recall@20 published"]) == 0.0474
-    assert float(row["AUC or NDCG@20 published retained"]) == pytest.approx(0.0365 / 0.1470)
-    assert not [r for r in found if r["method"] == "shaver"]
+    found = {(r["method"], r["budget"]): r for r in rows(folder, "published-gowalla")}
+    row = found["mag_prune", "sparsity=0.95"]
+    assert (row["data"], row["backbone"], row["source"]) == ("gowalla", "lightgcn", "Table 6")
+    assert float(row["NDCG@20 published"]) == 0.0365
+    assert float(row["recall@20 capped published"]) == 0.0474
+    assert float(row["published retained"]) == pytest.approx(0.0365 / 0.1470)
+    ours = np.mean(
+        [stored(folder, "gowalla", "lightgcn", "mag_prune", "sparsity=0.95", s)["ndcg"].mean() for s in SEEDS]
+    )
+    assert float(row["NDCG@20 ours"]) == pytest.approx(ours)
+    assert float(row["NDCG@20 difference"]) == pytest.approx(ours - 0.0365)
+    assert float(row["NDCG@20 difference %"]) == pytest.approx(100 * (ours / 0.0365 - 1))
+
+
+def test_the_table_beside_the_papers_has_every_place_and_what_it_took(folder, written):
+    found = {(r["method"], r["budget"]): r for r in rows(folder, "published-gowalla")}
+    assert found.keys() == {("original", "dense"), *((m, b) for m in HARM for b in BUDGETS)}
+    alone = found["shaver", "sparsity=0.8"]
+    assert (alone["NDCG@20 published"], alone["NDCG@20 difference"], alone["source"]) == ("", "", "")
+    assert (alone["seeds"], float(alone["time"]), float(alone["memory"])) == ("3", 3.2, 701.0)
+    assert float(found["original", "dense"]["time"]) == 123.7
+    gap = found["qr", "sparsity=0.5"]
+    assert (gap["NDCG@20 ours"], gap["seeds"], gap["time"], gap["memory"]) == ("not run", "0", "", "")
+    assert float(gap["NDCG@20 published"]) == 0.1380
+    failed = next(r for r in rows(folder, "published-criteo") if (r["method"], r["budget"]) == ("qr", "sparsity=0.95"))
+    assert failed["AUC ours"] == "failed"
+    text = (folder / "report" / "published-criteo.md").read_text(encoding="utf-8")
+    assert "| 2 of 3 |" in text
+    assert len(next(line for line in text.splitlines() if "| method |" in line).split("|")) <= 16
+
+
+def test_settings_beside_the_papers_are_those_that_the_plan_names(tmp_path):
+    study = write_study(tmp_path / "named", seeds=(0,), gaps=False)
+    plan = json.loads((study / "plan.json").read_text())
+    plan["backbones"]["deepfm"] |= {
+        "settings": {"dim": 16},
+        "training": [{"learning_rate": {"low": 1e-3, "high": 1.0}}],
+    }
+    plan["methods"]["pep"] |= {"on": {"criteo": {"settings": {"n_min": {"choices": [1, 2]}}}}}
+    (study / "plan.json").write_text(json.dumps(plan))
+    journal = Journal(study / "journal")
+    for record in [r for r in journal.read() if r["kind"] == "cell" and (r["data"], r["method"]) == ("criteo", "pep")]:
+        (first,) = record["params"]["training"]
+        stages = [{**first, "learning_rate": 0.01}, {**first, "learning_rate": 0.001}]
+        journal.append({**record, "params": {**record["params"], "training": stages}})
+    report.write(study, replicates=100)
+    found = {(r["method"], r["budget"]): r["settings"] for r in rows(study, "published-criteo")}
+    assert found["original", "dense"] == "dim 16, learning_rate 0.0021"
+    assert found["pep", "sparsity=0.8"] == "n_min 1, learning_rate 0.01 → 0.001"
+    assert found["mag_prune", "sparsity=0.8"] == ""
+
+
+def test_the_time_of_a_record_that_did_not_count_steps_from_the_store_is_not_told():
+    record = {"seconds": {"train": 2.0, "compress": 1.0, "measure": 9.0}, "peak_mib": None}
+    assert wall(record) == 3.0
+    assert wall({**record, "seconds": {**record["seconds"], "train": None}}) is None
+    assert wall({"seconds": record["seconds"]}) is None
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def page(study: Study, known: Mapping[Pair, Mapping[str, Evidence]], sheets: Seq
         facts=facts(study),
         sheets=by_slug,
         quality=[s for s in sheets if s.slug.startswith("quality-")],
+        published=[s for s in sheets if s.slug.startswith("published-")],
         legend=[Key(swatch(None), "uncompressed"), *legend(study)],
         pairs=[(str(p), figures.frontiers(study, p)) for p in study.pairs],
         curves=[(str(p), drawn) for p in study.pairs if (drawn := figures.curves(study, p))],

@@ -19,6 +19,9 @@ TABLES = {
 }
 """By file: its name in the benchmark's paper, and its columns by our metric; the paper's recall is the capped one."""
 
+PUBLISHED = frozenset(metric for _, columns in TABLES.values() for metric in columns.values())
+"""Our metrics that have a published counterpart."""
+
 
 @dataclass(frozen=True)
 class Published:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from pocketrec.report import formats
 from pocketrec.report.compare import Evidence
-from pocketrec.report.papers import beside, data_set, is_sample, lightgcn, plain, transfer
+from pocketrec.report.papers import PUBLISHED, beside, data_set, is_sample, lightgcn, plain, transfer
 from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Metric, Pair, Place, Record, Study, Task, deviation
 from pocketrec.report.sheet import BLANK, FAILED, MISSING, Column, Entry, Row, Sheet, Tone
 from pocketrec.statistics import Ranks, ranks, retained
@@ -24,15 +24,15 @@ _WORDS = {"seeds and rows": "bootstrap over seeds and test rows", "rows": "boots
 
 def sheets(study: Study, known: Known) -> list[Sheet]:
     """Every table that has something to say."""
-    by_data = [quality(study, known, data) for data in dict.fromkeys(p.data for p in study.pairs)]
+    data = list(dict.fromkeys(p.data for p in study.pairs))
     made = [
-        *by_data,
+        *(quality(study, known, d) for d in data),
         within(study, known),
         retain(study, known),
         transferred(study),
         ranked(study),
         comparisons(study, known),
-        published(study),
+        *(published(study, d) for d in data),
         beyond(study),
         efficiency(study),
         settings(study),
@@ -378,42 +378,111 @@ def comparisons(study: Study, known: Known) -> Sheet:
 # ---- beside the papers -----------------------------------------------------------------------------------------------
 
 
-def published(study: Study) -> Sheet:
-    """Our figures and those of the benchmark's Tables 5 and 6, where data set, backbone, method and sparsity agree."""
-    rows = [
-        row for pair in study.pairs for place in study.places(pair) if (row := _published_row(study, place)) is not None
-    ]
-    samples = sorted({p.data for p in study.pairs if is_sample(p.data)})
-    notes = ["Recall is the capped one here, as in the papers: hits over min(relevant, 20)."]
-    notes += [f"{data} is a sample of {data_set(data)}: absolute figures are not comparable." for data in samples]
-    notes += [note for pair in study.pairs if (note := lightgcn(study, pair)) is not None]
+def published(study: Study, data: str) -> Sheet:
+    """Every place of a data set: the benchmark's figures of Tables 5 and 6, ours, and what ours took."""
+    pairs = [p for p in study.pairs if p.data == data]
+    task = study.task(pairs[0]) or "ctr"
+    metrics = [m for m in METRICS[task] if m.name in PUBLISHED]
+    places = [place for pair in pairs for place in study.places(pair)]
+    notes = [
+        "Difference: ours − published, and its share of the published figure. A dash: not published, or not noted. "
+        "Time is that of all training and compression of a model, median over seeds; the training of the original that "
+        "a method shrinks is the original's. Memory is the most that its process held, all that it loaded included. "
+        "Settings are those that the plan names or searches; below the original only what differs from it.",
+    ]  # fmt: skip
+    notes += ["Recall is the capped one, as in the papers: hits over min(relevant, 20)."] if task == "cf" else []
+    if is_sample(data):
+        notes.append(f"{data} is a sample of {data_set(data)}: absolute figures are not comparable.")
+    notes += [note for pair in pairs if (note := lightgcn(study, pair)) is not None]
     columns = [*_PLACE]
-    for group, kept in (("AUC or NDCG@20", True), ("log-loss or recall@20", False)):
-        columns += [Column("ours", group), Column("published", group)]
-        columns += [Column("retained", group), Column("published retained", group)] if kept else []
-    columns += [Column("ours", "values"), Column("published", "values"), Column("source", words=True)]
-    return Sheet("published", "Beside the published figures", tuple(columns), tuple(rows), tuple(notes))
+    for i, m in enumerate(metrics):
+        columns += [Column("published", m.title), Column("ours", m.title), Column("difference", m.title, hidden=i > 0)]
+        columns.append(Column("difference %", m.title, hidden=True))
+    columns += [Column("retained", hidden=True), Column("published retained", hidden=True), Column("values")]
+    columns += [Column("published values", hidden=True), Column("seeds"), Column("time"), Column("memory")]
+    columns += [Column("settings", words=True), Column("source", words=True, hidden=True)]
+    rows = (Row(_beside(study, place, metrics), str(place.pair)) for place in places)
+    return Sheet(
+        f"published-{data}", f"Beside the published figures on {data}", tuple(columns), tuple(rows), tuple(notes)
+    )
 
 
-def _published_row(study: Study, place: Place) -> Row | None:
-    theirs, task = beside(study, place), study.task(place.pair)
-    if theirs is None or task is None or _View(study, place).state is not None:
-        return None
-    base = beside(study, Place(place.pair, ORIGINAL, DENSE))
-    entries = []
-    for i, metric in enumerate(m for m in METRICS[task] if m.name in theirs.figures):
+def _beside(study: Study, place: Place, metrics: Sequence[Metric]) -> tuple[Entry, ...]:
+    """One row beside the published one, as far as each of both is there."""
+    theirs, view = beside(study, place), _View(study, place)
+    entries = [*_place(place)]
+    for metric in metrics:
         values = list(study.values(place, metric.name).values())
-        mean, figure = (float(np.mean(values)) if values else None), theirs.figures[metric.name]
-        entries += [Entry(formats.quality(mean), mean), Entry(formats.quality(figure), figure)]
-        if i == 0:
-            kept = retention(study, place)
-            entries += [
-                _ratio(kept[0] if kept else None),
-                _ratio(retained(figure, base.figures[metric.name]) if base else None),
-            ]
-    values = study.mean(place, "values")
-    sizes = Entry(formats.amount(values or 0), values), Entry(formats.amount(theirs.values), theirs.values)
-    return Row((*_place(place), *entries, *sizes, Entry.of(theirs.table)), str(place.pair))
+        mean, figure = (float(np.mean(values)) if values else None), theirs.figures[metric.name] if theirs else None
+        entries += [Entry(formats.quality(figure), figure), view.state or Entry(formats.quality(mean), mean)]
+        entries += _difference(mean, figure)
+    kept, base = retention(study, place), beside(study, Place(place.pair, ORIGINAL, DENSE))
+    first = metrics[0].name
+    values, planned = study.mean(place, "values"), len(study.planned[place])
+    seconds, peak = _median(study, place, wall), _median(study, place, lambda r: r.get("peak_mib"))
+    return (
+        *entries,
+        _ratio(kept[0] if kept else None),
+        _ratio(retained(theirs.figures[first], base.figures[first]) if theirs and base else None),
+        Entry("–" if values is None else formats.amount(values), values),
+        Entry("", theirs.values if theirs else None),
+        Entry(str(planned) if view.done == planned else f"{view.done} of {planned}", view.done),
+        Entry("–" if seconds is None else formats.milliseconds(1000 * seconds), seconds),
+        Entry("–" if peak is None else formats.size(peak * 2**20), peak),
+        Entry.of(chosen(study, place)),
+        Entry.of(theirs.table if theirs else ""),
+    )
+
+
+def _difference(mean: float | None, figure: float | None) -> list[Entry]:
+    if mean is None or figure is None:
+        return [Entry("–"), BLANK]
+    by, share = mean - figure, mean / figure - 1
+    return [Entry(f"{formats.signed(by)} ({100 * share:+.1f} %)".replace("-", "−"), by), Entry("", 100 * share)]
+
+
+def wall(record: Record) -> float | None:
+    """Seconds of all training and compression; ``None`` where not every step told its own."""
+    seconds = record.get("seconds") or {}
+    train, compress = seconds.get("train"), seconds.get("compress")
+    known = "peak_mib" in record and train is not None and compress is not None
+    return train + compress if known else None
+
+
+def _median(study: Study, place: Place, number: Callable[[Record], float | None]) -> float | None:
+    known = [n for r in study.cells.get(place, {}).values() if (n := number(r)) is not None]
+    return float(np.median(known)) if known else None
+
+
+def chosen(study: Study, place: Place) -> str:
+    """The settings of a place that the plan names, first seed; of a method only what differs from the original's."""
+    first = {p: r for p, r in _first_records(study) if p.pair == place.pair}
+    if place not in first:
+        return ""
+    original = first.get(Place(place.pair, ORIGINAL, DENSE), {}) if place.method != ORIGINAL else {}
+    base = _joined(original.get("params") or {})
+    named = _named(study, "backbones", place.pair.backbone, place.pair.data)
+    named |= _named(study, "methods", place.method, place.pair.data)
+    found = _joined(first[place].get("params") or {})
+    return ", ".join(f"{n.partition('.')[2]} {v}" for n, v in found.items() if n in named and base.get(n) != v)
+
+
+def _named(study: Study, axis: str, label: str, data: str) -> set[str]:
+    """Settings that a plan gives, by dotted name."""
+    entry = study.plan.get(axis, {}).get(label, {})
+    parts = [entry, (entry.get("on") or {}).get(data, {})]
+    own = {f"{axis[:-1]}.{n}" for part in parts for n in part.get("settings") or {}}
+    return own | {f"training.{n}" for part in parts for stage in part.get("training") or () for n in stage}
+
+
+def _joined(params: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by dotted name; where the stages of a training differ, with an arrow from each to the next."""
+    found = {f"{p}.{n}": formats.plain(v) for p in ("backbone", "method") for n, v in (params.get(p) or {}).items()}
+    stages = params.get("training") or []
+    for name in dict.fromkeys(n for stage in stages for n in stage):
+        values = [formats.plain(stage[name]) for stage in stages if name in stage]
+        found[f"training.{name}"] = " → ".join(values if len(set(values)) > 1 else values[:1])
+    return found
 
 
 # ---- more than accuracy ----------------------------------------------------------------------------------------------
