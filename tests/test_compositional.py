@@ -441,6 +441,15 @@ def test_codes_are_spread_and_differ_by_salt():
     np.testing.assert_array_equal(codes(np.array([17, 5]), 16, 1_000_000, 1, "uniform"), one[[17, 5]])
 
 
+@given(st.integers(0, 10**6))
+def test_every_block_hashes_with_a_salt_of_its_own(salt):
+    corners = [(0, 30, 0, 4), (30, 70, 0, 4), (0, 30, 4, 8), (30, 70, 4, 8)]
+    plans = [DHE(salt=salt).plan(Region("block", *corner), 10**6) for corner in corners]
+    again = [DHE(salt=salt + 1).plan(Region("block", *corner), 10**6) for corner in corners]
+    assert len({plan.salt for plan in (*plans, *again)}) == 8
+    assert plans == [DHE(salt=salt).plan(Region("other", *corner), 10**6) for corner in corners]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.sampled_from([1, 16, 64]), st.integers(1, 400_000), st.sampled_from(["linear", "bn_mish"]))
 def test_dhe_width_is_the_largest_within_the_budget(depth, width, values, last):

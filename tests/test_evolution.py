@@ -258,6 +258,20 @@ def test_a_step_draws_a_length_per_sample_of_click_data_and_per_row_of_ranking_d
     assert bool((prefix[:, 1:] <= prefix[:, :-1]).all())
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 14), min_size=1, max_size=9))
+def test_a_step_moves_what_it_reads_and_nothing_behind_a_prefix(seed, ids):
+    table = net(PAIRS, FOUR, None, "row")
+    drawn = table.drawn(torch.Generator().manual_seed(seed))
+    upstream = torch.randn(len(ids), 6, generator=torch.Generator().manual_seed(seed + 1))
+    (drawn(torch.tensor(ids)) * upstream).sum().backward()
+    expected = np.zeros((15, 6), np.float32)
+    for row, slope in zip(ids, upstream.numpy(), strict=True):
+        expected[row] += slope
+    prefix = (drawn.weight() != 0).numpy()
+    np.testing.assert_allclose(table.base.grad, np.where(prefix, expected, 0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.95])
 def test_sizes_are_exact_and_fields_have_one_length(clicks, model, sparsity):
     run = Run(None)
