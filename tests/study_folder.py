@@ -124,8 +124,10 @@ def _visits(folder, journal, ledger, name, values, users, seeds, predictions):
             [np.random.default_rng([u, seed]).permutation(300 - int(200 * harm / 2))[:20] for u in range(users)]
         )
         test = {f"{figure}@20": float(per_user.mean()) for figure, per_user in arrays.items()}
+        test |= {"ndcg@10": 0.9 * test["ndcg@20"], "recall@10": 0.7 * test["recall@20"]}
         cell = _cell(base, test, beyond(lists, seen, truth, 300), values, path if predictions else None, ("batch_1",))
-        journal.append(cell)
+        facts = {"overlap": 0.25, "overlap user": 0.2 + 0.1 * seed} if method == "qr" else {}
+        journal.append({**cell, **({"facts": facts} if facts else {})})
         ledger.append({**base, "reader": "measure", "split": "test", "again": False})
 
 

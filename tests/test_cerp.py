@@ -270,6 +270,28 @@ def test_a_search_that_is_cut_short_goes_on_to_the_same_bytes(clicks, model, tmp
             assert torch.equal(compress(model, clicks, method, "sparsity=0.8", run=run).table.weight(), expected)
 
 
+@given(st.integers(1, 60), st.data())
+def test_the_overlap_counts_coordinates_that_both_codebooks_fill(rows, data):
+    bucket = data.draw(st.integers(1, rows))
+    part = books(rows, bucket, 3, data.draw(st.integers(0, 3 * sum(codebook_rows(rows, bucket)))))
+    share, keep, both, either = -(-rows // bucket), part.keep.tolist(), 0, 0
+    for i in range(rows):
+        for a, b in zip(keep[i % bucket], keep[bucket + i // share], strict=True):
+            both, either = both + (a and b), either + (a or b)
+    assert part.facts() == ({"overlap": both / either} if either else {})
+
+
+def test_the_overlap_of_a_table_is_the_mean_of_its_blocks_by_rows(visits):
+    small = compress(NeuMF(dim=4, hidden=(8,)).build(visits, 0), visits, CERP(training=(TRAINING,)), "sparsity=0.5")
+    table, facts = small.model.table, small.model.table.facts()
+    own = [part.facts()["overlap"] for part in table.compositions]
+    assert len(own) > 1
+    assert [facts[f"overlap {region.name}"] for region in table.regions] == own
+    assert facts["overlap"] == pytest.approx(np.average(own, weights=[r.rows for r in table.regions]))
+    assert all(0 <= value <= 1 for value in facts.values())
+    assert NeuMF(dim=4, hidden=(8,)).build(visits, 0).table.facts() == {}
+
+
 @pytest.mark.parametrize(
     "bad", [{"bucket": 0}, {"slack": 1.0}, {"gamma": -1.0}, {"eta": 0.0}, {"reach": 0.7}, {"clip": -1.0}]
 )

@@ -149,6 +149,21 @@ def test_seen_items_are_never_recommended():
     assert not got.ndcg.any()
 
 
+def test_a_ranking_cut_short_is_the_shorter_ranking():
+    rng = np.random.default_rng(2)
+    users, items = rng.normal(size=(40, 4)).astype("f"), rng.normal(size=(12, 4)).astype("f")
+    seen, truth = pattern(interactions(rng, 40, 12, 0.2)), pattern(interactions(rng, 40, 12, 0.3))
+    whole = ranking(users, items, seen, truth, 20)
+    for k in (1, 5, 10, 20):
+        short, cut = ranking(users, items, seen, truth, k), whole.at(k)
+        assert cut.quality() == short.quality()
+        np.testing.assert_array_equal(cut.lists, short.lists)
+        np.testing.assert_array_equal(cut.ndcg, short.ndcg)
+    for k in (0, 21):
+        with pytest.raises(DataError, match=f"k={k}"):
+            whole.at(k)
+
+
 def test_no_user_with_truth_gives_null():
     empty = pattern([np.zeros(0, np.int64)] * 4)
     got = ranking(np.ones((4, 2), np.float32), np.ones((5, 2), np.float32), empty, empty)

@@ -306,6 +306,35 @@ def test_the_time_of_a_record_that_did_not_count_steps_from_the_store_is_not_tol
     assert wall({"seconds": record["seconds"]}) is None
 
 
+def test_the_first_ten_places_are_set_against_the_best_other_method(folder, written):
+    found = {(r["method"], r["budget"]): r for r in rows(folder, "top-10")}
+    figures = {m: float(found[m, "sparsity=0.95"]["NDCG@10"]) for m in HARM}
+    best, second = sorted(figures.values(), reverse=True)[:2]
+    assert figures["shaver"] == best
+    assert float(found["shaver", "sparsity=0.95"]["over the best other"]) == pytest.approx(best / second - 1)
+    assert float(found["qr", "sparsity=0.95"]["over the best other"]) == pytest.approx(figures["qr"] / best - 1)
+    assert found["original", "dense"]["over the best other"] == ""
+
+
+def test_labels_of_one_plug_in_are_not_others_to_each_other(tmp_path):
+    study = write_study(tmp_path / "variants", seeds=(0,), gaps=False)
+    content = (study / "plan.json").read_text()
+    (study / "plan.json").write_text(content.replace('"pep": {"plugin": "pep"}', '"pep": {"plugin": "shaver"}'))
+    report.write(study, replicates=100)
+    found = {r["method"]: r for r in rows(study, "top-10") if r["budget"] == "sparsity=0.8"}
+    others = max(float(found[m]["NDCG@10"]) for m in ("mag_prune", "qr"))
+    assert float(found["shaver"]["over the best other"]) == pytest.approx(
+        float(found["shaver"]["NDCG@10"]) / others - 1
+    )
+
+
+def test_what_tables_tell_of_themselves_is_a_table(folder, written):
+    found = rows(folder, "facts")
+    assert {r["method"] for r in found} == {"qr"}
+    assert float(found[0]["overlap"]) == 0.25
+    assert float(found[0]["overlap user"]) == pytest.approx(0.2 + 0.1 * np.mean(SEEDS))
+
+
 @pytest.mark.parametrize(
     ("label", "name", "sample"),
     [

@@ -145,6 +145,10 @@ class Composition(nn.Module, ABC):
     def observe(self) -> None:
         """Look at the weights after each step."""
 
+    def facts(self) -> Mapping[str, float]:
+        """Figures that say how it is made, by name."""
+        return {}
+
     @abstractmethod
     def values(self) -> int:
         """Learned scalars."""
@@ -263,6 +267,17 @@ class ComposedTable(ActiveTable):
     def values(self) -> int:
         """Learned scalars of all compositions."""
         return sum(part.values() for part in self.compositions)
+
+    def facts(self) -> Mapping[str, float]:
+        """Means of the compositions' facts, weighted by rows; of several regions, each one's own follows."""
+        own = [(region, part.facts()) for region, part in zip(self.regions, self.compositions, strict=True)]
+        found: dict[str, float] = {}
+        for name in dict.fromkeys(name for _, facts in own for name in facts):
+            known = [(region, facts[name]) for region, facts in own if name in facts]
+            found[name] = sum(r.rows * value for r, value in known) / sum(r.rows for r, _ in known)
+            if len(own) > 1:
+                found |= {f"{name} {region.name}": value for region, value in known}
+        return found
 
     def stored(self) -> Tensor:
         """Every row but the out-of-vocabulary rows."""

@@ -100,7 +100,7 @@ class Ranking:
     ``hits_r`` is 1 where the item at rank ``r`` is in the user's truth set ``T``:
     ``ndcg = sum_{r<=k} hits_r / log2(r + 1)  /  sum_{r<=min(|T|,k)} 1 / log2(r + 1)``;
     ``recall = |hits| / |T|``; ``recall_capped = |hits| / min(|T|, k)``. ``lists`` ``(U', k)`` holds the items at the
-    ranks, -1 where fewer are left to rank.
+    ranks, -1 where fewer are left to rank; ``hits`` ``(U', k)`` are the ``hits_r``, ``sizes`` ``(U',)`` the ``|T|``.
     """
 
     k: int
@@ -109,6 +109,18 @@ class Ranking:
     recall: NDArray[np.float64]
     recall_capped: NDArray[np.float64]
     lists: NDArray[np.int32]
+    hits: NDArray[np.bool_]
+    sizes: NDArray[np.int64]
+
+    def at(self, k: int) -> Ranking:
+        """The same ranking, scored by its first ``k`` places.
+
+        Raises:
+            DataError: ``k`` is below 1, or beyond the lists.
+        """
+        if not 1 <= k <= self.k:
+            raise DataError(f"`k` must lie in [1, {self.k}], the length of the lists, but got k={k}.")
+        return _score_lists(self.users, self.lists[:, :k], self.hits[:, :k], self.sizes)
 
     def quality(self) -> dict[str, float | None]:
         """Means over users: ``ndcg@k``, ``recall@k``, ``recall_capped@k``; ``None`` where no user has a truth set."""
@@ -172,7 +184,7 @@ def _score_lists(
     gains = np.cumsum(relevance * discount, axis=1)[:, -1]
     ideal = np.cumsum(discount)[np.minimum(sizes, k) - 1]
     hits = relevance.sum(axis=1)
-    return Ranking(k, users, gains / ideal, hits / sizes, hits / np.minimum(sizes, k), lists)
+    return Ranking(k, users, gains / ideal, hits / sizes, hits / np.minimum(sizes, k), lists, relevance, sizes)
 
 
 def _relevance(lists: NDArray[np.int32], truth: Csr, width: int) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ weight; counted in bytes, never in ``values``). Ranking models: one block of row
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,10 @@ class Table(nn.Module, ABC):
     @abstractmethod
     def values(self) -> int:
         """Learned scalars that survive, over counted blocks (what papers call #Para)."""
+
+    def facts(self) -> Mapping[str, float]:
+        """Figures of its own that say how it is made, by name; a study records them. None by default."""
+        return {}
 
     @abstractmethod
     def stored(self) -> Tensor:

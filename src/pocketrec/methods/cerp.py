@@ -204,11 +204,25 @@ class Codebooks(Composition):
 
     def weight(self) -> Tensor:
         """Every vector, ``(rows, width)``, without a look-up."""
-        books = self.read(slice(None))
+        left, right = self._pairs(self.read(slice(None)))
+        return left + right
+
+    def facts(self) -> Mapping[str, float]:
+        """``overlap``: how far the supports ``A_i`` of ``P[i mod b]`` and ``B_i`` of ``Q[i div c]`` coincide.
+
+        ``overlap = sum_i |A_i & B_i| / sum_i |A_i | B_i|`` over all slots ``i``, in [0, 1]: of the coordinates that
+        either codebook fills, the share that both fill. There is none where nothing is kept.
+        """
+        left, right = self._pairs(self.pruned().keep)
+        either = int((left | right).sum())
+        return {"overlap": int((left & right).sum()) / either} if either else {}
+
+    def _pairs(self, books: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of both codebooks that each slot reads, ``(rows, width)`` each."""
         first, second = books[: self.bucket], books[self.bucket :]
         left = first.expand(self.share, *first.shape).flatten(0, 1)[: self.rows]
         right = second[:, None].expand(len(second), self.share, self.width).flatten(0, 1)[: self.rows]
-        return left + right
+        return left, right
 
     def pack(self, place: PackedRange, storage: Storage, slots: NDArray[np.uint32] | None) -> PrunedSumBlock:
         """Layout ``pruned_sum``."""

@@ -33,6 +33,8 @@ def sheets(study: Study, known: Known) -> list[Sheet]:
         ranked(study),
         comparisons(study, known),
         *(published(study, d) for d in data),
+        short(study),
+        facts(study),
         beyond(study),
         efficiency(study),
         settings(study),
@@ -506,6 +508,55 @@ def beyond(study: Study) -> Sheet:
         ("Coverage: share of the catalogue in some list. Novelty: mean −log₂ of the share of users who have an item. "
          "Diversity: mean 1 − cosine over the pairs of a list, items being alike where the same users have them. "
          "Popularity: mean count of a recommended item over that of a held-out one. Gini: inequality of exposure.",),
+    )  # fmt: skip
+
+
+def short(study: Study) -> Sheet:
+    """Quality in the first ten places, and how far each method is above the best other one."""
+    rows = []
+    for pair in study.pairs:
+        means = {p: study.mean(p, "test", "ndcg@10") for p in study.places(pair)}
+        for place, mean in means.items():
+            if mean is None:
+                continue
+            name = _plugin(study, place)
+            others = [m for p, m in means.items() if m and p.budget == place.budget and _plugin(study, p) != name]
+            gain = mean / max(others) - 1 if others else None
+            recall = study.mean(place, "test", "recall@10")
+            told = "–" if gain is None else f"{100 * gain:+.1f} %".replace("-", "−")
+            rows.append(Row((*_place(place), Entry(formats.quality(mean), mean), _ratio(recall), Entry(told, gain)),
+                            str(pair)))  # fmt: skip
+    return Sheet(
+        "top-10",
+        "Quality in the first ten places",
+        (*_PLACE, Column("NDCG@10"), Column("recall@10"), Column("over the best other")),
+        tuple(rows),
+        ("Means over seeds of the test split. The last column is NDCG@10 over that of the best other method at the "
+         "same budget, less 1; labels of one plug-in are not others to each other.",),
+    )  # fmt: skip
+
+
+def _plugin(study: Study, place: Place) -> str:
+    """The method's plug-in; the original is its own."""
+    return str(study.plan["methods"].get(place.method, {}).get("plugin", place.method))
+
+
+def facts(study: Study) -> Sheet:
+    """What tables tell of how they are made."""
+    names = list(dict.fromkeys(n for by in study.cells.values() for r in by.values() for n in r.get("facts") or {}))
+    rows = []
+    for pair in study.pairs:
+        for place in study.places(pair):
+            means = [study.mean(place, "facts", name) for name in names]
+            if any(m is not None for m in means):
+                rows.append(Row((*_place(place), *map(_ratio, means)), str(pair)))
+    return Sheet(
+        "facts",
+        "What tables tell of themselves",
+        (*_PLACE, *map(Column, names)),
+        tuple(rows),
+        ("Means over seeds. Overlap: of the coordinates that either of two added rows fills, the share that both fill, "
+         "over all rows of the table; by block, and their mean weighted by rows.",),
     )  # fmt: skip
 
 

@@ -24,6 +24,9 @@ from pocketrec.study.memory import Peak
 from pocketrec.study.plan import DENSE, ORIGINAL, STAGE, Plan, Point, build_backbone, build_method, build_training
 from pocketrec.train import validate
 
+SHORT = 10
+"""Length of the shorter recommendation lists that are judged, too."""
+
 Record = dict[str, Any]
 Choices = Mapping[Job, Point]
 """The values that each finished search has chosen."""
@@ -123,12 +126,13 @@ def cell(bench: Bench, job: Job, choices: Choices) -> Record:
     return {
         "params": params(bench, job, point),
         "valid": dict(valid),
-        "test": dict(test.quality),
+        "test": {**test.quality, **(test.ranking.at(SHORT).quality() if test.ranking is not None else {})},
         "beyond": dict(test.beyond),
         "bytes": dict(test.bytes),
         "latency_us": {batch: dict(figures) for batch, figures in test.latency_us.items()},
         "digest": test.digest,
         **made,
+        **({"facts": facts} if (facts := dict(model.table.facts())) else {}),
         **cost(logged[earlier:], ready - started, time.monotonic() - ready, peak),
         "curve": curve(logged),
         "predictions": _keep(bench, job, key, data, test) if bench.plan.predictions else None,
