@@ -303,16 +303,20 @@ def test_ranking_data_with_two_stages_and_baked_vectors(tmp_path):
         "trials": 0,
         "data": {"pairs": {"source": "adjacency", "raw": str(pairs_file(tmp_path)), "bake": True}},
         "backbone": {"lightgcn": {"dim": 4, "training": [{"epochs": 2, "batch_size": 64}, {"epochs": 1}]}},
-        "method": {"random": {}},
+        "method": {"random": {}, "cerp": {"search_epochs": 1}},
     }
     from pocketrec.study.plan import parse
 
-    assert bench(parse(document, "pairs"), tmp_path / "out") == {"done": 2, "failed": 0}
+    assert bench(parse(document, "pairs"), tmp_path / "out") == {"done": 3, "failed": 0}
     cells = {r["method"]: r for r in records(tmp_path / "out")}
     assert "coverage@20" in cells["random"]["beyond"]
     assert [s["epochs"] for s in cells["original"]["params"]["training"]] == [2, 1]
     users = open_arrays(tmp_path / "out" / cells["random"]["predictions"])[0]
     assert users["ndcg"].mean() == pytest.approx(cells["random"]["test"]["ndcg@20"])
+    for cell in cells.values():
+        assert 0 <= cell["test"]["recall@10"] <= cell["test"]["recall@20"] <= 1
+    assert ["facts" in cells[m] for m in ("original", "random", "cerp")] == [False, False, True]
+    assert 0 <= cells["cerp"]["facts"]["overlap"] <= 1
 
 
 def test_two_processes_share_a_study(finished, tmp_path):

@@ -446,9 +446,9 @@ def _difference(mean: float | None, figure: float | None) -> list[Entry]:
 def wall(record: Record) -> float | None:
     """Seconds of all training and compression; ``None`` where not every step told its own."""
     seconds = record.get("seconds") or {}
-    train, compress = seconds.get("train"), seconds.get("compress")
-    known = "peak_mib" in record and train is not None and compress is not None
-    return train + compress if known else None
+    parts = [seconds.get("train"), seconds.get("compress")]
+    known = [p for p in parts if p is not None and "peak_mib" in record]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def _median(study: Study, place: Place, number: Callable[[Record], float | None]) -> float | None:
