@@ -335,6 +335,13 @@ def test_what_tables_tell_of_themselves_is_a_table(folder, written):
     assert float(found[0]["overlap user"]) == pytest.approx(0.2 + 0.1 * np.mean(SEEDS))
 
 
+def test_the_papers_opt_embed_of_ranking_is_our_opt_embed_d():
+    known = papers.published()
+    assert known["gowalla", "lightgcn", "optembedd", "80"].figures["ndcg@20"] == 0.1168
+    assert ("criteo", "deepfm", "optembedd", "80") not in known
+    assert ("criteo", "deepfm", "optembed", "80") in known
+
+
 @pytest.mark.parametrize(
     ("label", "name", "sample"),
     [
