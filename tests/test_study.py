@@ -388,3 +388,18 @@ def test_anatomy_of_a_table_against_a_loop():
 def test_a_backbone_is_built_at_a_point():
     recipe = plan().backbones["deepfm"]
     assert build_backbone(recipe, {"dropout": 0.25}).dropout == 0.25
+
+
+def test_a_method_that_trains_may_change_the_backbone_for_itself():
+    changes = {"backbone": {"deepfm": {"dropout": 0.25, "training": {"batch_size": 32}}}}
+    changed, plainly = plan({"method.qr": changes}), plan({"method.qr": {}})
+    grids = Grid(changed), Grid(plainly)
+    for before, after in zip(grids[1].jobs, grids[0].jobs, strict=True):
+        assert (grids[0].key(after) == grids[1].key(before)) == (after.method != "qr")
+    job = next(j for j in grids[0].jobs if j.kind == "cell" and j.method == "qr")
+    assert grids[0].backbone(job).settings["dropout"] == 0.25
+    assert grids[0].training(job).training[0]["batch_size"] == 32
+    with pytest.raises(ConfigError, match="trains no model"):
+        plan({"method.shaver": changes})
+    with pytest.raises(ConfigError, match="deepfm"):
+        plan({"method.qr": {"backbone": {"deepfn": {}}}})

@@ -116,8 +116,9 @@ class Grid:
         return self.plan.data[job.data]
 
     def backbone(self, job: Job) -> Recipe:
-        """The backbone of a job, with the changes for its data set."""
-        return self.plan.backbones[job.backbone].at(job.data)
+        """The backbone of a job, with the changes for its data set, then those of a method that trains it."""
+        recipe = self.plan.backbones[job.backbone].at(job.data)
+        return recipe.changed(self.plan.around.get(job.method, {}).get(job.backbone))
 
     def method(self, job: Job) -> Recipe | None:
         """The method of a job, with the changes for its data set; ``None`` for the original."""

@@ -100,13 +100,17 @@ class Recipe:
 
     def at(self, data: str) -> Recipe:
         """The recipe for one data set."""
-        if data not in self.on:
+        return self.changed(self.on.get(data))
+
+    def changed(self, other: Recipe | None) -> Recipe:
+        """The recipe with the settings and training of another one, where there is one, above its own."""
+        if other is None:
             return self
-        other = self.on[data]
         first = {**(self.training[0] if self.training else {}), **(other.training[0] if other.training else {})}
         later = other.training[1:] or self.training[1:]
         stages = (first, *later) if first or later else ()
-        return Recipe(self.label, self.plugin, {**self.settings, **other.settings}, stages, only=self.only)
+        settings = {**self.settings, **other.settings}
+        return Recipe(self.label, self.plugin, settings, stages, only=self.only)
 
     def space(self) -> dict[str, Space]:
         """What is searched, by name; a stage's settings begin with ``training.``."""
@@ -199,6 +203,7 @@ class Plan:
         efficiency: profiles of time and memory to take: ``server``, ``edge``.
         efficiency_budget: the budget at which they are taken.
         anatomy: whether frequency and magnitude of the original's rows are compared.
+        around: changes of backbones where a method trains them, by labels of both.
     """
 
     name: str
@@ -215,6 +220,7 @@ class Plan:
     efficiency: tuple[Literal["server", "edge"], ...] = ()
     efficiency_budget: str = "sparsity=0.8"
     anatomy: bool = False
+    around: Mapping[str, Mapping[str, Recipe]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -310,7 +316,7 @@ def build_training(task: Literal["ctr", "cf"], stages: Sequence[Settings]) -> tu
 def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
     """A plan from its TOML document, every key of it checked."""
     tables = {"data": "data", "backbone": "backbones", "method": "methods"}
-    plain = [f.name for f in dataclasses.fields(Plan) if f.name not in tables.values()]
+    plain = [f.name for f in dataclasses.fields(Plan) if f.name not in (*tables.values(), "around")]
     _known("", document, [*tables, *plain])
     for table in tables:
         if not isinstance(document.get(table), dict) or not document[table]:
@@ -318,11 +324,13 @@ def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
     labels = list(document["data"])
     values = {n: v for n, v in document.items() if n in plain}
     checked = {n: _checked(n, v, get_type_hints(Plan)[n]) for n, v in values.items()}
+    backbones = {label: _recipe("backbone", label, e, labels) for label, e in document["backbone"].items()}
     plan = Plan(
         **{"name": name, "budgets": (), **checked},
         data={label: _data(label, entry) for label, entry in document["data"].items()},
-        backbones={label: _recipe("backbone", label, e, labels) for label, e in document["backbone"].items()},
-        methods={label: _recipe("method", label, e, labels) for label, e in document["method"].items()},
+        backbones=backbones,
+        methods={label: _recipe("method", label, _plain(e), labels) for label, e in document["method"].items()},
+        around={label: _around(f"method.{label}", label, e, backbones) for label, e in document["method"].items()},
     )
     _sound(plan)
     return plan
@@ -389,6 +397,25 @@ def _recipe(axis: Literal["backbone", "method"], label: str, entry: Any, data: S
     recipe = _settings(where, label, plugin, plain)
     on = {d: _settings(f"{where}.on.{d}", label, plugin, _table(f"{where}.on.{d}", e)) for d, e in changes.items()}
     return dataclasses.replace(recipe, on=on, only=only)
+
+
+def _plain(entry: Any) -> Any:
+    """A method's table without its changes of backbones."""
+    return {n: v for n, v in entry.items() if n != "backbone"} if isinstance(entry, dict) else entry
+
+
+def _around(where: str, label: str, entry: Mapping[str, Any], backbones: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """``[method.LABEL.backbone.LABEL]``: changes of a backbone where this method trains it."""
+    changes = _table(f"{where}.backbone", entry.get("backbone", {}))
+    _known(f"{where}.backbone", changes, list(backbones))
+    if changes and not _plugin("methods", entry.get("is", label), f"{where}.is").trains:
+        raise ConfigError(f"`{where}.backbone`: the method trains no model of its own; remove the table.")
+    found = {}
+    for name, change in changes.items():
+        place = f"{where}.backbone.{name}"
+        plugin = registry.load("backbones", backbones[name].plugin)
+        found[name] = _settings(place, name, plugin, _table(place, change))
+    return found
 
 
 def _settings(where: str, label: str, plugin: type[Any], entry: Settings) -> Recipe:
