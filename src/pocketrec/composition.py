@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Literal, Protocol, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -184,6 +184,8 @@ class ComposedTable(ActiveTable):
         parts: Each region's composition and its slots ``(rows of the region,)``.
         weight: Where uncounted blocks start from, ``(n, D)``.
     """
+
+    computed: ClassVar[bool] = True
 
     def __init__(
         self,

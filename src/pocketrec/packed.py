@@ -49,6 +49,7 @@ COMPOSED: Mapping[str, str] = {
     "pruned_sum": "PrunedSumBlock",
     "quantised": "QuantisedBlock",
     "tensor_train": "TensorTrainBlock",
+    "transform": "TransformBlock",
 }
 """Layouts of computed vectors, one per module of :mod:`pocketrec.layouts`, and the class that reads them."""
 RANK_ROWS = 1024
@@ -310,7 +311,7 @@ class Packed:
     """A whole table as it lies in the file.
 
     ``lookup`` is all that scoring needs; ``arrays`` and ``meta`` go into the file and ``from_arrays`` reads them back.
-    ``fill`` and ``absent`` are float32 of shape ``(F, D)``.
+    ``fill`` and ``absent`` are float32, or both float16, of shape ``(F, D)``.
 
     Example:
         >>> import numpy as np
@@ -325,8 +326,8 @@ class Packed:
 
     rows: int
     blocks: tuple[FileBlock, ...]
-    fill: NDArray[np.float32] = field(repr=False)
-    absent: NDArray[np.float32] = field(repr=False)
+    fill: NDArray[np.floating] = field(repr=False)
+    absent: NDArray[np.floating] = field(repr=False)
 
     @property
     def width(self) -> int:
@@ -429,7 +430,7 @@ class Packed:
             kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays)
             for b in self._entries
         ]
-        fill, absent = np.ascontiguousarray(self.fill), np.ascontiguousarray(self.absent)
+        fill, absent = (np.ascontiguousarray(a, np.float32) for a in (self.fill, self.absent))
         return kernel.PackedView((kernel.BlockView * len(views))(*views), fill, absent)
 
     def lookup_numpy(self, rows: NDArray[np.integer], fields: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -438,7 +439,7 @@ class Packed:
         field_of = np.broadcast_to(np.asarray(fields, dtype=np.int32), np.shape(rows)).reshape(-1)
         if field_of.size and not 0 <= field_of.min() <= field_of.max() < len(self.fill):
             raise ConfigError(f"`fields` must lie in [0, {len(self.fill)}), but got {np.unique(field_of).tolist()}.")
-        out = self.fill[field_of]
+        out = self.fill[field_of].astype(np.float32, copy=False)
         stored = np.zeros(len(flat), dtype=bool)
         for block in self.blocks:
             positions = block.positions(flat)
@@ -475,8 +476,8 @@ class Packed:
             rows, fill = int(meta["rows"]), arrays["fill"]
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"The packed table is incomplete: {error!r} is missing or malformed.") from error
-        if fill.ndim != 2 or fill.dtype != np.float32:
-            raise ArtifactError(f"Array 'fill' must be float32 (F, D), but got {fill.dtype} {fill.shape}.")
+        if fill.ndim != 2 or fill.dtype not in (np.float32, np.float16):
+            raise ArtifactError(f"Array 'fill' must be float32 or float16 (F, D), but got {fill.dtype} {fill.shape}.")
         for block in blocks:
             block.check(len(fill))
             if block.right > fill.shape[1] or block.start < 0 or block.stop > rows:
@@ -495,11 +496,11 @@ class PackedRange:
     right: int
 
 
-def _read_absent(fill: NDArray[np.float32], arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+def _read_absent(fill: NDArray[np.floating], arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.floating]:
     if "absent" not in arrays:
         return fill
     rows, own = arrays["absent"], arrays.get("absent_fields", np.empty(0, np.int32))
-    typed = own.dtype == np.int32 and rows.dtype == np.float32 and rows.shape == (own.size, fill.shape[1])
+    typed = own.dtype == np.int32 and rows.dtype == fill.dtype and rows.shape == (own.size, fill.shape[1])
     if not typed or own.size == 0 or not 0 <= own.min() <= own.max() < len(fill):
         raise ArtifactError(
             f"Arrays 'absent' and 'absent_fields' must name fields in [0, {len(fill)}) with a row each."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -52,9 +53,11 @@ class Table(nn.Module, ABC):
     Attributes:
         forms: Ways to hold the table for inference, by the names that efficiency is reported under. The first is the
             table as it is; the others are made by ``form``.
+        computed: Whether vectors are computed when they are read, so that two ways to read them differ by rounding.
     """
 
     forms: tuple[str, ...] = ("table",)
+    computed: ClassVar[bool] = False
 
     schema: Schema
     blocks: tuple[Block, ...]

@@ -107,6 +107,10 @@ class ClickGame(Game):
         """``(y - sigmoid(logit))`` pulled back through the head."""
         return self.head.pull(labels - self.head.logits(vectors).sigmoid())
 
+    def spread(self, vectors: Tensor) -> Tensor:
+        """``sqrt(p (1 - p))`` pulled back: the deviation of the gradient if the label is drawn from the model."""
+        return self.head.pull(_deviation(self.head.logits(vectors)))
+
     def pair(self, centre: Tensor, offset: Tensor, labels: Tensor) -> Tensor:
         """Both points as one batch; their gradients share the first layer's product."""
         points = torch.empty(2, *centre.shape)
@@ -136,14 +140,27 @@ class RankingGame(Game):
 
     def gradient(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """The two pairs share the user: its gradients add up."""
-        slope = labels - self._margin(vectors).sigmoid()
-        positive, negative = self.head.pull(torch.cat((slope, -slope))).view(2, len(vectors), 2, -1)
+        return self._pull(labels - self._margin(vectors).sigmoid())
+
+    def spread(self, vectors: Tensor) -> Tensor:
+        """``sqrt(p (1 - p))`` of the margin pulled back through both scores."""
+        return self._pull(_deviation(self._margin(vectors)))
+
+    def _pull(self, slope: Tensor) -> Tensor:
+        """The slope of the margin ``(B,)`` at the last pairs."""
+        positive, negative = self.head.pull(torch.cat((slope, -slope))).view(2, len(slope), 2, -1)
         return torch.stack((positive[:, 0] + negative[:, 0], positive[:, 1], negative[:, 1]), dim=1)
 
 
 def _pairs(vectors: Tensor) -> Tensor:
     """User, positive, negative ``(B, 3, d)`` -> the pairs (user, positive), then (user, negative): ``(2 B, 2, d)``."""
     return torch.cat((vectors[:, :2], vectors[:, ::2]))
+
+
+def _deviation(logits: Tensor) -> Tensor:
+    """Standard deviation of a label that is one with probability ``sigmoid(logit)``."""
+    p = logits.sigmoid()
+    return (p * (1 - p)).sqrt_()
 
 
 def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:

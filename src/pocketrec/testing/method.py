@@ -349,7 +349,7 @@ def _smalls(method: Method, lab: Lab, storage: Storage | None = None) -> Iterato
 
 def _rounding(table: Table) -> float:
     """How far apart two ways of reading a table may be: nothing, unless its vectors are computed."""
-    return 1e-5 * float(table.weight().detach().abs().max()) if isinstance(table, ComposedTable) else 0.0
+    return 1e-5 * float(table.weight().detach().abs().max()) if table.computed else 0.0
 
 
 def _written(small: Small, lab: Lab) -> Path:

@@ -1,0 +1,168 @@
+"""Rate-distortion coding: every row gets the bits that its loss is worth, from one scoring pass, for any budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec.allocation import Assignment, Rate, Source, allocate
+from pocketrec.attribution.fisher import Sensitivity, sensitivity
+from pocketrec.backbone import Model
+from pocketrec.coded import CodedTable, spans
+from pocketrec.dataset import Dataset
+from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.layouts.transform import Section, fixed_bytes
+from pocketrec.method import Ladder, Method
+from pocketrec.packed import Index, Storage
+from pocketrec.run import Run
+from pocketrec.schema import Schema
+from pocketrec.table import Table
+from pocketrec.train import fingerprint
+from pocketrec.vocabulary import size_for as vocabulary_size_for
+
+_Size = Callable[[Sequence[Section], Sequence[NDArray[np.int64]]], int]
+_KEY_BITS = 36.0
+"""About what a key takes in a vocabulary."""
+
+
+@dataclass(frozen=True)
+class RateDistortion(Method):
+    """Spend a byte budget over rows and directions where it saves most loss; nothing is retrained.
+
+    Rows are coded around their field's mean, in the principal axes of what the loss sees of them: the residuals,
+    whitened by the second moment of the loss's gradient. Embedding and linear weights are coded together. Each row
+    takes one of a few classes, from nothing to 8 bits for every direction, by the Lagrangian ``loss + lambda * bits``;
+    everything that the file holds is paid for. ``storage`` and ``index`` have no say; a sparsity keeps the leading
+    directions of rows, in 8 bits each.
+
+    One pass over the training rows serves every budget.
+
+    Args:
+        samples: Training rows to read, at most; by default all.
+        probes: Random projections of the gradient, for ranking models that propagate their table, at least 1.
+
+    Example:
+        >>> RateDistortion(samples=100_000).probes
+        8
+
+    Reference:
+        Reverse water-filling: Cover and Thomas, "Elements of Information Theory", 2006, theorem 10.3.3. Rounding by
+        second-order loss: LeCun et al., "Optimal brain damage", 1990, equation 3.
+    """
+
+    name: ClassVar[str] = "rate_distortion"
+
+    samples: int | None = None
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"`samples` must be at least 1, or None for all, but got samples={self.samples}.")
+        if self.probes < 1:
+            raise ConfigError(f"`probes` must be at least 1, but got probes={self.probes}.")
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> RateDistortionLadder:
+        """Gather what errors cost; the run keeps it."""
+        key = {"model": fingerprint(model), "data": data.digest, "samples": self.samples, "probes": self.probes}
+        stored = run.once(
+            "fisher",
+            key,
+            lambda checkpoint: sensitivity(
+                model, data, samples=self.samples, probes=self.probes, seed=run.seed, checkpoint=checkpoint
+            ).arrays(),
+        )
+        return RateDistortionLadder(model.table, Sensitivity.from_arrays(stored))
+
+
+@dataclass(frozen=True)
+class RateDistortionLadder(Ladder):
+    """Every budget from one table of sensitivities.
+
+    Args:
+        table: The dense table.
+        cost: What errors in its rows cost.
+    """
+
+    table: Table
+    cost: Sensitivity
+
+    @property
+    def schema(self) -> Schema:
+        """Fields of the table."""
+        return self.table.schema
+
+    def at_values(self, values: int) -> CodedTable:
+        """Keep at most ``values`` coded scalars: the leading directions of the rows that need them, in 8 bits each."""
+
+        def size(sections: Sequence[Section], counts: Sequence[NDArray[np.int64]]) -> int:
+            coded = (np.count_nonzero(s.bits, axis=1) @ c[: len(s.bits)] for s, c in zip(sections, counts, strict=True))
+            return int(sum(coded))
+
+        return self._table(values, size, "values", 0.0)
+
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> CodedTable:
+        """The table of least expected loss that packs into ``size_bytes``.
+
+        With ``vocabulary`` the keys of the stored rows count too.
+
+        Raises:
+            BudgetError: Not even the table of nothing but field means fits.
+        """
+        blocks = len(spans(self.table.blocks))
+        fixed = 2 * self._centre.size + fixed_bytes(self.schema.width) + (blocks - 1) * fixed_bytes(0)
+
+        def size(sections: Sequence[Section], counts: Sequence[NDArray[np.int64]]) -> int:
+            coded = sum(s.size_bits(c) for s, c in zip(sections, counts, strict=True)) // 8
+            keys = [int(c.sum()) for c in counts]
+            return fixed + coded + (vocabulary_size_for(self.schema, keys) if vocabulary else 0)
+
+        least = fixed + (vocabulary_size_for(self.schema, [0] * self.schema.width) if vocabulary else 0)
+        if size_bytes < least:
+            raise BudgetError(
+                f"Budget {size_bytes:,} B is below the {least:,} B that the means of {self.schema.width} fields of "
+                f"width {self.table.width} need; raise the budget.",
+                least_bytes=least,
+            )
+        return self._table(size_bytes, size, "bits", _KEY_BITS if vocabulary else 0.0)
+
+    def _table(self, limit: int, size: _Size, rate: Rate, row_bits: float) -> CodedTable:
+        found: list[Assignment] = allocate(self._sources, limit, size, rate=rate, row_bits=row_bits)
+        return CodedTable(self.schema, self.table.blocks, self._centre, self._sources, found)
+
+    @cached_property
+    def _shares(self) -> NDArray[np.float32]:
+        """Each row's part of its field's metric, ``(n,)``."""
+        totals = np.array([max(float(np.trace(m)), 1e-30) for m in self.cost.metric], np.float32)
+        return self.cost.trace / totals[self.schema.field_of_row]
+
+    @cached_property
+    def _centre(self) -> NDArray[np.float16]:
+        """Mean of each field by what its rows weigh, ``(F, D)``."""
+        weight = self.table.weight().detach().numpy()
+        if not np.isfinite(weight).all():
+            raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
+        centre = np.zeros((self.schema.width, weight.shape[1]))
+        for i, field in enumerate(self.schema.fields):
+            rows = slice(field.offset, field.stop)
+            share = self._shares[rows].astype(np.float64)
+            if (total := share.sum()) > 0:
+                centre[i] = (share / total) @ weight[rows]
+        return centre.astype(np.float16)
+
+    @cached_property
+    def _sources(self) -> list[Source]:
+        """The rows of each field but the out-of-vocabulary row."""
+        weight = self.table.weight().detach().numpy()
+        found = []
+        for i, field in enumerate(self.schema.fields):
+            rows = np.arange(field.offset, field.stop - field.oov)
+            residuals = weight[rows] - self._centre[i].astype(np.float32)
+            found.append(Source.of(rows, field.keys == "hashed", residuals, self._shares[rows], self.cost.metric[i]))
+        return found
