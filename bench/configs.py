@@ -1,4 +1,4 @@
-"""The one place where the quality studies take their data sets and settings from.
+"""The one place where scripts that need trained models take their data sets and settings from.
 
 Data lie in the folder that ``POCKETREC_DATA`` names; encoded data and trained models go to ``cache/`` beside ``bench/``
 (not in version control), so that no study encodes or trains what another one has.
@@ -10,14 +10,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import polars as pl
-
 from pocketrec.backbone import Model
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.dataset import Dataset, encode
 from pocketrec.run import Run
-from pocketrec.sources.criteo import Criteo
 from pocketrec.sources.interactions import Interactions
 from pocketrec.sources.table import Table
 from pocketrec.train import Training, train
@@ -27,9 +24,6 @@ CACHE = Path(__file__).parent.parent / "cache"
 
 ML_1M = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.2)
 ML_1M_TRAINING = Training(epochs=15, batch_size=2048, learning_rate=1e-3, weight_decay=3e-6, patience=1)
-
-CRITEO_80K = DeepFM(dim=16, hidden=(128, 128, 128), dropout=0.5)
-CRITEO_80K_TRAINING = Training(epochs=8, batch_size=512, learning_rate=1e-3, weight_decay=3e-4, patience=2)
 
 LIGHTGCN = LightGCN(layers=4, regularisation=5e-3, contrast=0.8, temperature=0.2)
 LIGHTGCN_TRAINING = Training(epochs=11, learning_rate=1.2e-2, weight_decay=0.0, precision="bf16", patience=11)
@@ -58,18 +52,6 @@ def ml_1m(seed: int) -> Dataset:
     source = Table(label="label", drop=("rating",), dense=("user_id", "item_id", "age", "occupation"))
     (CACHE / "data").mkdir(parents=True, exist_ok=True)
     return encode(source, raw("ml-1m-ctr", "ratings.parquet"), CACHE / "data" / f"ml-1m-{seed}", seed=seed)
-
-
-def criteo_80k(seed: int) -> Dataset:
-    """The first 80,000 rows of Criteo's sample in the original text format, threshold 3, split 8:1:1 by ``seed``."""
-    text = CACHE / "data" / "criteo-80k.tsv"
-    if not text.exists():
-        text.parent.mkdir(parents=True, exist_ok=True)
-        partial = text.with_suffix(f".{os.getpid()}")
-        frame = pl.read_parquet(raw("criteo-dac80k", "train.parquet"))
-        frame.write_csv(partial, separator="\t", include_header=False, null_value="")
-        partial.replace(text)
-    return encode(Criteo(), text, CACHE / "data" / f"criteo-80k-{seed}", threshold=3, seed=seed)
 
 
 def ranking_data(name: str) -> Dataset:
