@@ -4,8 +4,8 @@
 
 ``WHOLE`` is the folder of the study that ran undisturbed. The same plan is started in the fresh folder ``OUT`` with a
 store of its own (trained models named by ``--seed-store`` are copied into it first), is sent SIGKILL after a random
-time, is started again, and so on; then all records of both journals are compared, but for what clock and memory say. Writes
-``bench/results/killed_study.md``.
+time, is started again, and so on; then all records of both journals are compared, but for what clock and memory say.
+Writes ``bench/results/killed_study.md``.
 """
 
 from __future__ import annotations
