@@ -63,7 +63,7 @@ def water_bits(energy: NDArray[np.floating], theta: float) -> NDArray[np.int64]:
 
     Example:
         >>> water_bits(np.array([4.0, 1.0, 0.1]), 0.2)
-        array([2, 1, 0])
+        array([3, 2, 0])
     """
     gains = energy[:, None] * -np.diff(_DISTORTION)
     return (gains >= theta).sum(axis=1)
@@ -105,7 +105,7 @@ class Source:
     @cached_property
     def spread(self) -> Floats:
         """Root mean square of each coordinate over the weighted rows, ``(D,)``."""
-        total = max(float(self.weight.sum(dtype=np.float64)), 1e-300)
+        total = max(float(self.weight.sum(dtype=np.float64)), 1e-30)
         return np.sqrt((self.weight @ np.square(self.coefficients)) / np.float32(total)) + np.float32(1e-20)
 
     @cached_property

@@ -296,7 +296,12 @@ class TransformBlock(FileBlock):
 
     def _check(self, name: str, dtype: type[np.generic], shape: tuple[int, ...] | None) -> None:
         found = self.arrays.get(name)
-        if found is None or found.dtype != dtype or found.ndim < 1 or (shape is not None and found.shape != shape):
+        if (
+            found is None
+            or found.dtype != dtype
+            or found.ndim != len(shape or (0,))
+            or found.shape != (shape or found.shape)
+        ):
             got = "nothing" if found is None else f"{found.dtype} {found.shape}"
             raise ArtifactError(f"Array '{self.name}.{name}' must be {np.dtype(dtype)} {shape or ''}, but got {got}.")
 
