@@ -354,7 +354,7 @@ class Run:
         """The state in which a step computes: its checkpoint, deferred signals, the run's number of threads."""
         signals = Signals()
         checkpoint = Checkpoint(partial, identity, *self._every, signals)
-        with signals.deferred(), _torch_threads(self.threads):
+        with signals.deferred(), torch_threads(self.threads):
             try:
                 yield checkpoint
             except Abandoned:
@@ -436,7 +436,7 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
+def torch_threads(threads: int | None) -> Iterator[None]:
     """Torch's number of threads inside the block; what it was before is put back."""
     if threads is None:
         yield

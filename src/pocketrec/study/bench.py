@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pocketrec.errors import ConfigError, RunLocked
 from pocketrec.files import Journal, Lock, atomic_write, canonical_json, digest, parse_json
-from pocketrec.run import Progress
+from pocketrec.run import Progress, torch_threads
 from pocketrec.study.cell import Bench, Choices, Record, cell, dense, profiles
 from pocketrec.study.efficiency import machine
 from pocketrec.study.job import Grid, Job
@@ -99,7 +99,8 @@ def here(context: Bench, known: Known, tell: Progress) -> None:
         for job in context.grid.jobs:
             at = state(context, known, job)
             if at == "ready":
-                taken = _claimed(context, known, job)
+                with torch_threads(context.plan.threads):
+                    taken = _claimed(context, known, job)
                 advanced, waiting = advanced or taken, waiting or not taken
                 report(context, known, tell)
             waiting = waiting or at == "waiting"

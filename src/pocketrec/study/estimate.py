@@ -18,6 +18,7 @@ from typing import Any
 
 from pocketrec.backbone import Model, noise
 from pocketrec.dataset import Dataset
+from pocketrec.run import torch_threads
 from pocketrec.study.bench import Known
 from pocketrec.study.cell import Bench
 from pocketrec.study.job import Grid, Job
@@ -146,10 +147,11 @@ def _step_seconds(context: Bench, label: str, backbone: str, data: Dataset, batc
     job = Job("cell", label, backbone, ORIGINAL, "", context.plan.seeds_of(context.plan.data[label])[0])
     model = _model(context, job, data)
     spans = []
-    for step, batch in enumerate(islice(model.batches(data, batch_size, 0, 0), STEPS + 1)):
-        start = time.perf_counter()
-        model.loss(batch, noise(0, "estimate", step)).backward()
-        spans.append(time.perf_counter() - start)
+    with torch_threads(context.plan.threads):
+        for step, batch in enumerate(islice(model.batches(data, batch_size, 0, 0), STEPS + 1)):
+            start = time.perf_counter()
+            model.loss(batch, noise(0, "estimate", step)).backward()
+            spans.append(time.perf_counter() - start)
     return OPTIMIZER_SHARE * min(spans[1:] or spans)
 
 
