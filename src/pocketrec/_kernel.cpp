@@ -104,6 +104,37 @@ struct Lookup {
   float *out;                  // (count, width)
 };
 
+// The rows of one field in a table of layout `transform`; tables of each class have `padded` entries.
+struct Part {
+  int64_t first, rows;            // file rows
+  int64_t code_start, code_bytes; // first bit of its codes, and bytes of all codes
+  int64_t padded, stride;         // entries of a class, and of a direction of the basis: multiples of 16
+  int32_t planes, classes, directions, unused;
+  const uint8_t *class_planes;
+  const uint8_t *offsets;         // uint32
+  const uint8_t *codes;
+  const int32_t *weights;         // (8): of sets of planes
+  const int32_t *record;          // (8): bits of a row
+  const int32_t *widest;          // (8): bits of the longest code
+  const int32_t *before;          // (8, padded): bits before a code in its row
+  const uint32_t *mask;           // (8, padded)
+  const int32_t *base;            // (8, padded): first of its levels in the table
+  const float *scale;             // (8, padded)
+  const float *basis;             // (directions, stride)
+};
+
+struct Transform {
+  const Part *parts;              // by rising rows
+  int64_t part_count;
+  const float *levels;
+  const float *fill, *absent;     // (field_count, width)
+  int64_t field_count, width;
+  const int64_t *rows;            // (count)
+  const int32_t *fields;          // (columns)
+  int64_t count, columns;
+  float *out;                     // (count, width)
+};
+
 struct TopK {
   const float *users;      // (user_count, width)
   const float *panels;     // items, packed by pack_panels
@@ -225,6 +256,15 @@ POCKETREC_EXPORT int pocketrec_lookup(const Block *blocks, int64_t block_count, 
                                       int64_t count, int64_t columns, float *out, int threads) {
   const Lookup task{blocks, block_count, fill, absent, field_count, width, rows, fields, count, columns, out};
   POCKETREC_DISPATCH(lookup, task, threads)
+}
+
+// Look-up in a table of layout `transform`: out (count, width). Rows out of range are absent.
+POCKETREC_EXPORT int pocketrec_transform(const Part *parts, int64_t part_count, const float *levels, const float *fill,
+                                         const float *absent, int64_t field_count, int64_t width, const int64_t *rows,
+                                         const int32_t *fields, int64_t count, int64_t columns, float *out,
+                                         int threads) {
+  const Transform task{parts, part_count, levels, fill, absent, field_count, width, rows, fields, count, columns, out};
+  POCKETREC_DISPATCH(transform, task, threads)
 }
 
 // The k best items per user by inner product, without the seen ones; ties go to the smaller id; -1 where none is left.
@@ -919,6 +959,7 @@ int topk(const TopK &unpacked, const float *items, int threads) {
 }
 
 #include "_tower.cpp"
+#include "_transform.cpp"
 
 }  // namespace POCKETREC_ISA
 }  // namespace

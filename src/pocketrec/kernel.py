@@ -32,6 +32,8 @@ _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES: dict[str, list[Any]] = {
     "pocketrec_lookup": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER,
                          _INT],
+    "pocketrec_transform": [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG,
+                            _LONG, _POINTER, _INT],
     "pocketrec_spmm": [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER,
                        _POINTER, _POINTER, _LONG, _LONG, _INT],
     "pocketrec_topk": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
@@ -54,6 +56,18 @@ class BlockView(ctypes.Structure):
         ("left", ctypes.c_int32), ("width", ctypes.c_int32), ("number", ctypes.c_int32), ("shift", ctypes.c_int32),
         ("presence", _POINTER), ("rank", _POINTER), ("masks", _POINTER), ("offsets", _POINTER),
         ("values", _POINTER), ("scale", _POINTER),
+    )  # fmt: skip
+
+
+class PartView(ctypes.Structure):
+    """The rows of one field in a table of layout ``transform`` as the library sees them."""
+
+    _fields_ = (
+        ("first", _LONG), ("rows", _LONG), ("code_start", _LONG), ("code_bytes", _LONG), ("padded", _LONG),
+        ("stride", _LONG), ("planes", ctypes.c_int32), ("classes", ctypes.c_int32), ("directions", ctypes.c_int32),
+        ("unused", ctypes.c_int32), ("class_planes", _POINTER), ("offsets", _POINTER), ("codes", _POINTER),
+        ("weights", _POINTER), ("record", _POINTER), ("widest", _POINTER), ("before", _POINTER), ("mask", _POINTER),
+        ("base", _POINTER), ("scale", _POINTER), ("basis", _POINTER),
     )  # fmt: skip
 
 
@@ -136,6 +150,78 @@ def block_view(
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows of one field in a table of layout ``transform``, unpacked for the library but for rows and codes.
+
+    Attributes:
+        first: its first file row.
+        rows: how many there are.
+        code_start: first bit of its codes.
+        planes: bits of a class number.
+        classes: how many there are.
+        codes: of the whole block, uint8.
+        class_planes: its planes, uint8, perhaps none.
+        offsets: its offsets, uint32, perhaps none.
+        weights: bits of the rows in all planes of a set, less those of its subsets, int32 ``(8,)``.
+        record: bits of a row by class, int32 ``(8,)``.
+        widest: bits of the longest code by class, int32 ``(8,)``.
+        before: bits before each code, int32 ``(8, p)`` with ``p`` a multiple of 16.
+        mask: bits of each code, uint32 ``(8, p)``.
+        base: place of its first level, int32 ``(8, p)``.
+        scale: float32 ``(8, p)``.
+        levels: of 0 bits, of 1 bit, and so on; the same for all parts, float32.
+        basis: float32 ``(k, s)`` with ``s`` a multiple of 16.
+    """
+
+    first: int
+    rows: int
+    code_start: int
+    planes: int
+    classes: int
+    codes: NDArray[np.uint8]
+    class_planes: NDArray[np.uint8]
+    offsets: NDArray[np.uint32]
+    weights: NDArray[np.int32]
+    record: NDArray[np.int32]
+    widest: NDArray[np.int32]
+    before: NDArray[np.int32]
+    mask: NDArray[np.uint32]
+    base: NDArray[np.int32]
+    scale: NDArray[np.float32]
+    levels: NDArray[np.float32]
+    basis: NDArray[np.float32]
+
+    def view(self) -> PartView:
+        """The part for the library; the caller keeps it alive."""
+        names = ("class_planes", "offsets", "codes", "weights", "record", "widest", "before", "mask", "base", "scale",
+                 "basis")  # fmt: skip
+        return PartView(
+            self.first, self.rows, self.code_start, self.codes.size, self.before.shape[1], self.basis.shape[1],
+            self.planes, self.classes, len(self.basis), 0, *(_pointer(getattr(self, name)) for name in names),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TransformView:
+    """A table of layout ``transform`` as the library sees it."""
+
+    parts: Sequence[Part]
+    fill: NDArray[np.float32]
+    absent: NDArray[np.float32]
+
+    @cached_property
+    def fixed(self) -> tuple[int | None, ...]:
+        """Parts, levels, fill, absent, number of fields, width."""
+        pointers = (_pointer(a) for a in (self.parts[0].levels, self.fill, self.absent))
+        return ctypes.addressof(self._views), len(self.parts), *pointers, *self.fill.shape
+
+    @cached_property
+    def _views(self) -> ctypes.Array[PartView]:
+        parts = sorted(self.parts, key=lambda p: p.first)
+        return (PartView * len(parts))(*(part.view() for part in parts))
+
+
+@dataclass(frozen=True)
 class PackedView:
     """A packed table as the library sees it; ``fixed`` holds the arguments that no look-up changes."""
 
@@ -151,7 +237,7 @@ class PackedView:
 
 
 def lookup(
-    table: PackedView,
+    table: PackedView | TransformView,
     rows: NDArray[np.int64],
     fields: NDArray[np.int32],
     out: NDArray[np.float32],
@@ -164,9 +250,8 @@ def lookup(
     library = _library()
     if library is None:
         raise ConfigError("The compiled kernel is not available; use `Packed.lookup`, which falls back to numpy.")
-    status = library.pocketrec_lookup(
-        *table.fixed, _pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads
-    )
+    function = library.pocketrec_lookup if isinstance(table, PackedView) else library.pocketrec_transform
+    status = function(*table.fixed, _pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads)
     if status == _BAD_INDEX:
         raise ConfigError(f"`fields` must lie in [0, {len(table.fill)}), but got {np.unique(fields).tolist()}.")
     _check_status(status, "`rows`")

@@ -175,7 +175,11 @@ class FileBlock(ABC):
 
     @abstractmethod
     def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-        """Write the stored entries at ``positions (m,)`` over ``out (m, width)``."""
+        """Write the stored entries at ``positions (m,)`` over ``out (m, width)``, which holds the fill."""
+
+    def parts(self) -> Sequence[kernel.Part]:
+        """The block for the compiled kernel, field by field, where it is of layout ``transform``."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -411,27 +415,26 @@ class Packed:
             out = np.empty(shape, np.float32)
         elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise ConfigError(f"`out` must be contiguous float32 {shape}, but got {out.dtype} {out.shape}.")
-        if self._entries and kernel.available():
+        if kernel.available() and self._view is not None:
             kernel.lookup(self._view, rows, fields, out, threads)
         else:
             out[...] = self.lookup_numpy(rows, fields)
         return out
 
     @cached_property
-    def _entries(self) -> tuple[PackedBlock, ...]:
-        """All blocks if each of them stores its entries, else none."""
-        stored = tuple(b for b in self.blocks if isinstance(b, PackedBlock))
-        return stored if len(stored) == len(self.blocks) else ()
-
-    @cached_property
-    def _view(self) -> kernel.PackedView:
-        """The table as the compiled kernel sees it."""
-        views = [
-            kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays)
-            for b in self._entries
-        ]
+    def _view(self) -> kernel.PackedView | kernel.TransformView | None:
+        """The table as the compiled kernel sees it, or ``None`` where it has a block that the kernel cannot read."""
         fill, absent = (np.ascontiguousarray(a, np.float32) for a in (self.fill, self.absent))
-        return kernel.PackedView((kernel.BlockView * len(views))(*views), fill, absent)
+        entries = [b for b in self.blocks if isinstance(b, PackedBlock)]
+        if entries and len(entries) == len(self.blocks):
+            views = [
+                kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays) for b in entries
+            ]
+            return kernel.PackedView((kernel.BlockView * len(views))(*views), fill, absent)
+        coded = [b.parts() for b in self.blocks if b.width == self.width]
+        if not coded or len(coded) < len(self.blocks) or not all(coded):
+            return None
+        return kernel.TransformView([part for parts in coded for part in parts], fill, absent)
 
     def lookup_numpy(self, rows: NDArray[np.integer], fields: NDArray[np.integer]) -> NDArray[np.float32]:
         """What ``lookup`` computes, in numpy alone: the reference for the compiled kernel."""

@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketrec import kernel
 from pocketrec.errors import ArtifactError, BudgetError
 from pocketrec.packed import FileBlock
 
@@ -47,6 +48,8 @@ GROUP = 256
 """Rows between two offsets."""
 SPARE = 4
 """Bytes behind the codes, so that words can be read anywhere."""
+
+_LANES = 16
 
 _SCALE_ZERO, _SCALE_STEPS, _SCALE_TOP = 3072, 128, 4095
 _REFINEMENTS = 200
@@ -253,6 +256,24 @@ def _pack_codes(section: Section, classes: NDArray[np.integer], codes: NDArray[n
     return np.packbits(stream, bitorder="little")
 
 
+def _per_set(bits: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Of each set of planes, the bits of a class that has them all, less those of all smaller sets: ``(8,)``.
+
+    So the bits of rows are the sum over sets of these times the rows that have all planes of the set.
+
+    Example:
+        >>> _per_set(np.array([0, 3, 5, 9, 0, 0, 0, 0])).tolist()[:4]
+        [0, 3, 5, 1]
+    """
+    found = bits.reshape((2,) * MOST_PLANES).copy()
+    for axis in range(MOST_PLANES):
+        upper: list[int | slice] = [slice(None)] * MOST_PLANES
+        lower = upper.copy()
+        upper[axis], lower[axis] = 1, 0
+        found[tuple(upper)] -= found[tuple(lower)]
+    return found.reshape(-1).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class TransformBlock(FileBlock):
     """See the module; file row ``start + i`` is row ``i``, and ``read`` adds to the fill that it finds."""
@@ -351,6 +372,12 @@ class TransformBlock(FileBlock):
         return np.stack([s.record_bits for s in self.sections]) if self.sections else np.zeros((0, 8), np.int64)
 
     @cached_property
+    def _weights(self) -> NDArray[np.int64]:
+        """See :func:`_per_set`, ``(S, 8)``."""
+        found = [_per_set(s.record_bits) for s in self.sections]
+        return np.array(found, np.int64).reshape(-1, 1 << MOST_PLANES)
+
+    @cached_property
     def _tables(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Bits, bits before and scale, ``(S, 8, k)``, and basis ``(S, k, width)``, by the widest section's ``k``."""
         most = max((len(s.basis) for s in self.sections), default=0)
@@ -378,28 +405,64 @@ class TransformBlock(FileBlock):
         size = -(-np.minimum(GROUP, self._rows_of[sections] - group * GROUP) // 8)
         first = self._plane_starts[sections] + group * planes * (GROUP // 8)
         column = np.arange(GROUP // 8)
-        before = (1 << np.clip(inner[:, None] - 8 * column, 0, 8)) - 1
+        before = ((1 << np.clip(inner[:, None] - 8 * column, 0, 8)) - 1).astype(np.uint8).view(np.uint64)
         number = np.zeros(len(local), np.int64)
         masks = []
         for plane in range(MOST_PLANES):
             there = (plane < planes)[:, None] & (column < size[:, None])
             place = np.where(there, (first + plane * size)[:, None] + column, 0)
-            word = np.where(there, self.arrays["planes"][place] if self.arrays["planes"].size else 0, 0)
-            masks.append(word)
-            number |= ((word[np.arange(len(local)), inner // 8] >> (inner % 8)) & 1) << plane
+            word = np.where(there, self.arrays["planes"][place] if self.arrays["planes"].size else 0, 0).astype(
+                np.uint8
+            )
+            masks.append(word.view(np.uint64))
+            number |= ((word[np.arange(len(local)), inner // 8] >> (inner % 8)) & 1).astype(np.int64) << plane
         offsets = self.arrays["offsets"]
         known = np.where(planes > 0, self._offset_starts[sections] + group, 0)
         bits = np.where(
             planes > 0, offsets[known].astype(np.int64) if offsets.size else 0, row * self._records[sections, 0]
         )
-        for which in range(1 << MOST_PLANES):
-            size_bits = np.where(planes > 0, self._records[sections, which], 0)
-            if size_bits.any():
-                same = before
-                for plane, word in enumerate(masks):
-                    same = same & (word if which >> plane & 1 else ~word)
-                bits = bits + size_bits * np.bitwise_count(same).sum(axis=1, dtype=np.int64)
+        sets = [before]
+        for word in masks:
+            sets += [rows & word for rows in sets]
+        weights = np.where(planes[:, None] > 0, self._weights[sections], 0)
+        for rows, weight in zip(sets, weights.T, strict=True):
+            bits = bits + weight * np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
         return number, bits
+
+    def parts(self) -> Sequence[kernel.Part]:
+        """The sections as the compiled kernel reads them: small tables are unpacked, planes and codes are not."""
+        starts = self.arrays["starts"].astype(np.int64) + self.start
+        found = []
+        for s, (section, rows) in enumerate(zip(self.sections, self._rows_of.tolist(), strict=True)):
+            if not rows:
+                continue
+            classes, directions = section.coders.shape
+            shape = (1 << MOST_PLANES, max(-(-directions // _LANES), 1) * _LANES)
+            bits, scale = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+            bits[:classes, :directions], scale[:classes, :directions] = section.bits, section.scales
+            basis = np.zeros((directions, -(-self.width // _LANES) * _LANES), np.float32)
+            basis[:, : self.width] = section.basis
+            part = kernel.Part(
+                first=int(starts[s]),
+                rows=rows,
+                code_start=int(self._code_starts[s]),
+                planes=section.planes,
+                classes=classes,
+                codes=self.arrays["codes"],
+                class_planes=self.arrays["planes"][self._plane_starts[s] : self._plane_starts[s + 1]],
+                offsets=self.arrays["offsets"][self._offset_starts[s] : self._offset_starts[s + 1]],
+                weights=_per_set(section.record_bits),
+                record=section.record_bits.astype(np.int32),
+                widest=bits.max(axis=1).astype(np.int32),
+                before=(np.cumsum(bits, axis=1) - bits).astype(np.int32),
+                mask=((1 << bits) - 1).astype(np.uint32),
+                base=((1 << bits) - 1).astype(np.int32),
+                scale=scale,
+                levels=_level_table(),
+                basis=basis,
+            )
+            found.append(part)
+        return found
 
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """File rows ``(m,)`` -> rows of the block, or -1 where nothing is stored."""
@@ -415,18 +478,17 @@ class TransformBlock(FileBlock):
     def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Add what the codes of ``positions (m,)`` mean to ``out (m, width)``.
 
-        A row whose codes would lie outside the array (a damaged file) reads as if they were zeros.
+        A row whose codes would lie outside the array (a damaged file) keeps nothing, as in the compiled kernel.
         """
         sections = self._sections_of(positions)
         number, first = self._places(positions, sections)
         bits, before, scales, basis = self._tables
-        place = (self._code_starts[sections] + first)[:, None] + before[sections, number]
         codes = self.arrays["codes"]
-        byte = place >> 3
-        readable = byte < len(codes) - 1
-        byte = np.where(readable, byte, 0)
-        word = codes[byte].astype(np.int64) | codes[byte + 1].astype(np.int64) << 8
+        place = self._code_starts[sections] + first
+        readable = (place >= 0) & (place + self._records[sections, number] <= 8 * (len(codes) - SPARE))
+        place = np.where(readable, place, 0)[:, None] + np.where(readable[:, None], before[sections, number], 0)
+        word = codes[place >> 3].astype(np.int64) | codes[(place >> 3) + 1].astype(np.int64) << 8
         width = bits[sections, number]
-        code = np.where(readable, (word >> (place & 7)) & ((1 << width) - 1), 0)
-        coefficients = _level_table()[(1 << width) - 1 + code] * scales[sections, number]
+        code = (word >> (place & 7)) & ((1 << width) - 1)
+        coefficients = _level_table()[(1 << width) - 1 + code] * scales[sections, number] * readable[:, None]
         accumulate(out, coefficients, basis[sections])
