@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -453,7 +453,7 @@ class EvolvedLadder(Ladder):
 
     Args:
         net: the model around its trained supernet.
-        start: the model as the supernet's training started.
+        start: the model as the retraining starts.
         dense: its table.
         units: which entries share a length.
         drops: whether whole rows may be left out, those with the least margin first.
@@ -497,6 +497,11 @@ class EvolvedLadder(Ladder):
         if not isinstance(model.table, PrunedTable):
             raise ConfigError(f"Retraining needs a pruned table, but got {type(model.table).__name__}.")
         return retrain(self.start, model.table, self.head, self.data, self.run, self.training)
+
+    def found(self) -> EvolvedLadder:
+        """The same search, but retraining starts from the weights and the head of the supernet."""
+        dense = DenseTable(self.dense.schema, self.dense.blocks, self._supernet().base.detach())
+        return replace(self, start=self.net, dense=dense, head="initial")
 
     def _supernet(self) -> Supernet:
         if not isinstance(self.net.table, Supernet):

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Head = Literal["fresh", "initial"]
 """Where a retrained head starts: from other random numbers than the search, or where the search started."""
 
+Restart = Literal["first", "found"]
+"""Where retrained values start: where the search started, or where it ended; then its head does, too."""
+
 
 class MaskedTable(Table):
     """A pruned table in training: ``base * keep`` is learned, and entries outside ``keep`` stay zero.

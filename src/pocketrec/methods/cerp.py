@@ -20,7 +20,7 @@ from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.initial import xavier
 from pocketrec.layouts.pruned_sum import PrunedSumBlock, codebook_rows, encode_pruned, pruned_sum_bytes
-from pocketrec.masked import Head, restarted, search_training
+from pocketrec.masked import Head, Restart, restarted, search_training
 from pocketrec.method import Method
 from pocketrec.packed import PackedRange, Storage
 from pocketrec.pruning import largest, ordered
@@ -56,6 +56,8 @@ class CERP(Method):
         stop: ``exact`` keeps as many entries as asked for, ``published`` those of the first check with at most so many.
         clip: largest norm of the search's gradient; 0 does not clip.
         head: ``fresh`` trains a new head on the masks, ``initial`` the search's head from its start.
+        restart: where the retraining starts: at the ``first`` values, as published, with the ``head`` that is asked
+            for; or at the values and the head that the search ``found``.
         scope: ``block`` has a pair of codebooks for each counted block, ``joint`` one for all rows.
         order: which ids share rows: by their place in the ``file`` (free there), or by ``id`` (order of appearance).
         training: stages of training; the search takes its settings from the first; none for the task's default.
@@ -86,6 +88,7 @@ class CERP(Method):
     stop: Literal["exact", "published"] = "exact"
     clip: float = 100.0
     head: Head = "fresh"
+    restart: Restart = "first"
     scope: Scope = "block"
     order: Order = "file"
     training: tuple[Training, ...] = ()
@@ -133,11 +136,16 @@ class CERP(Method):
         steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))
         plain = draft.table.weight().detach()
         soft = table.with_parts([self._soft(part, steps) for part in drafts], plain)
-        found = cast("ComposedTable", run.fit("search", draft.with_table(soft), data, search).table)
+        net = run.fit("search", draft.with_table(soft), data, search)
+        found = cast("ComposedTable", net.table)
+        searched = [cast("SoftCodebooks", part) for part in found.compositions]
         chosen = [
-            part.with_keep(cast("SoftCodebooks", soft).choose(part.values(), self.stop))
-            for part, soft in zip(drafts, found.compositions, strict=True)
+            part.with_keep(soft.choose(part.values(), self.stop), soft.books if self.restart == "found" else None)
+            for part, soft in zip(drafts, searched, strict=True)
         ]
+        if self.restart == "found":
+            pruned = found.with_parts(chosen, found.weight().detach())
+            return run.fit("retrain", net.with_table(pruned), data, self.training or None)
         start = restarted(draft, self.head, data, run)
         pruned = table.with_parts(chosen, plain if self.head == "initial" else start.table.weight().detach())
         return run.fit("retrain", start.with_table(pruned), data, self.training or None)
@@ -260,9 +268,10 @@ class PrunedCodebooks(Codebooks):
         """Entries kept."""
         return int(self.keep.sum())
 
-    def with_keep(self, keep: Tensor) -> PrunedCodebooks:
-        """The same first values under another mask."""
-        return PrunedCodebooks(self.rows, self.bucket, torch.where(keep, self.books.detach(), 0), keep)
+    def with_keep(self, keep: Tensor, books: Tensor | None = None) -> PrunedCodebooks:
+        """The same first values, or other ones, under another mask."""
+        values = (self.books if books is None else books).detach()
+        return PrunedCodebooks(self.rows, self.bucket, torch.where(keep, values, 0), keep)
 
 
 @dataclass(frozen=True)

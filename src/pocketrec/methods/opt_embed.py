@@ -11,7 +11,7 @@ from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.evolution import Evolution, EvolvedLadder, Rows, Sampling, Supernet, Units, check_epochs
-from pocketrec.masked import Head, initial_model, search_training
+from pocketrec.masked import Head, Restart, initial_model, search_training
 from pocketrec.method import Method
 from pocketrec.run import Run
 from pocketrec.train import Training
@@ -40,6 +40,8 @@ class OptEmbed(Method):
         mutation: share of genes that a mutation draws again, in [0, 1].
         patience: generations without a better candidate before the search ends, at least 1; published runs never end.
         head: ``initial`` starts the retraining where the supernet started, ``fresh`` with a new head.
+        restart: where the retraining starts: at the ``first`` values, as published, with the ``head`` that is asked
+            for; or at the values and the head that the search ``found``.
         training: stages of training; the supernet takes its settings from the first; none for the task's default.
 
     Example:
@@ -66,6 +68,7 @@ class OptEmbed(Method):
     mutation: float = 0.1
     patience: int = 8
     head: Head = "initial"
+    restart: Restart = "first"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
@@ -92,4 +95,5 @@ class OptEmbed(Method):
         rate = self.threshold_rate or max(1e-8, norm / (len(units.groups) * max(self.pressure, 1e-6) * steps))
         supernet = Supernet(dense, units, self.threshold, Rule(rate, kind="sgd"), self.pressure)
         net = run.fit("supernet", start.with_table(supernet), data, search)
-        return EvolvedLadder(net, start, dense, units, True, self.evolution(), self.head, self.training, data, run)
+        ladder = EvolvedLadder(net, start, dense, units, True, self.evolution(), self.head, self.training, data, run)
+        return ladder if self.restart == "first" else ladder.found()

@@ -9,7 +9,7 @@ from pocketrec.active import Rule
 from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
 from pocketrec.evolution import Evolution, EvolvedLadder, Sampling, Supernet, Units, check_epochs
-from pocketrec.masked import Head, initial_model, search_training
+from pocketrec.masked import Head, Restart, initial_model, search_training
 from pocketrec.method import Method
 from pocketrec.run import Run
 from pocketrec.train import Training
@@ -32,6 +32,8 @@ class OptEmbedD(Method):
         mutation: share of genes that a mutation draws again, in [0, 1].
         patience: generations without a better candidate before the search ends, at least 1; published runs never end.
         head: ``initial`` starts the retraining where the supernet started, ``fresh`` with a new head.
+        restart: where the retraining starts: at the ``first`` values, as published, with the ``head`` that is asked
+            for; or at the values and the head that the search ``found``.
         training: stages of training; the supernet takes its settings from the first; none for the task's default.
 
     Example:
@@ -55,6 +57,7 @@ class OptEmbedD(Method):
     mutation: float = 0.1
     patience: int = 8
     head: Head = "initial"
+    restart: Restart = "first"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
@@ -74,4 +77,5 @@ class OptEmbedD(Method):
         search = search_training(self.training, data.schema.task, self.search_epochs)
         supernet = Supernet(dense, units, None, Rule(1.0, kind="sgd"), 0.0)
         net = run.fit("supernet", start.with_table(supernet), data, search)
-        return EvolvedLadder(net, start, dense, units, False, self.evolution(), self.head, self.training, data, run)
+        ladder = EvolvedLadder(net, start, dense, units, False, self.evolution(), self.head, self.training, data, run)
+        return ladder if self.restart == "first" else ladder.found()

@@ -16,7 +16,7 @@ from pocketrec.active import ActiveTable, Rule
 from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
-from pocketrec.masked import Head, initial_model, retrain, search_training
+from pocketrec.masked import Head, Restart, initial_model, retrain, search_training
 from pocketrec.method import Ladder, Method
 from pocketrec.packed import Index, Packed, Storage
 from pocketrec.pruning import PruningLadder, Scope, carry_uncounted
@@ -49,6 +49,8 @@ class PEP(Method):
         stop: ``exact`` keeps as many entries as asked for, ``published`` those of the first check with at most so many.
         clip: largest norm of the search's gradient; 0 does not clip.
         head: ``fresh`` trains a new head on the mask, ``initial`` the search's head from its start.
+        restart: where the retraining starts: at the ``first`` values, as published, with the ``head`` that is asked
+            for; or at the values and the head that the search ``found``.
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
         training: stages of training; the search takes its settings from the first; none for the task's default.
 
@@ -74,6 +76,7 @@ class PEP(Method):
     stop: Literal["exact", "published"] = "exact"
     clip: float = 100.0
     head: Head = "fresh"
+    restart: Restart = "first"
     scope: Scope = "joint"
     training: tuple[Training, ...] = ()
 
@@ -87,9 +90,12 @@ class PEP(Method):
         start, dense = initial_model(model, data, run)
         search = search_training(self.training, data.schema.task, self.search_epochs)
         steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))
-        found = run.fit("search", start.with_table(self._soft(dense, steps)), data, search).table
+        net = run.fit("search", start.with_table(self._soft(dense, steps)), data, search)
+        found = net.table
         if not isinstance(found, SoftTable):
             raise ConfigError(f"The search must leave a soft table, but got {type(found).__name__}.")
+        if self.restart == "found":
+            start, dense = net, DenseTable(found.schema, found.blocks, found.base.detach())
         fill = np.zeros((data.schema.width, dense.width), np.float32)
         pruning = PruningLadder(dense, found.keys(), fill, data.counts, self.scope)
         return PEPLadder(pruning, found, self, start, data, run)
@@ -204,13 +210,13 @@ class SoftTable(ActiveTable):
 
 @dataclass(frozen=True)
 class PEPLadder(Ladder):
-    """Masks of one search, each trained from the start.
+    """Masks of one search, each trained on its own.
 
     Args:
-        pruning: the ranking of the search, over first values.
+        pruning: the ranking of the search, over the values to start from.
         found: the table that the search left.
         method: settings.
-        start: the model as the search started.
+        start: the model as the retraining starts.
         data: training and validation rows.
         run: keeps each retrained model.
     """
@@ -250,4 +256,5 @@ class PEPLadder(Ladder):
         """Train what is kept from its first values on."""
         if not isinstance(model.table, PrunedTable):
             raise ConfigError(f"Retraining needs a pruned table, but got {type(model.table).__name__}.")
-        return retrain(self.start, model.table, self.method.head, self.data, self.run, self.method.training)
+        head = self.method.head if self.method.restart == "first" else "initial"
+        return retrain(self.start, model.table, head, self.data, self.run, self.method.training)
