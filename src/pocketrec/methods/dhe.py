@@ -197,6 +197,18 @@ class DHEPlan:
             return "linear"
         return "mish_affine" if self.norm == "after" else "mish"
 
+    def bounds(self) -> list[tuple[int, int, float]]:
+        """Inputs, outputs and the bound of the first weights of each layer: Xavier's, ``sqrt(6 / (i + o))``.
+
+        But vectors start as small as those of a table of as many rows, ``sqrt(6 / (n + d))``: a last linear layer of
+        Xavier's bound would make them a hundred times larger, and sums of products of them ten thousand times.
+        """
+        layers = [(i, o, math.sqrt(6 / (i + o))) for i, o in pairwise(self.widths)]
+        if self.last_layer == "linear":
+            inputs, width, _ = layers[-1]
+            layers[-1] = inputs, width, math.sqrt(6 / ((self.rows + width) * inputs))
+        return layers
+
     def size_bytes(self, storage: Storage) -> int:
         """Bytes of the network in a file, batch norm folded in."""
         return network_bytes(self.widths, self.end, storage)
@@ -256,7 +268,7 @@ class DHEComposition(Composition):
         self.width = plan.widths[-1]
         self.plan = plan
         self.live = False
-        self.weights = nn.ParameterList(_xavier(i, o, source) for i, o in pairwise(plan.widths))
+        self.weights = nn.ParameterList(_uniform(o, i, bound, source) for i, o, bound in plan.bounds())
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(o)) for o in plan.widths[1:])
         normed = plan.widths[1:] if plan.last_layer == "bn_mish" else plan.widths[1:-1]
         self.norms = nn.ModuleList(nn.BatchNorm1d(w) for w in normed if plan.norm != "none")
@@ -380,7 +392,6 @@ class DHEComposition(Composition):
         return layers
 
 
-def _xavier(inputs: int, outputs: int, source: torch.Generator) -> nn.Parameter:
-    """A weight ``(o, i)``, uniform with bound ``sqrt(6 / (i + o))``."""
-    bound = math.sqrt(6 / (inputs + outputs))
+def _uniform(outputs: int, inputs: int, bound: float, source: torch.Generator) -> nn.Parameter:
+    """A weight ``(o, i)``, uniform in ``+-bound``."""
     return nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound, generator=source))
