@@ -109,7 +109,7 @@ struct Part {
   int64_t first, rows;            // file rows
   int64_t code_start, code_bytes; // first bit of its codes, and bytes of all codes
   int64_t padded, stride;         // entries of a class, and of a direction of the basis: multiples of 16
-  int32_t planes, classes, directions, unused;
+  int32_t planes, classes;
   const uint8_t *class_planes;
   const uint8_t *offsets;         // uint32
   const uint8_t *codes;
@@ -120,7 +120,9 @@ struct Part {
   const uint32_t *mask;           // (8, padded)
   const int32_t *base;            // (8, padded): first of its levels in the table
   const float *scale;             // (8, padded)
-  const float *basis;             // (directions, stride)
+  const float *basis;             // (padded, stride)
+  const float *last;              // (padded): its last column
+  const int32_t *used;            // (8): one past the last direction with a code
 };
 
 struct Transform {

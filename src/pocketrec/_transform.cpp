@@ -80,20 +80,28 @@ inline __m512 read_levels(const float *table, __m512i place, bool few) {
 inline void decode(const Transform &task, const Part &part, int64_t number, int64_t place, const float *base, float *out) {
   const int64_t row = number * part.padded, width = task.width;
   float values[16];
-  for (int64_t first = 0; first < part.directions; first += 16) {
+  for (int64_t first = 0; first < part.used[number]; first += 16) {
     const int64_t at = row + first;
     const __m512i codes = read_codes(part, at, place);
     const __m512i level = _mm512_add_epi32(codes, _mm512_loadu_si512(part.base + at));
     const __m512 found = read_levels(task.levels, level, part.widest[number] <= 4);
     _mm512_storeu_ps(values, _mm512_mul_ps(found, _mm512_loadu_ps(part.scale + at)));
-    const int64_t count = std::min<int64_t>(16, part.directions - first);
+    const int64_t count = std::min<int64_t>(16, part.used[number] - first);
     const float *basis = part.basis + first * part.stride;
     for (int64_t column = 0; column < width; column += 16, basis += 16) {
+      if (column + 1 == width) {
+        const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_loadu_ps(part.last + first));
+        out[column] = (first == 0 ? base : out)[column] + _mm512_reduce_add_ps(products);
+        break;
+      }
       const __mmask16 lanes = static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(width - column)));
-      const float *from = first == 0 ? base : out;
-      __m512 sum = _mm512_maskz_loadu_ps(lanes, from + column);
-      for (int64_t j = 0; j < count; ++j)
-        sum = _mm512_fmadd_ps(_mm512_set1_ps(values[j]), _mm512_loadu_ps(basis + j * part.stride), sum);
+      const auto add = [&](int64_t j, __m512 sum) {
+        return _mm512_fmadd_ps(_mm512_set1_ps(values[j]), _mm512_loadu_ps(basis + j * part.stride), sum);
+      };
+      __m512 sums[4] = {_mm512_maskz_loadu_ps(lanes, (first == 0 ? base : out) + column)};
+      for (int64_t j = 0; j < count; j += 4)
+        for (int64_t i = 0; i < 4; ++i) sums[i] = add(j + i, sums[i]);
+      const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
       _mm512_mask_storeu_ps(out + column, lanes, sum);
     }
   }
@@ -104,7 +112,7 @@ inline void decode(const Transform &task, const Part &part, int64_t number, int6
 inline void decode(const Transform &task, const Part &part, int64_t number, int64_t place, const float *base, float *out) {
   const int64_t row = number * part.padded, width = task.width;
   std::memcpy(out, base, width * sizeof(float));
-  for (int64_t j = 0; j < part.directions; ++j) {
+  for (int64_t j = 0; j < part.used[number]; ++j) {
     const int64_t bit = place + part.before[row + j];
     const uint32_t code = load<uint32_t>(part.codes + bit / 8) >> (bit % 8) & part.mask[row + j];
     const float value = task.levels[part.base[row + j] + code] * part.scale[row + j];
@@ -115,13 +123,15 @@ inline void decode(const Transform &task, const Part &part, int64_t number, int6
 
 #endif
 
+// Rows of one column of the samples, whose small tables so stay in cache.
 struct TransformChunk {
   const Transform task;
-  int64_t begin = 0, count = 0;
+  int64_t begin = 0, count = 0, column = 0;
   const Part *parts[CHUNK];
   int64_t inner[CHUNK], sizes[CHUNK], numbers[CHUNK], places[CHUNK];
   const uint8_t *planes[CHUNK];
-  int32_t fields[CHUNK];
+
+  int64_t at(int64_t i) const { return (begin + i) * task.columns + column; }
 
   const Part *part_of(int64_t row, const Part *likely) const {
     const auto holds = [row](const Part *p) { return row >= p->first && row < p->first + p->rows; };
@@ -135,15 +145,13 @@ struct TransformChunk {
     return low < task.part_count && holds(task.parts + low) ? task.parts + low : nullptr;
   }
 
-  void find(const Part **likely) {
-    int64_t column = begin % task.columns;
+  void find() {
+    const Part *likely = nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      fields[i] = task.fields[column];
-      const int64_t row = task.rows[begin + i];
-      const Part *part = parts[i] = part_of(row, likely[column]);
-      if (++column == task.columns) column = 0;
+      const int64_t row = task.rows[at(i)];
+      const Part *part = parts[i] = part_of(row, likely);
       if (part == nullptr) continue;
-      likely[column == 0 ? task.columns - 1 : column - 1] = part;
+      likely = part;
       const int64_t local = row - part->first, group = local / GROUP_ROWS;
       inner[i] = local % GROUP_ROWS;
       places[i] = local;
@@ -184,11 +192,12 @@ struct TransformChunk {
   }
 
   void write() {
-    float *out = task.out + begin * task.width;
-    for (int64_t i = 0; i < count; ++i, out += task.width) {
+    const int64_t shift = task.fields[column] * task.width;
+    for (int64_t i = 0; i < count; ++i) {
+      float *out = task.out + at(i) * task.width;
       const bool stored = parts[i] != nullptr && numbers[i] != MISSING;
-      const float *base = (stored ? task.fill : task.absent) + fields[i] * task.width;
-      if (stored && numbers[i] >= 0 && parts[i]->directions > 0)
+      const float *base = (stored ? task.fill : task.absent) + shift;
+      if (stored && numbers[i] >= 0 && parts[i]->used[numbers[i]] > 0)
         decode(task, *parts[i], numbers[i], places[i], base, out);
       else
         std::memcpy(out, base, task.width * sizeof(float));
@@ -199,18 +208,16 @@ struct TransformChunk {
 int transform(const Transform &task, int threads) {
   for (int64_t c = 0; c < task.columns; ++c)
     if (task.fields[c] < 0 || task.fields[c] >= task.field_count) return BAD_INDEX;
-  std::atomic<int> status{OK};
-  parallel(threads, task.count, 64 * CHUNK, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<const Part *[]> likely(new (std::nothrow) const Part *[task.columns + 1]());
-    if (likely == nullptr) return status.store(NO_MEMORY);
+  const int64_t samples = task.columns > 0 ? task.count / task.columns : 0;
+  parallel(threads, samples, CHUNK, [&](int64_t begin, int64_t end) {
     TransformChunk chunk{task};
-    for (int64_t i = begin; i < end; i += CHUNK) {
-      chunk.begin = i;
-      chunk.count = std::min(CHUNK, end - i);
-      chunk.find(likely.get());
+    chunk.begin = begin;
+    chunk.count = end - begin;
+    for (; chunk.column < task.columns; ++chunk.column) {
+      chunk.find();
       chunk.locate_codes();
       chunk.write();
     }
   });
-  return status.load();
+  return OK;
 }

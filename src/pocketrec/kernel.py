@@ -64,10 +64,10 @@ class PartView(ctypes.Structure):
 
     _fields_ = (
         ("first", _LONG), ("rows", _LONG), ("code_start", _LONG), ("code_bytes", _LONG), ("padded", _LONG),
-        ("stride", _LONG), ("planes", ctypes.c_int32), ("classes", ctypes.c_int32), ("directions", ctypes.c_int32),
-        ("unused", ctypes.c_int32), ("class_planes", _POINTER), ("offsets", _POINTER), ("codes", _POINTER),
-        ("weights", _POINTER), ("record", _POINTER), ("widest", _POINTER), ("before", _POINTER), ("mask", _POINTER),
-        ("base", _POINTER), ("scale", _POINTER), ("basis", _POINTER),
+        ("stride", _LONG), ("planes", ctypes.c_int32), ("classes", ctypes.c_int32), ("class_planes", _POINTER),
+        ("offsets", _POINTER), ("codes", _POINTER), ("weights", _POINTER), ("record", _POINTER), ("widest", _POINTER),
+        ("before", _POINTER), ("mask", _POINTER), ("base", _POINTER), ("scale", _POINTER), ("basis", _POINTER),
+        ("last", _POINTER), ("used", _POINTER),
     )  # fmt: skip
 
 
@@ -170,7 +170,9 @@ class Part:
         base: place of its first level, int32 ``(8, p)``.
         scale: float32 ``(8, p)``.
         levels: of 0 bits, of 1 bit, and so on; the same for all parts, float32.
-        basis: float32 ``(k, s)`` with ``s`` a multiple of 16.
+        basis: float32 ``(p, s)`` with ``s`` a multiple of 16.
+        last: its last column that means anything, float32 ``(p,)``.
+        used: one past the last direction with a code, by class, int32 ``(8,)``.
     """
 
     first: int
@@ -190,14 +192,16 @@ class Part:
     scale: NDArray[np.float32]
     levels: NDArray[np.float32]
     basis: NDArray[np.float32]
+    last: NDArray[np.float32]
+    used: NDArray[np.int32]
 
     def view(self) -> PartView:
         """The part for the library; the caller keeps it alive."""
         names = ("class_planes", "offsets", "codes", "weights", "record", "widest", "before", "mask", "base", "scale",
-                 "basis")  # fmt: skip
+                 "basis", "last", "used")  # fmt: skip
         return PartView(
             self.first, self.rows, self.code_start, self.codes.size, self.before.shape[1], self.basis.shape[1],
-            self.planes, self.classes, len(self.basis), 0, *(_pointer(getattr(self, name)) for name in names),
+            self.planes, self.classes, *(_pointer(getattr(self, name)) for name in names),
         )  # fmt: skip
 
 

@@ -440,8 +440,8 @@ class TransformBlock(FileBlock):
             shape = (1 << MOST_PLANES, max(-(-directions // _LANES), 1) * _LANES)
             bits, scale = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
             bits[:classes, :directions], scale[:classes, :directions] = section.bits, section.scales
-            basis = np.zeros((directions, -(-self.width // _LANES) * _LANES), np.float32)
-            basis[:, : self.width] = section.basis
+            basis = np.zeros((shape[1], -(-self.width // _LANES) * _LANES), np.float32)
+            basis[:directions, : self.width] = section.basis
             part = kernel.Part(
                 first=int(starts[s]),
                 rows=rows,
@@ -460,6 +460,8 @@ class TransformBlock(FileBlock):
                 scale=scale,
                 levels=_level_table(),
                 basis=basis,
+                last=np.ascontiguousarray(basis[:, self.width - 1]),
+                used=np.where(bits > 0, np.arange(1, shape[1] + 1), 0).max(axis=1).astype(np.int32),
             )
             found.append(part)
         return found
