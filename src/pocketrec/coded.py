@@ -25,8 +25,9 @@ class CodedTable(Table):
         schema: Fields and their rows.
         blocks: How the matrix is tiled; blocks of the same rows are coded together.
         centre: What codes are added to, and what absent rows read, float16 ``(F, D)``.
-        sources: One for each field: which of its rows may be coded.
-        assignments: How each of them is.
+        sections: How each field is coded.
+        classes: Class number of each row, int8 ``(n,)``; -1 where nothing is stored.
+        codes: Uint8 ``(n, k)``, with ``k`` the most directions of a section.
     """
 
     computed: ClassVar[bool] = True
@@ -40,28 +41,44 @@ class CodedTable(Table):
         schema: Schema,
         blocks: tuple[Block, ...],
         centre: NDArray[np.float16],
-        sources: Sequence[Source],
-        assignments: Sequence[Assignment],
+        sections: Sequence[Section],
+        classes: NDArray[np.int8],
+        codes: NDArray[np.uint8],
     ) -> None:
         super().__init__()
         self.schema = schema
         self.blocks = blocks
         self.centre = centre
-        self.sections = tuple(a.section for a in assignments)
+        self.sections = tuple(sections)
         matrix = centre.astype(np.float32)[schema.field_of_row]
-        classes = np.full(schema.rows, -1, np.int8)
-        codes = np.zeros((schema.rows, max(len(s.basis) for s in self.sections)), np.uint8)
-        for source, assignment in zip(sources, assignments, strict=True):
-            section = assignment.section
-            classes[source.rows] = assignment.classes
-            codes[source.rows, : len(section.basis)] = assignment.codes
+        for field, section in zip(schema.fields, self.sections, strict=True):
+            own = slice(field.offset, field.stop)
             for which in range(len(section.coders)):
-                chosen = assignment.classes == which
-                vectors = matrix[source.rows[chosen]]
-                accumulate(vectors, section.coefficients(assignment.codes[chosen], which), section.basis)
-                matrix[source.rows[chosen]] = vectors
+                rows = field.offset + np.flatnonzero(classes[own] == which)
+                vectors = matrix[rows]
+                coefficients = section.coefficients(codes[rows, : len(section.basis)], which)
+                accumulate(vectors, coefficients, section.basis)
+                matrix[rows] = vectors
         for name, array in (("matrix", matrix), ("classes", classes), ("codes", codes)):
             self.register_buffer(name, torch.from_numpy(array))
+
+    @classmethod
+    def of(
+        cls,
+        schema: Schema,
+        blocks: tuple[Block, ...],
+        centre: NDArray[np.float16],
+        sources: Sequence[Source],
+        assignments: Sequence[Assignment],
+    ) -> CodedTable:
+        """The table in which each field's rows are coded as assigned; rows of no source are stored nowhere."""
+        sections = [a.section for a in assignments]
+        classes = np.full(schema.rows, -1, np.int8)
+        codes = np.zeros((schema.rows, max(len(s.basis) for s in sections)), np.uint8)
+        for source, assignment in zip(sources, assignments, strict=True):
+            classes[source.rows] = assignment.classes
+            codes[source.rows, : len(assignment.section.basis)] = assignment.codes
+        return cls(schema, blocks, centre, sections, classes, codes)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up: ``(...) -> (..., D)``."""

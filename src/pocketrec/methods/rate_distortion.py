@@ -134,7 +134,7 @@ class RateDistortionLadder(Ladder):
 
     def _table(self, limit: int, size: _Size, rate: Rate, row_bits: float) -> CodedTable:
         found: list[Assignment] = allocate(self._sources, limit, size, rate=rate, row_bits=row_bits)
-        return CodedTable(self.schema, self.table.blocks, self._centre, self._sources, found)
+        return CodedTable.of(self.schema, self.table.blocks, self._centre, self._sources, found)
 
     @cached_property
     def _shares(self) -> NDArray[np.float32]:
