@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -21,8 +22,13 @@ def modules(axis: Axis) -> dict[str, str]:
     """Plug-in name -> where it is loaded from; nothing is imported yet but the axis package."""
     package = importlib.import_module(f"pocketrec.{axis}")
     found = {m.name: f"pocketrec.{axis}.{m.name}" for m in pkgutil.iter_modules(package.__path__)}
-    found.update({e.name: e.value for e in entry_points(group=f"pocketrec.{axis}")})
-    return dict(sorted(found.items()))
+    return dict(sorted({**found, **_installed(axis)}.items()))
+
+
+@cache
+def _installed(axis: Axis) -> dict[str, str]:
+    """Plug-ins of other distributions; reading the metadata of all that is installed takes milliseconds."""
+    return {e.name: e.value for e in entry_points(group=f"pocketrec.{axis}")}
 
 
 def load(axis: Axis, name: str) -> type[Any]:
