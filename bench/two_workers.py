@@ -3,7 +3,8 @@
     python bench/two_workers.py
 
 Independent trainings and their measuring, one thread each; fresh folders and stores; the arms take turns. On the
-cluster the workers have started; a second arm is plain processes that share the study's folder, from their start.
+cluster the workers have started; a second arm is plain processes that share the study's folder, from their start. A
+third arm is what the machine allows: processes that share nothing, with half of the trainings each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from pocketrec.study.bench import bench
 from pocketrec.study.plan import Plan, parse
 
 RESULTS = Path(__file__).parent / "results"
-ARMS = ("cluster", "processes")
+ARMS = ("cluster", "processes", "apart")
 PLAN = {
     "budgets": ["sparsity=0.8"],
     "seeds": [0],
@@ -60,13 +62,30 @@ def on_nodes(workers: int, study: Plan, folder: Path) -> float:
 
 def by_processes(workers: int, arguments: argparse.Namespace, folder: Path) -> float:
     """Seconds of the study by so many processes that share its folder."""
-    sizes = ["--cells", str(arguments.cells), "--epochs", str(arguments.epochs)]
-    command = [sys.executable, __file__, *sizes, "--process", str(folder)]
-    started = time.perf_counter()
-    running = [subprocess.Popen(command, start_new_session=True) for _ in range(workers)]
+    return started([command(arguments, arguments.cells, folder)] * workers)
+
+
+def apart(workers: int, arguments: argparse.Namespace, folder: Path) -> float:
+    """Seconds of the study's trainings by so many processes, each with its part of them in a folder of its own."""
+    folders = [folder.with_name(f"apart-{i}") for i in range(workers)]
+    for own in folders:
+        shutil.copytree(folder, own)
+    return started([command(arguments, arguments.cells // workers, own) for own in folders])
+
+
+def command(arguments: argparse.Namespace, cells: int, folder: Path) -> list[str]:
+    """A process that works on a folder."""
+    sizes = ["--cells", str(cells), "--epochs", str(arguments.epochs)]
+    return [sys.executable, __file__, *sizes, "--process", str(folder)]
+
+
+def started(commands: list[list[str]]) -> float:
+    """Seconds from the start of all processes to the end of the last."""
+    start = time.perf_counter()
+    running = [subprocess.Popen(c, start_new_session=True) for c in commands]
     if any([process.wait() for process in running]):
         raise SystemExit("a process failed")
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def trial(arm: str, workers: int, arguments: argparse.Namespace) -> float:
@@ -77,6 +96,8 @@ def trial(arm: str, workers: int, arguments: argparse.Namespace) -> float:
         bench(WARM, folder / "encoded")
         (folder / "study").mkdir()
         (folder / "encoded" / "data").rename(folder / "study" / "data")
+        if arm == "apart":
+            return apart(workers, arguments, folder / "study")
         run = (
             on_nodes(workers, study, folder / "study")
             if arm == "cluster"
@@ -93,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cells", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--trial", nargs=2, metavar=("ARM", "WORKERS"), help=argparse.SUPPRESS)
     parser.add_argument("--process", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -107,9 +128,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for arm, workers in seconds:
             sizes = ["--cells", str(arguments.cells), "--epochs", str(arguments.epochs)]
-            command = [sys.executable, __file__, *sizes, "--trial", arm, str(workers)]
+            again = [sys.executable, __file__, *sizes, "--trial", arm, str(workers)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             seconds[arm, workers].append(json.loads(done.stdout))
             print(arm, workers, seconds[arm, workers][-1], flush=True)
     write(seconds, arguments)
@@ -139,6 +160,7 @@ def write(seconds: dict[tuple[str, int], list[float]], arguments: argparse.Names
         "",
         "`cluster`: `local:1` and `local:2`, whose workers have started and imported torch before, by a small study.",
         "`processes`: one and two `pocketrec bench` on one folder, from their start to their end.",
+        "`apart`: one and two of them on folders of their own, with half of the trainings each: what the machine allows.",
         "",
         f"Load average at the end: {psutil.getloadavg()[0]:.1f} on {psutil.cpu_count()} processors.",
         "",
