@@ -160,7 +160,7 @@ def write(seconds: dict[tuple[str, int], list[float]], arguments: argparse.Names
         "",
         "`cluster`: `local:1` and `local:2`, whose workers have started and imported torch before, by a small study.",
         "`processes`: one and two `pocketrec bench` on one folder, from their start to their end.",
-        "`apart`: one and two of them on folders of their own, with half of the trainings each: what the machine allows.",
+        "`apart`: one and two of them on own folders, with half of the trainings each: what the machine allows.",
         "",
         f"Load average at the end: {psutil.getloadavg()[0]:.1f} on {psutil.cpu_count()} processors.",
         "",
