@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,18 @@ def test_environment_switches_the_kernel_off() -> None:
     code = "from pocketrec import kernel; raise SystemExit(kernel.available() or kernel.level() is not None)"
     environment = os.environ | {"POCKETREC_KERNEL": "0", "PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_library_of_other_sources_warns_once_and_leaves_the_work_to_numpy(monkeypatch) -> None:
+    if not kernel.available():
+        pytest.skip("there is no compiled library")
+    monkeypatch.setattr(kernel, "_SIGNATURES", {**kernel._SIGNATURES, "pocketrec_of_tomorrow": []})
+    monkeypatch.setattr(kernel, "_library", cache(kernel._library.__wrapped__))
+    with pytest.warns(RuntimeWarning, match=r"no pocketrec_of_tomorrow.*build it again") as caught:
+        assert not kernel.available()
+    assert kernel.spmm(np.array([0, 1]), np.array([0], np.int32), np.ones((1, 2), np.float32)).tolist() == [[1, 1]]
+    assert kernel.level() is None
+    assert len(caught) == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -1,14 +1,16 @@
 """The compiled inner loops, and what they compute in numpy where there is no compiler.
 
 Every function has one meaning and two implementations: ``_kernel.cpp``, called through ctypes, and numpy. The numpy
-one is used where the library was not built, or where the environment says ``POCKETREC_KERNEL=0``. Arrays are passed by
-pointer; an index out of range raises :class:`DataError` and reads nothing. Torch-free.
+one is used where the library was not built, where it was built from other sources (which warns once), or where the
+environment says ``POCKETREC_KERNEL=0``. Arrays are passed by pointer; an index out of range raises :class:`DataError`
+and reads nothing. Torch-free.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -80,6 +82,16 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(Path(spec.origin)))
     except OSError:
+        return None
+    missing = [name for name in _SIGNATURES if not hasattr(library, name)]
+    if missing:
+        warnings.warn(
+            f"{spec.origin} was compiled from other sources than these (it has no {missing[0]}), so numpy does "
+            "its work, more slowly; build it again: `pip install .`, or `python setup.py build_ext --inplace` in a "
+            "checkout.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return None
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
