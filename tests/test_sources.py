@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 from collections import Counter
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from pocketrec import registry
-from pocketrec.dataset import encode
+from pocketrec.dataset import DOCUMENT, encode
 from pocketrec.errors import ConfigError, DataError
+from pocketrec.files import canonical_json, digest
 from pocketrec.source import Column, Source
 from pocketrec.sources.adjacency import Adjacency
 from pocketrec.sources.avazu import FIELDS as AVAZU_FIELDS
@@ -65,6 +67,26 @@ def test_criteo_buckets_are_the_published_ones(cells):
 def test_criteo_buckets_of_every_small_integer():
     cells = [str(v) for v in range(-5, 100_000)]
     assert bucket(pl.Series(cells)).to_list() == [published_bucket(c) for c in cells]
+
+
+def test_criteo_buckets_of_the_text_are_logarithms_rounded_up():
+    numbers = [*range(3, 5000), *(2**j + d for j in range(13, 52) for d in (-1, 0, 1))]
+    expected = [str(next(e for e in range(64) if 2**e >= v)) for v in numbers]
+    assert bucket(pl.Series(map(str, numbers)), "log2").to_list() == expected
+    assert bucket(pl.Series(["", "-1", "2", "x"]), "log2").to_list() == ["NULL", "-3", "0", None]
+    with pytest.raises(ConfigError, match="`buckets` must"):
+        Criteo(buckets="ln")
+
+
+def test_a_data_set_encoded_before_a_source_had_a_setting_is_that_of_its_default(tmp_path):
+    path = write(tmp_path, "".join(f"{i % 2}\t{i}" + "\t" * 38 + "\n" for i in range(9)))
+    data = encode(Criteo(), path, tmp_path / "out")
+    document = json.loads((tmp_path / "out" / DOCUMENT).read_bytes())
+    del document["recipe"]["source"]["buckets"], document["seal"]
+    (tmp_path / "out" / DOCUMENT).write_bytes(canonical_json({**document, "seal": digest(document)}))
+    assert encode(Criteo(), path, tmp_path / "out").digest == data.digest
+    with pytest.raises(ConfigError, match="not made by this call"):
+        encode(Criteo(buckets="log2"), path, tmp_path / "out")
 
 
 def test_criteo_reads_labels_integers_and_categories(tmp_path):

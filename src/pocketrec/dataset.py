@@ -252,7 +252,7 @@ def encode(
         "raw": {p.split or "all": file_digest(require_file(p.path)) for p in parts if raw is not None},
         **options,
     }
-    if (done := _finished(out, recipe)) is not None:
+    if (done := _finished(out, recipe, source)) is not None:
         return done
     tally = Tally(max_bad)
     tell = progress or (lambda what, rows: None)
@@ -348,12 +348,18 @@ def _held_out(split: str, parts: list[Part], valid_fraction: float | None) -> di
     return {"test_fraction": Fraction(0), "valid_fraction": parse_fraction("valid_fraction", share)}
 
 
-def _finished(out: Path, recipe: Mapping[str, Any]) -> Dataset | None:
-    """The data set in ``out`` if the same call made it; ``None`` if there is nothing or an empty folder."""
+def _finished(out: Path, recipe: Mapping[str, Any], source: Source) -> Dataset | None:
+    """The data set in ``out`` if the same call made it; ``None`` if there is nothing or an empty folder.
+
+    Settings that the source has gained since had their defaults then.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    if (out / DOCUMENT).is_file() and _read_document(out)["recipe"] == json.loads(canonical_json(recipe)):
-        return Dataset.open(out)
+    if (out / DOCUMENT).is_file():
+        known = _read_document(out)["recipe"]
+        settled = asdict(type(source)())  # pyright: ignore[reportArgumentType]
+        if {**known, "source": {**settled, **known["source"]}} == json.loads(canonical_json(recipe)):
+            return Dataset.open(out)
     raise ConfigError(f"{out} exists and was not made by this call; remove it or choose another folder.")
 
 
