@@ -26,7 +26,7 @@ class CriteoShape:
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
         """Rows of each field, ``(FIELDS,)``."""
-        low, high = 1.0, 2.0
+        low, ratio, high = 1.0, 1.5, 2.0
         for _ in range(60):
             ratio = (low + high) / 2
             low, high = (ratio, high) if 4 * (ratio**FIELDS - 1) / (ratio - 1) < ROWS else (low, ratio)

@@ -79,7 +79,7 @@ def as_cell(study: Plan, folder: Path) -> Cost:
 
     cell.measure = measure
     try:
-        wall, cpu = timed(lambda: here(context, known, lambda *step: None))
+        wall, cpu = timed(lambda: here(context, known, lambda stage, done, total, figures: None))
     finally:
         cell.measure = plain
     if len(known.done) != 1 or len(measuring) != 2:

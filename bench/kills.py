@@ -125,8 +125,9 @@ def moments(verb: Verb, number: int, seconds: float) -> Iterator[float]:
 def attempt(verb: Verb, work: Path, number: int, whole: tuple[dict[str, str], float, float]) -> Kill:
     """Kill the command once, run it again, compare."""
     expected, seconds, used = whole
-    for moment in moments(verb, number, seconds):
-        folder = work / f"{verb.name}-{number}"
+    folder, times = work / f"{verb.name}-{number}", moments(verb, number, seconds)
+    while True:
+        moment = next(times)
         verb.prepare(folder)
         status, before = finish(start(verb.arguments(folder)), moment)
         if status == -signal.SIGKILL:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -19,10 +20,9 @@ from configs import ML_1M, ML_1M_TRAINING, RESULTS, ml_1m, use_cache
 
 from pocketrec.method import compress
 from pocketrec.methods.mag_prune import MagPrune
-from pocketrec.metrics import auc
 from pocketrec.run import Run
 from pocketrec.statistics import paired_t
-from pocketrec.train import logits, train
+from pocketrec.train import train, validate
 
 OPTIMIZERS = ("adam", "lazy_adam")
 SPARSITIES = (0.0, 0.5, 0.8, 0.95)
@@ -34,11 +34,11 @@ def figures(seed: int) -> dict[tuple[str, float], float]:
     found = {}
     for optimizer in OPTIMIZERS:
         model = train(ML_1M, data, Run(None, seed=seed), replace(ML_1M_TRAINING, optimizer=optimizer))
-        found[optimizer, 0.0] = auc(data.test.labels, logits(model, data.test))
+        found[optimizer, 0.0] = validate(model, data.test) or math.nan
         budgets = [f"sparsity={s}" for s in SPARSITIES[1:]]
         for sparsity, small in zip(SPARSITIES[1:], compress(model, data, MagPrune(), budgets), strict=True):
             pruned = model.with_table(small.model.table)
-            found[optimizer, sparsity] = auc(data.test.labels, logits(pruned, data.test))
+            found[optimizer, sparsity] = validate(pruned, data.test) or math.nan
     return found
 
 

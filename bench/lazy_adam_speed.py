@@ -66,7 +66,8 @@ def draw_batches(schema: Schema) -> list[Batch]:
 def stepper(name: str, schema: Schema) -> Callable[[Batch, int], None]:
     """A function that takes one training step of a variant on a model of its own."""
     kind, precision = VARIANTS[name]
-    optimizer = kind(BACKBONE.build(SimpleNamespace(schema=schema), 0), 1e-3, 1e-6)
+    data = SimpleNamespace(schema=schema)
+    optimizer = kind(BACKBONE.build(data, 0), 1e-3, 1e-6)  # pyright: ignore[reportArgumentType]
 
     def step(batch: Batch, number: int) -> None:
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():

@@ -42,7 +42,7 @@ class Reference(nn.Module):
 
     def __init__(self, model: LightGCNModel, layout: str) -> None:
         super().__init__()
-        self.config = model.backbone
+        self.config = model.config
         self.users = model.schema.fields[0].size
         self.weight = nn.Parameter(model.table.weight().detach().clone())
         graph = model.graph
@@ -58,7 +58,7 @@ class Reference(nn.Module):
     def loss(self, triples: Tensor) -> Tensor:
         """The loss of a batch ``(B, 3)``."""
         config = self.config
-        layers = [self.weight]
+        layers: list[Tensor] = [self.weight]
         for _ in range(config.layers):
             layers.append(torch.sparse.mm(self.matrix, layers[-1]))
         final = torch.stack(layers, dim=1).mean(dim=1)
@@ -89,12 +89,12 @@ def variants(model: LightGCNModel, names: tuple[str, ...]) -> Iterator[Variant]:
         kind, form = name.split()
         if kind == "reference":
             reference = Reference(model, form)
-            yield Variant(name, model.backbone.contrast, stepper(reference, reference.loss, bf16=False))
+            yield Variant(name, model.config.contrast, stepper(reference, reference.loss, bf16=False))
         else:
             fresh = model.backbone.build(ranking_data("gowalla"), seed=0)
             draw = noise(0, "noise")
             loss = lambda triples, fresh=fresh, draw=draw: fresh.loss((triples,), draw)  # noqa: E731
-            yield Variant(name, model.backbone.contrast, stepper(fresh, loss, bf16=form == "bf16"))
+            yield Variant(name, model.config.contrast, stepper(fresh, loss, bf16=form == "bf16"))
 
 
 def stepper(module: nn.Module, loss: Callable[[Tensor], Tensor], *, bf16: bool) -> Step:

@@ -96,7 +96,7 @@ def trial(folder: Path, budget: str) -> dict[str, float]:
     model = DeepFM(dim=WIDTH).build(data, 0)  # pyright: ignore[reportArgumentType]
     before = psutil.Process().memory_info().rss
     started, cpu = time.perf_counter(), time.process_time()
-    small = compress(model, data, method, budget, run=folder / "run")  # pyright: ignore[reportArgumentType]
+    small = compress(model, data, method, budget, run=folder / "run")  # pyright: ignore[reportCallIssue, reportArgumentType]
     selected = time.perf_counter()
     sizes = small.save(folder / "small.safetensors")
     done, cpu = time.perf_counter(), time.process_time() - cpu

@@ -73,7 +73,7 @@ def main() -> None:
         scores, seconds = score(estimator, seed)
         found = scores.mean[seen].ravel()
         kept = [overlap(np.abs(found), np.abs(truth), s) for s in SPARSITIES]
-        pearson, spearman = np.corrcoef(found, truth)[0, 1], spearmanr(found, truth).statistic
+        pearson, spearman = np.corrcoef(found, truth)[0, 1], spearmanr(found, truth)[0]
         rows.append((name, pearson, spearman, *kept, scores.gap, seconds))
     results = Path(__file__).parent / "results"
     with (results / "shapley_accuracy.csv").open("w", newline="") as file:

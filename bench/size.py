@@ -77,7 +77,7 @@ def measure(
 ) -> dict[str, float | str]:
     """One file's parts: the table per dense parameter, the vocabulary per stored key, head and header in bytes."""
     schema = schema_of(shape, keys)
-    stored = keep.any(axis=1)
+    stored = np.asarray(keep.any(axis=1))
     vocabulary, rows = Vocabulary.build(schema, stored, lambda i: hashes[i])
     fill = np.random.default_rng(1).normal(size=(FIELDS, WIDTH + 1)).astype(np.float32)
     whole = np.concatenate([keep, stored[:, None]], axis=1)
