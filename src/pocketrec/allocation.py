@@ -124,6 +124,17 @@ class Source:
         found = [water_bits(energy, theta) for theta in thetas if theta > 0]
         return np.unique([b for b in found if b.any()] + [np.full(width, MOST_BITS)], axis=0)
 
+    def market(self, rate: Rate, row_bits: float) -> _Market:
+        """What each option costs a sample of the rows; worked out once."""
+        known = self._markets
+        if (rate, row_bits) not in known:
+            known[rate, row_bits] = _Market(self, rate, row_bits)
+        return known[rate, row_bits]
+
+    @cached_property
+    def _markets(self) -> dict[tuple[Rate, float], _Market]:
+        return {}
+
     def sample(self) -> Source:
         """Every so-many-th row."""
         step = -(-len(self.rows) // _SAMPLE_ROWS)
@@ -335,7 +346,7 @@ def allocate(
         rate: What is paid for, and what ``size`` counts: bytes, or values.
         row_bits: What a stored row of a hashed field takes beside its codes.
     """
-    markets = [_Market(source, rate, row_bits) for source in sources]
+    markets = [source.market(rate, row_bits) for source in sources]
     unit = 8 if rate == "bits" else 1
     room = limit - size(*_nothing(sources))
     target, best = float(room), None
@@ -356,6 +367,19 @@ def allocate(
             for s, section in zip(sources, _nothing(sources)[0], strict=True)
         ]
     return best.assignments
+
+
+def going_price(
+    sources: Sequence[Source], target_bits: float, others: Callable[[float], float], *, row_bits: float = 0.0
+) -> float:
+    """About the least price of a bit at which the rows, and ``others`` at that price, take at most so many bits."""
+    markets = [source.market("bits", row_bits) for source in sources]
+
+    def planned(exponent: float) -> bool:
+        price = 2.0**exponent
+        return sum(m.choose(price)[0] for m in markets) + others(price) <= target_bits
+
+    return 2.0 ** _bisect(planned, 0.01)
 
 
 def _nothing(sources: Sequence[Source]) -> tuple[list[Section], list[NDArray[np.int64]]]:

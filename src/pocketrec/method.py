@@ -27,6 +27,12 @@ from pocketrec.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from pocketrec.dataset import Dataset
 
+_HEADS = 4
+"""Heads that are tried where a file has room left."""
+
+_HEADER_DIGITS = 128
+"""By about how much the header of a larger file may be longer."""
+
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -74,6 +80,13 @@ class Ladder(ABC):
 
         With ``vocabulary``, the keys of the stored rows have to fit in, too.
         """
+
+    def headed(self, model: Model, size_bytes: int) -> Model:
+        """The model with its head as it goes into so many bytes, which head, table and vocabulary share.
+
+        By default it is the head as it is. The table then gets what the head leaves.
+        """
+        return model
 
     def finish(self, model: Model) -> Model:
         """The final model around a table that ``at_values`` or ``at_bytes`` has made; by default it is final already.
@@ -279,9 +292,27 @@ def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
     Head and header hardly depend on the table: what they leave goes to table and vocabulary, and each trial knows them
     better than the one before.
     """
-    head = sum(t.nbytes for t in dense.model.lower().tensors().values())
     goal = limit - _growth(dense)
-    small = _fit_room(ladder, dense, limit, goal - head - _header_guess(dense, goal))
+    least = ladder.headed(dense.model, 0)
+    if least is dense.model:
+        return _fit_beside(ladder, dense, limit, goal, goal - _header_guess(dense, goal))
+    found = _fit_room(ladder, replace(dense, model=least), limit, 0)
+    room = goal - found.sizes["header"] - _HEADER_DIGITS
+    for _ in range(_HEADS):
+        other = _fit_beside(ladder, replace(dense, model=ladder.headed(dense.model, room)), limit, goal, room)
+        if found.sizes["file"] < other.sizes["file"] <= goal:
+            found = other
+        waste = goal - other.sizes["file"]
+        if 0 <= waste <= goal // 1000:
+            break
+        room += waste
+    return found
+
+
+def _fit_beside(ladder: Ladder, dense: Small, limit: int, goal: int, room: int) -> Small:
+    """The largest table beside a head; together with the vocabulary they take about ``room`` bytes."""
+    head = sum(t.nbytes for t in dense.model.lower().tensors().values())
+    small = _fit_room(ladder, dense, limit, room - head)
     beside = _beside(small)
     while not 0 <= goal - small.sizes["file"] <= goal // 1000:
         last, small = small, _fit_room(ladder, dense, limit, goal - beside)

@@ -18,19 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import UnsupportedOp
+from pocketrec.layouts.matrix import CodedMatrix
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Op:
-    """One step: ``output = kind(inputs; tensors, attributes)``."""
+    """One step: ``output = kind(inputs; tensors, attributes)``.
+
+    Attributes:
+        codes: tensors that a file holds in a few bits, as rows of entries of the last axis; ``tensors`` has what they
+            mean. Those of an op with codes may be float16.
+    """
 
     kind: str
     inputs: tuple[str, ...]
     output: str
     attributes: Mapping[str, int | float] = field(default_factory=dict)
     tensors: Mapping[str, Array] = field(default_factory=dict)
+    codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
 
 
 def _columns(op: Op, vectors: Array) -> Array:
@@ -134,16 +141,26 @@ class Program:
         return values[self.ops[-1].output]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Ops without their tensors; tensor ``t`` of op ``i`` is named ``head.<i>.<t>`` in a file."""
+        """Ops without their tensors; tensor ``t`` of op ``i`` is named ``head.<i>.<t>`` in a file.
+
+        Where a tensor is coded, ``codes`` has its shape, and its arrays are ``head.<i>.<t>.<array>``.
+        """
         return [
             {"kind": o.kind, "inputs": list(o.inputs), "output": o.output, "attributes": dict(o.attributes),
-             "tensors": sorted(o.tensors)}
+             "tensors": sorted(o.tensors),
+             **({"codes": {name: list(o.tensors[name].shape) for name in sorted(o.codes)}} if o.codes else {})}
             for o in self.ops
         ]  # fmt: skip
 
-    def tensors(self) -> dict[str, Array]:
-        """All tensors by their file name."""
-        return {f"head.{i}.{name}": t for i, op in enumerate(self.ops) for name, t in sorted(op.tensors.items())}
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All tensors, or their codes, by their file name."""
+        found: dict[str, NDArray[Any]] = {}
+        for i, op in enumerate(self.ops):
+            for name, tensor in sorted(op.tensors.items()):
+                coded = op.codes.get(name)
+                parts = {"": tensor} if coded is None else {f".{n}": a for n, a in coded.arrays().items()}
+                found |= {f"head.{i}.{name}{part}": array for part, array in parts.items()}
+        return found
 
     @classmethod
     def from_json(cls, document: list[dict[str, Any]], tensors: Mapping[str, Array]) -> Program:
@@ -151,9 +168,19 @@ class Program:
         ops: list[Op] = []
         for i, o in enumerate(document):
             kernel(o["kind"])
-            named = {name: tensors[f"head.{i}.{name}"] for name in o["tensors"]}
-            ops.append(Op(o["kind"], tuple(o["inputs"]), o["output"], dict(o["attributes"]), named))
+            shapes = o.get("codes", {})
+            codes = {name: _coded(f"head.{i}.{name}", shape, tensors) for name, shape in shapes.items()}
+            named = {
+                name: codes[name].decoded().reshape(shapes[name]) if name in codes else tensors[f"head.{i}.{name}"]
+                for name in o["tensors"]
+            }
+            ops.append(Op(o["kind"], tuple(o["inputs"]), o["output"], dict(o["attributes"]), named, codes))
         return cls(tuple(ops))
+
+
+def _coded(name: str, shape: list[int], tensors: Mapping[str, NDArray[Any]]) -> CodedMatrix:
+    """The coded tensor of a file."""
+    return CodedMatrix.from_arrays(shape[-1], {part: tensors[f"{name}.{part}"] for part in ("bits", "codes", "scale")})
 
 
 def kernel(kind: str) -> Callable[..., Array]:

@@ -47,6 +47,13 @@ class Node:
         gradient = self.pull(slope)[0]
         return gradient.unflatten(0, (parts, -1)).sum(dim=0) if parts > 1 else gradient
 
+    def products(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Of each matrix, by name, what the last ``run`` gave it and the gradient of what it made.
+
+        ``(B, i)`` and ``(B, o)``, or ``(K, B, i)`` and ``(K, B, o)`` for ``K`` matrices of one tensor.
+        """
+        return {}
+
 
 class _Flatten(Node):
     """``(B, F, d) -> (B, F d)``."""
@@ -71,7 +78,11 @@ class _Linear(Node):
         return torch.addmm(self.bias, inputs[0].to(self.dtype), self.weight.T)
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
+        self.slope = slope
         return (torch.mm(slope.to(self.dtype), self.weight),)
+
+    def products(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return {"weight": (self.inputs[-1], self.slope)}
 
 
 class FirstLinear(_Linear):
@@ -100,6 +111,10 @@ class FirstLinear(_Linear):
     def pull_sum(self, slope: Tensor, parts: int) -> Tensor:
         """One product for all parts: they share the weight."""
         return self.pull(slope.unflatten(0, (parts, -1)).sum(dim=0) if parts > 1 else slope)[0]
+
+    def products(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """The columns that it reads."""
+        return {"weight": (self.inputs[0][..., _slice(self.columns)].flatten(1), self.slope)}
 
 
 class _Relu(Node):
@@ -219,8 +234,19 @@ class _Mixture(Node):
         gates = (weighted * self.outer).sum(dim=2).T + torch.mv(gain, self.bias)[:, None]
         outer = weighted * self.gates.T[..., None] * (1 - self.outer.square())
         inner = torch.bmm(outer, self.core) * (1 - self.inner.square())
+        self.slopes = inner, outer, gain, gates
         pulled = torch.mm(inner.transpose(0, 1).flatten(1), self.down).addmm_(gates, self.gate)
         return slope * self.gain, slope + pulled.float()
+
+    def products(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        inner, outer, gain, gates = self.slopes
+        weighted = (self.outer.transpose(0, 1) * self.gates[..., None]).flatten(1)
+        return {
+            "down": (self.inputs[1], inner.transpose(0, 1).flatten(1)),
+            "core": (self.inner, outer),
+            "up": (weighted, gain),
+            "gate": (self.inputs[1], gates),
+        }
 
 
 _NODES: Mapping[str, Callable[[Op, torch.dtype], Node]] = {
@@ -283,6 +309,12 @@ class Head:
         for step in self.steps:
             values[step.output] = step.node.run(*step.read(vectors, values))
         return values[self.output]
+
+    def products(self) -> Iterator[tuple[Op, str, Tensor, Tensor]]:
+        """Op and name of every matrix with :meth:`Node.products`, after ``logits`` and ``pull``."""
+        for step in self.steps:
+            for name, (inputs, slopes) in step.node.products().items():
+                yield step.node.op, name, inputs, slopes
 
     def pull(self, slope: Tensor, parts: int = 1) -> Tensor:
         """Vector-Jacobian product at the last ``logits`` call: ``slope (B,) -> (B, F, D)``.

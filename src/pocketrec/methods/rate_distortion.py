@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.allocation import Assignment, Rate, Source, allocate
+from pocketrec.allocation import Assignment, Rate, Source, allocate, going_price
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
-from pocketrec.backbone import Model
+from pocketrec.backbone import ClickModel, Model
 from pocketrec.coded import CodedTable, spans
 from pocketrec.dataset import Dataset
-from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.errors import BudgetError, ConfigError, DivergedError, UnsupportedOp
+from pocketrec.headcode import CodedHead, HeadMarket, Moments, moments
 from pocketrec.layouts.transform import Section, fixed_bytes
 from pocketrec.method import Ladder, Method
 from pocketrec.packed import Index, Storage
 from pocketrec.run import Run
 from pocketrec.schema import Schema
 from pocketrec.table import Table
+from pocketrec.touchup import touch_up
 from pocketrec.train import fingerprint
 from pocketrec.vocabulary import size_for as vocabulary_size_for
 
@@ -40,11 +42,15 @@ class RateDistortion(Method):
     everything that the file holds is paid for. ``storage`` and ``index`` have no say; a sparsity keeps the leading
     directions of rows, in 8 bits each.
 
-    One pass over the training rows serves every budget.
+    One pass over the training rows serves every budget. Where the budget is for the whole file, the head of a click
+    model is coded by the same Lagrangian.
 
     Args:
         samples: Training rows to read, at most; by default all.
         probes: Random projections of the gradient, for ranking models that propagate their table, at least 1.
+        code_head: Whether a budget for the whole file may code the head of a click model, too.
+        touch_up: Most epochs of training means, scales, directions and head of a click model against the dense model's
+            probabilities; 0 does not train.
 
     Example:
         >>> RateDistortion(samples=100_000).probes
@@ -59,24 +65,37 @@ class RateDistortion(Method):
 
     samples: int | None = None
     probes: int = 8
+    code_head: bool = True
+    touch_up: int = 0
 
     def __post_init__(self) -> None:
+        if self.touch_up < 0:
+            raise ConfigError(f"`touch_up` must be at least 0, but got touch_up={self.touch_up}.")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"`samples` must be at least 1, or None for all, but got samples={self.samples}.")
         if self.probes < 1:
             raise ConfigError(f"`probes` must be at least 1, but got probes={self.probes}.")
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> RateDistortionLadder:
-        """Gather what errors cost; the run keeps it."""
-        key = {"model": fingerprint(model), "data": data.digest, "samples": self.samples, "probes": self.probes}
+        """Gather what errors cost; the run keeps it.
+
+        Raises:
+            UnsupportedOp: a ranking model shall be touched up.
+        """
+        if self.touch_up and not isinstance(model, ClickModel):
+            raise UnsupportedOp("Only click models can be touched up, but this one ranks; leave `touch_up` at 0.")
         stored = run.once(
             "fisher",
-            key,
+            self.key(model, data),
             lambda checkpoint: sensitivity(
                 model, data, samples=self.samples, probes=self.probes, seed=run.seed, checkpoint=checkpoint
             ).arrays(),
         )
-        return RateDistortionLadder(model.table, Sensitivity.from_arrays(stored))
+        return RateDistortionLadder(self, model, data, run, Sensitivity.from_arrays(stored))
+
+    def key(self, model: Model, data: Dataset) -> dict[str, Any]:
+        """What the scoring pass depends on."""
+        return {"model": fingerprint(model), "data": data.digest, "samples": self.samples, "probes": self.probes}
 
 
 @dataclass(frozen=True)
@@ -84,12 +103,23 @@ class RateDistortionLadder(Ladder):
     """Every budget from one table of sensitivities.
 
     Args:
-        table: The dense table.
-        cost: What errors in its rows cost.
+        method: Its settings.
+        model: The dense model.
+        data: Its data.
+        run: Keeps what is measured of the head, and every touch-up.
+        cost: What errors in the table's rows cost.
     """
 
-    table: Table
+    method: RateDistortion
+    model: Model
+    data: Dataset
+    run: Run
     cost: Sensitivity
+
+    @property
+    def table(self) -> Table:
+        """The dense table."""
+        return self.model.table
 
     @property
     def schema(self) -> Schema:
@@ -115,22 +145,56 @@ class RateDistortionLadder(Ladder):
         Raises:
             BudgetError: Not even the table of nothing but field means fits.
         """
-        blocks = len(spans(self.table.blocks))
-        fixed = 2 * self._centre.size + fixed_bytes(self.schema.width) + (blocks - 1) * fixed_bytes(0)
+        fixed = self._least_bytes(vocabulary=False)
 
         def size(sections: Sequence[Section], counts: Sequence[NDArray[np.int64]]) -> int:
             coded = sum(s.size_bits(c) for s, c in zip(sections, counts, strict=True)) // 8
             keys = [int(c.sum()) for c in counts]
             return fixed + coded + (vocabulary_size_for(self.schema, keys) if vocabulary else 0)
 
-        least = fixed + (vocabulary_size_for(self.schema, [0] * self.schema.width) if vocabulary else 0)
-        if size_bytes < least:
+        if size_bytes < (least := self._least_bytes(vocabulary=vocabulary)):
             raise BudgetError(
                 f"Budget {size_bytes:,} B is below the {least:,} B that the means of {self.schema.width} fields of "
                 f"width {self.table.width} need; raise the budget.",
                 least_bytes=least,
             )
         return self._table(size_bytes, size, "bits", _KEY_BITS if vocabulary else 0.0)
+
+    def headed(self, model: Model, size_bytes: int) -> Model:
+        """A click model with its head coded at the price at which head and table fill the bytes."""
+        market = self._head
+        if market is None or not isinstance(model, ClickModel):
+            return model
+        room = 8 * (size_bytes - market.fixed_bytes - self._least_bytes(vocabulary=True))
+        bits = market.bits(going_price(self._sources, room, market.spent, row_bits=_KEY_BITS))
+        return CodedHead(model, market.coded(model.lower(), bits), bits)
+
+    def finish(self, model: Model) -> Model:
+        """The model touched up, where the method is told to; a coded head keeps the bits of its rows."""
+        if not (self.method.touch_up and isinstance(model, ClickModel) and isinstance(self.model, ClickModel)):
+            return model
+        head = model if isinstance(model, CodedHead) else None
+        plain = model if head is None else head.source.with_table(model.table)
+        touched = touch_up(plain, self.model, self.data, self.run, self.method.touch_up)
+        if head is None or self._head is None:
+            return touched
+        return CodedHead(touched, self._head.coded(touched.lower(), head.bits), head.bits)
+
+    @cached_property
+    def _head(self) -> HeadMarket | None:
+        """What the rows of the head's matrices lose and take, where it may be coded."""
+        model = self.model
+        if not (self.method.code_head and isinstance(model, ClickModel)):
+            return None
+        key = {"model": fingerprint(model), "data": self.data.digest}
+        stored = self.run.once("head", key, lambda checkpoint: moments(model, self.data, self.run.seed).arrays())
+        return HeadMarket(model.lower(), Moments.from_arrays(stored))
+
+    def _least_bytes(self, *, vocabulary: bool) -> int:
+        """Bytes of a table of nothing but field means."""
+        blocks = len(spans(self.table.blocks))
+        size = 2 * self._centre.size + fixed_bytes(self.schema.width) + (blocks - 1) * fixed_bytes(0)
+        return size + (vocabulary_size_for(self.schema, [0] * self.schema.width) if vocabulary else 0)
 
     def _table(self, limit: int, size: _Size, rate: Rate, row_bits: float) -> CodedTable:
         found: list[Assignment] = allocate(self._sources, limit, size, rate=rate, row_bits=row_bits)
