@@ -31,7 +31,13 @@ def noise(seed: int, purpose: str, *index: int) -> torch.Generator:
 
 
 class Model(nn.Module, ABC):
-    """One table, one head, one loss. ``with_table`` swaps the table and shares the head."""
+    """One table, one head, one loss. ``with_table`` swaps the table and shares the head.
+
+    Attributes:
+        lasting: whether a training ends with the weights of its last epoch, not of the best one on validation.
+    """
+
+    lasting: ClassVar[bool] = False
 
     backbone: Backbone
     schema: Schema

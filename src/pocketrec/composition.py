@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pocketrec.active import ActiveTable, Rule
 from pocketrec.backbone import Model, noise
 from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.imitation import Lesson, imitated, taught
 from pocketrec.masked import initial_model
 from pocketrec.method import Ladder
 from pocketrec.packed import FileBlock, Index, Packed, PackedRange, Storage, file_range, side_size_for, size_for
@@ -402,11 +403,23 @@ class ComposedLadder(Ladder):
         plan: Callable[[Region, int], Plan | None],
         least: Callable[[Region], int],
         train: Callable[[Model], Model] | None = None,
+        lesson: Lesson | None = None,
     ) -> ComposedLadder:
-        """The ladder of a method; by default it trains in the stages of ``training``."""
-        start, _ = initial_model(model, data, run)
-        fit = train or (lambda draft: run.fit(name, draft, data, training or None))
-        return cls(name, start, data, run, scope, order, plan, least, fit)
+        """The ladder of a method; by default it trains in the stages of ``training``.
+
+        With a ``lesson`` the table learns the rows of the given model's table first, and the head starts as trained.
+        """
+        after = train or (lambda draft: run.fit(name, draft, data, training or None))
+        if lesson is None or not lesson.epochs:
+            start, _ = initial_model(model, data, run)
+            return cls(name, start, data, run, scope, order, plan, least, after)
+        start, stages = taught(model), lesson.stages(training, data.schema.task)
+        target = start.table.weight().detach()
+
+        def learn(draft: Model) -> Model:
+            return after(imitated(name, draft, target, data, run, stages))
+
+        return cls(name, start, data, run, scope, order, plan, least, learn)
 
     def at_values(self, values: int) -> ComposedTable:
         """The largest compositions that hold at most ``values`` scalars, each region at most its share.

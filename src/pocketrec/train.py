@@ -409,7 +409,7 @@ class _Loop:
         epoch = Epoch(at.loss_sum / max(1, at.step), metric)
         best = at.history[at.best].metric if at.best >= 0 else None
         at.history.append(epoch)
-        lasting = isinstance(self.model.table, ActiveTable) and self.model.table.lasting
+        lasting = self.model.lasting or (isinstance(self.model.table, ActiveTable) and self.model.table.lasting)
         if lasting or metric is None or best is None or metric > best:
             at.best = at.epoch
             self.best = {name: t.detach().clone() for name, t in _learned(self.model).items()}

@@ -18,6 +18,7 @@ from pocketrec.backbone import Model
 from pocketrec.composition import ComposedLadder, Composition, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
+from pocketrec.imitation import Lesson
 from pocketrec.layouts.factors import encode_factor
 from pocketrec.layouts.hash_mlp import CODES, HashMlpBlock, codes, network_bytes
 from pocketrec.method import Method
@@ -59,6 +60,9 @@ class DHE(Method):
         salt: of the hash functions, at least 0; each block has its own in any case.
         scope: ``block`` has a network for each counted block, ``joint`` one for all rows.
         order: what is hashed: the place in the ``file`` (free), or the ``id`` (4 bytes a row where fields are hashed).
+        imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
+            numbers and a fresh head, as published.
+        imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
         training: stages of training; none for the defaults of the task.
 
     Example:
@@ -83,9 +87,12 @@ class DHE(Method):
     salt: int = 0
     scope: Scope = "block"
     order: Order = "file"
+    imitation: int = 0
+    imitation_rate: float = 0.002
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
+        Lesson(self.imitation, self.imitation_rate)
         object.__setattr__(self, "hidden", tuple(self.hidden))
         if self.hidden and min(self.hidden) < 1:
             raise ConfigError(f"`hidden` must have widths of at least 1, but got hidden={self.hidden}.")
@@ -110,6 +117,7 @@ class DHE(Method):
         return ComposedLadder.of(
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, plan=self.plan, least=self.least,
+            lesson=Lesson(self.imitation, self.imitation_rate),
         )  # fmt: skip
 
     def plan(self, region: Region, values: int) -> DHEPlan | None:

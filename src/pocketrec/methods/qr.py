@@ -15,6 +15,7 @@ from pocketrec.backbone import Model
 from pocketrec.composition import ComposedLadder, Composition, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
+from pocketrec.imitation import Lesson
 from pocketrec.layouts.factors import encode_factor, factor_bytes
 from pocketrec.layouts.product import OPERATIONS, ProductBlock
 from pocketrec.method import Method
@@ -45,6 +46,9 @@ class QR(Method):
         scope: ``block`` has a pair of tables for each counted block, ``joint`` one for all rows.
         order: which ids are neighbours: ``file`` (by fingerprint of the value; free in a file) or ``id`` (in the order
             of first appearance; 4 bytes a row in a file with hashed fields).
+        imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
+            numbers and a fresh head, as published.
+        imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
         training: stages of training; none for the defaults of the task.
 
     Example:
@@ -65,9 +69,12 @@ class QR(Method):
     divisor: int | None = None
     scope: Scope = "block"
     order: Order = "file"
+    imitation: int = 0
+    imitation_rate: float = 0.01
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
+        Lesson(self.imitation, self.imitation_rate)
         for name, known in (
             ("operation", OPERATIONS),
             ("init", ("normal", "uniform")),
@@ -83,6 +90,7 @@ class QR(Method):
         return ComposedLadder.of(
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, plan=self.plan, least=self.least,
+            lesson=Lesson(self.imitation, self.imitation_rate),
         )  # fmt: skip
 
     def plan(self, region: Region, values: int) -> QRPlan | None:

@@ -17,6 +17,7 @@ from pocketrec.backbone import Model
 from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Order, Region, Scope, slots_of
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
+from pocketrec.imitation import Lesson
 from pocketrec.layouts.factors import encode_factor
 from pocketrec.layouts.tensor_train import TensorTrainBlock, core_shapes, row_factors, train_bytes, width_factors
 from pocketrec.method import Method
@@ -50,6 +51,9 @@ class TTRec(Method):
         scope: ``block`` has a train for each counted block, ``joint`` one for all rows.
         order: which ids share slices: neighbours in the ``file`` (free) or by ``id`` (4 bytes a row where fields are
             hashed).
+        imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
+            numbers and a fresh head, as published.
+        imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
         training: stages of training; none for the defaults of the task.
 
     Example:
@@ -71,9 +75,12 @@ class TTRec(Method):
     multiple: int = 8
     scope: Scope = "block"
     order: Order = "file"
+    imitation: int = 0
+    imitation_rate: float = 0.01
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
+        Lesson(self.imitation, self.imitation_rate)
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if not 2 <= self.cores <= 4:
             raise ConfigError(f"`cores` must lie in [2, 4], but got cores={self.cores}.")
@@ -103,6 +110,7 @@ class TTRec(Method):
         return ComposedLadder.of(
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, plan=plan, least=self.least,
+            lesson=Lesson(self.imitation, self.imitation_rate),
             train=lambda draft: self._train(draft, data, run),
         )  # fmt: skip
 
@@ -156,8 +164,10 @@ class TTRec(Method):
         return ranks
 
     def _train(self, draft: Model, data: Dataset, run: Run) -> Model:
-        """Warm up on the cores, fill the cache, train on."""
+        """Warm up on the cores, fill the cache, train on; cache and cores that have learned by imitation just go on."""
         stages = self.training or (Training.default(data.schema.task),)
+        if self.imitation:
+            return run.fit(self.name, draft, data, stages)
         table = cast("ComposedTable", draft.table)
         if self.warm_up and any(cast("TTComposition", part).cached for part in table.parts):
             warming = draft.with_table(_each_part(table, warm=True))

@@ -90,7 +90,12 @@ def compressed(bench: Bench, job: Job, point: Point, choices: Choices, run: Run)
     backbone = build_backbone(grid.backbone(job), _part(point, "backbone."))
     stages = build_training(data.schema.task, grid.training(job).stages(_stage(point)))
     method = build_method(recipe, _part(point, "method."), stages)
-    model = backbone.build(data, job.seed) if method.trains else dense(bench, job, choices)
+    if method.trains:
+        model = backbone.build(data, job.seed)
+        if grid.imitates(job):
+            model.load_state_dict(dense(bench, job, choices).state_dict())
+    else:
+        model = dense(bench, job, choices)
     return compress(model, data, method, job.budget, run=run, bake=grid.data(job).bake and not method.trains)
 
 

@@ -1,0 +1,149 @@
+"""Imitation: a computed table learns the vectors of a trained one, before the loss of its own goes on with it.
+
+A network that computes vectors needs hundreds of passes before they are any good, and each pass of a ranking model
+computes all of them. To fit given vectors needs those of a batch only, so that this start costs a fraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from pocketrec.backbone import ClickModel, Model, RankingModel
+from pocketrec.baked import BakedModel
+from pocketrec.errors import ConfigError, UnsupportedOp
+from pocketrec.program import Program
+from pocketrec.run import Run
+from pocketrec.schema import Task
+from pocketrec.table import DenseTable
+
+if TYPE_CHECKING:
+    from pocketrec.dataset import Dataset
+    from pocketrec.train import Training
+
+COOLING = 5
+"""By how much the learning rate falls for the last quarter of the epochs."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How long a table imitates the trained one.
+
+    Args:
+        epochs: passes over the training rows, at least 0.
+        learning_rate: of the first three quarters.
+    """
+
+    epochs: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or not self.learning_rate > 0:
+            raise ConfigError(
+                "`imitation` must be at least 0 and `imitation_rate` above 0, but got "
+                f"imitation={self.epochs}, imitation_rate={self.learning_rate}."
+            )
+
+    def stages(self, training: Sequence[Training], task: Task) -> tuple[Training, ...]:
+        """The stages, with batches and precision as in the first one of the ``training`` that follows."""
+        from pocketrec.train import Training
+
+        first = training[0] if training else Training.default(task)
+        last = self.epochs // 4
+        parts = ((self.epochs - last, self.learning_rate), (last, self.learning_rate / COOLING))
+        return tuple(
+            replace(first, epochs=n, patience=n, learning_rate=rate, weight_decay=0.0, optimizer="adam")
+            for n, rate in parts
+            if n
+        )
+
+
+def taught(model: Model) -> Model:
+    """The given model, if it has a dense table to learn from.
+
+    Raises:
+        ConfigError: its table is compressed already.
+        UnsupportedOp: it is baked, so that there is nothing to train.
+    """
+    if isinstance(model, BakedModel):
+        raise UnsupportedOp(
+            "A method that trains needs the model before its propagation, but got baked vectors; leave `bake` out."
+        )
+    if not isinstance(model.table, DenseTable):
+        raise ConfigError(f"Imitation needs a model with a dense table, but got {type(model.table).__name__}.")
+    return model
+
+
+def imitated(name: str, draft: Model, target: Tensor, data: Dataset, run: Run, stages: tuple[Training, ...]) -> Model:
+    """``draft`` with the table that has learned ``target (n, D)``; its head as it is."""
+    kind = ImitatedClicks if isinstance(draft, ClickModel) else ImitatedRanks
+    return draft.with_table(run.fit(f"{name}-imitation", kind(draft, target), data, stages).table)
+
+
+class Imitation(Model):
+    """A model whose table learns the rows of a matrix, by how often the training meets them; the head rests.
+
+    The loss is the mean squared error of the rows of a batch, as a share of the matrix's mean square.
+
+    Args:
+        student: around the table that learns; it is left as it is.
+        target: ``(n, D)``.
+    """
+
+    lasting = True
+
+    target: Tensor
+    digest: Tensor
+
+    def __init__(self, student: Model, target: Tensor) -> None:
+        super().__init__()
+        self.backbone = student.backbone
+        self.schema = student.schema
+        self.table = student.table
+        headed = student.with_table(student.table)
+        del headed.table
+        self.student = deepcopy(headed).requires_grad_(False)
+        self.register_buffer("target", target, persistent=False)
+        content = sha256(target.numpy().tobytes()).digest()
+        self.register_buffer("digest", torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+    def batches(
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Those of the student."""
+        return self.student.batches(data, batch_size, seed, epoch, shuffle=shuffle)
+
+    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+        """``mean (e_i - t_i)^2 / mean t^2`` over the ids ``i`` of a batch."""
+        ids = batch[0].long()
+        return (self.table(ids).float() - self.target[ids]).square().mean() / self.target.square().mean()
+
+    def lower(self) -> Program:
+        """The student's head."""
+        return self.student.lower()
+
+
+class ImitatedClicks(Imitation, ClickModel):
+    """A click model's imitation."""
+
+    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """The student's logits ``(B,)``."""
+        return cast("ClickModel", self.student).head(vectors)
+
+
+class ImitatedRanks(Imitation, RankingModel):
+    """A ranking model's imitation."""
+
+    def propagate(self, weight: Tensor) -> Tensor:
+        """The student's final rows."""
+        return cast("RankingModel", self.student).propagate(weight)
+
+    def scores(self, users: Tensor, items: Tensor) -> Tensor:
+        """The student's scores."""
+        return cast("RankingModel", self.student).scores(users, items)
