@@ -20,6 +20,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,17 +107,19 @@ def readers(shape: CriteoShape) -> dict[str, dict[str, Reader]]:
     source = noise(0, "bench")
     tt = TTPlan(ROWS, (125, 125, 128), (2, 2, 4), (128, 96)).build(source)
     plan = DHEPlan(ROWS, (1024, 512, 256, WIDTH), 1_000_000, "uniform", "before", "linear", 1)
-    dhe, hot = plan.build(source), plan.build(noise(0, "bench"))
-    hot.load_state_dict(dhe.state_dict())
     frequent = [rows[: max(1, int(HOT_SHARE * len(rows)))] for rows in shape.order]
-    hot.warm(torch.from_numpy(np.concatenate(frequent)))
+    dhe, hot = plan.build(source), replace(plan, hot=np.sort(np.concatenate(frequent))).build(noise(0, "bench"))
+    hot.load_state_dict(dhe.state_dict())
     dense = torch.nn.Embedding.from_pretrained(torch.from_numpy(shape.weight[:, :WIDTH].copy()))
     qr = QRPlan(ROWS, WIDTH, 5).build(source)
     return {
         "TT-Rec": {"plain": plain_tt(tt), "numpy, from a file": from_file(tt), "ours": tt},
-        "DHE": {"plain": plain_dhe(dhe), "ours": dhe, "ours, 5 % hot": hot},
+        "DHE": {
+            "plain": plain_dhe(dhe), "ours": dhe, "ours, 5 % hot": hot,
+            "numpy, from a file": from_file(dhe), "numpy, from a file, 5 % hot": from_file(hot),
+        },
         "QR": {"dense table": dense, "ours": qr},
-    }
+    }  # fmt: skip
 
 
 def rows_of(samples: list[float], base: list[float] | None) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def models(data: Dataset) -> dict[str, Model]:
     dense = ML_1M.build(data, 0)
     budget = dense.table.values() - int(0.8 * dense.table.values())
     methods = {"QR": QR(), "TT-Rec, no cache": TTRec(cache_share=0), "TT-Rec": TTRec(), "DHE": DHE()}
-    made = {"dense": dense}
+    made: dict[str, Model] = {"dense": dense}
     for name, method in methods.items():
         draft = ML_1M.build(data, 0)
         made[name] = draft.with_table(method.prepare(draft, data, Run(None)).at_values(budget))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import pocketrec as pr
 from pocketrec.active import Rule
@@ -27,12 +28,13 @@ from pocketrec.train import Training, logits
 TRAINING = Training(epochs=4, batch_size=64, learning_rate=1e-2)
 
 
-def books(rows: int = 23, bucket: int = 6, width: int = 4, kept: int = 30) -> PrunedCodebooks:
-    return CERPPlan(rows, width, bucket, kept).build(torch.Generator().manual_seed(0))
+def books(rows: int = 23, bucket: int = 6, width: int = 4, kept: int = 30, operation="add") -> PrunedCodebooks:
+    return CERPPlan(rows, width, bucket, kept, operation).build(torch.Generator().manual_seed(0))
 
 
 def soft(part: PrunedCodebooks, first: float = -6.0, kind="batch", gamma: float = 1.0, eta: float = 100.0):
-    return SoftCodebooks(part, first, Rule(1e-2, 1e-5), _Count(kind, gamma, eta), 1)
+    thresholds = torch.full(part.books.shape, first)
+    return SoftCodebooks(part, thresholds, Rule(1e-2, 1e-5), _Count(kind, gamma, eta), 1)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,54 @@ def test_the_whole_matrix_is_every_look_up(rows, data):
     np.testing.assert_array_equal(part.weight().detach().numpy(), masked[first] + masked[second])
 
 
+@given(st.integers(1, 200), st.data())
+def test_halves_side_by_side_are_one_row_of_each_codebook(rows, data):
+    bucket = data.draw(st.integers(1, rows))
+    part = books(rows, bucket, 6, data.draw(st.integers(0, 3 * sum(codebook_rows(rows, bucket)))), "concat")
+    first, second = codebook_places(np.arange(rows), rows, bucket)
+    masked = np.where(part.keep.numpy(), part.books.detach().numpy(), 0)
+    expected = np.concatenate([masked[first], masked[second]], axis=1)
+    np.testing.assert_array_equal(part.weight().detach().numpy(), expected)
+    np.testing.assert_array_equal(part(torch.arange(rows)).detach().numpy(), expected)
+    assert part.facts() == {}
+    assert part.extra_repr() != books(rows, bucket, 6, 0).extra_repr()
+
+
+def test_halves_side_by_side_reach_sizes_and_files_as_sums_do(clicks, model, tmp_path):
+    small = compress(model, clicks, CERP(operation="concat", training=(TRAINING,)), "sparsity=0.5")
+    total = clicks.schema.rows * 4
+    assert small.values == total - total // 2
+    (part,) = small.table.compositions
+    assert part.books.shape[1] == 2
+    small.save(tmp_path / "x.safetensors")
+    measured = pr.measure(tmp_path / "x.safetensors", clicks.valid, latency=False, predictions=True)
+    np.testing.assert_allclose(measured.logits, logits(small.model, clicks.valid), atol=1e-5)
+    with pytest.raises(ConfigError, match="even width"):
+        compress(DeepFM(dim=3, hidden=(8,)).build(clicks, 0), clicks, CERP(operation="concat"), "sparsity=0.5")
+
+
+@pytest.mark.parametrize("spread", ["constant", "uniform", "normal", "power"])
+def test_first_thresholds_are_the_start_times_a_share_of_their_own(clicks, model, spread, monkeypatch):
+    run, began = Run(None), {}
+    fit = run.fit
+    monkeypatch.setattr(
+        run, "fit", lambda name, start, *rest: began.setdefault(name, start) and fit(name, start, *rest)
+    )
+    method = CERP(start=-20.0, spread=spread, training=(Training(epochs=1, batch_size=512),))
+    compress(model, clicks, method, "sparsity=0.5", run=run)
+    (part,) = began["search"].table.compositions
+    share = part.threshold.detach().double().numpy().reshape(-1) / -20
+    assert 0 <= share.min() <= share.max() <= 1
+    if spread == "constant":
+        np.testing.assert_array_equal(share, 1)
+        return
+    law = {"uniform": stats.uniform.cdf, "power": lambda v: v**2}.get(spread)
+    if law is None:
+        assert (share.min(), share.max()) == (0, 1)
+        law = stats.norm(share.mean(), share.std()).cdf
+    assert stats.kstest(share, law).pvalue > 1e-3
+
+
 @pytest.mark.parametrize(
     ("rows", "width", "bucket", "values"),
     [
@@ -117,8 +167,9 @@ def test_the_default_bucket_holds_the_budget_and_keeps_ids_apart(rows, width, sh
 def test_the_packed_block_reads_as_the_table_and_has_the_size_foretold(rows, data, storage, width):
     bucket = data.draw(st.integers(1, rows))
     kept = data.draw(st.integers(0, width * sum(codebook_rows(rows, bucket))))
-    part = books(rows, bucket, width, kept)
-    block = part.pack(PackedRange("x", 0, rows, 0, width), storage, None)
+    operation = data.draw(st.sampled_from(["add", "concat"]))
+    part = books(rows, bucket, width * (2 if operation == "concat" else 1), kept, operation)
+    block = part.pack(PackedRange("x", 0, rows, 0, part.width), storage, None)
     assert block.size_bytes == pruned_sum_bytes(rows, bucket, width, kept, storage)
     block.check(1)
     again = PrunedSumBlock(**{**block.to_json(), "arrays": block.arrays})
@@ -131,7 +182,9 @@ def test_the_packed_block_reads_as_the_table_and_has_the_size_foretold(rows, dat
 
 def test_a_damaged_block_is_refused():
     block = books().pack(PackedRange("x", 0, 23, 0, 4), "fp32", None)
-    for settings_ in ({"slots": 23, "bucket": 0, "kept": 30}, {"slots": 23, "bucket": 6, "kept": 10**6}):
+    sound = {"slots": 23, "bucket": 6, "kept": 30}
+    for change in ({"bucket": 0}, {"kept": 10**6}, {"operation": "div"}, {"operation": "concat"}):
+        settings_ = {**sound, **change}
         with pytest.raises(ArtifactError, match="impossible shape"):
             PrunedSumBlock(**{**block.to_json(), "settings": settings_, "arrays": block.arrays}).check(1)
     arrays = {**block.arrays, "values": block.arrays["values"][1:]}
@@ -293,8 +346,10 @@ def test_the_overlap_of_a_table_is_the_mean_of_its_blocks_by_rows(visits):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"bucket": 0}, {"slack": 1.0}, {"gamma": -1.0}, {"eta": 0.0}, {"reach": 0.7}, {"clip": -1.0}]
-)
+    "bad",
+    [{"bucket": 0}, {"slack": 1.0}, {"gamma": -1.0}, {"eta": 0.0}, {"reach": 0.7}, {"clip": -1.0},
+     {"operation": "mult"}, {"spread": "xavier"}],
+)  # fmt: skip
 def test_settings_out_of_range_are_named(bad):
     (name,) = bad
     with pytest.raises(ConfigError, match=f"`{name}` must"):

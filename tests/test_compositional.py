@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -389,6 +390,47 @@ def test_the_cache_starts_as_the_cores_say_and_is_then_read():
     assert not part.cache.requires_grad
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 59), max_size=40), st.integers(0, 99))
+def test_a_cache_by_accesses_holds_the_slots_that_were_looked_up_most_in_the_warm_up(slots, seed):
+    planned = np.sort(np.random.default_rng(seed).choice(60, 5, replace=False))
+    plan = TTPlan(60, (3, 4, 5), (2, 2, 2), (3, 3), cached=planned, tallied=True)
+    part, plain = plan.build(noise(0, "tt")), replace(plan, tallied=False).build(noise(0, "tt"))
+    assert part.extra_repr() == plain.extra_repr()
+    assert plain.accesses is None
+    part.fill(warm=True)
+    for start in range(0, len(slots), 7):
+        part(torch.tensor(slots[start : start + 7]))
+        with torch.no_grad():
+            part(torch.arange(60))
+    part.weight()
+    times = np.bincount(slots, minlength=60)
+    assert part.accesses.tolist() == times.tolist()
+    part.fill(warm=False)
+    chosen = sorted(range(60), key=lambda i: (-times[i], i not in planned, i))[:5]
+    assert part.cached_slots.tolist() == sorted(chosen)
+    part(torch.arange(60))
+    assert part.accesses.tolist() == times.tolist()
+    with torch.no_grad():
+        part.cache.copy_(torch.arange(5)[:, None].expand(5, 8))
+        torch.testing.assert_close(part(part.cached_slots), part.cache)
+    torch.testing.assert_close(part.weight()[part.cached_slots], part.cache)
+    np.testing.assert_allclose(in_file(part, 60, 8), part.weight().detach().numpy(), atol=1e-6)
+
+
+def test_accesses_of_click_data_are_the_counts_times_epochs(clicks, model):
+    method = TTRec(cache_by="accesses", warm_up=2, training=TRAINING)
+    run = Run(None)
+    draft = model.with_table(method.prepare(model, clicks, run).at_values(model.table.values() // 2))
+    (part,) = draft.table.compositions
+    (ended,) = method._train(draft, clicks, run).table.compositions
+    slots = slots_of(draft.table.regions[0], clicks, "file")
+    times = np.bincount(slots[clicks.train.ids.reshape(-1)], minlength=clicks.schema.rows)
+    np.testing.assert_array_equal(ended.accesses.numpy() % times.clip(1), 0)
+    assert set((ended.accesses.numpy()[times > 0] // times[times > 0]).tolist()) <= {1, 2}
+    assert set(ended.cached_slots.tolist()) == set(part.plan.cached.tolist())
+
+
 @settings(deadline=None)
 @given(st.integers(0, most_slots(1_000_000) - 1), st.integers(0, 2**40))
 def test_hashes_are_exact(slot, salt):
@@ -486,23 +528,56 @@ def test_dhe_trains_on_the_statistics_of_distinct_ids_and_survives_a_single_one(
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 39), max_size=12), st.lists(st.integers(0, 39), min_size=1, max_size=12))
-def test_kept_vectors_of_dhe_change_nothing_and_go_with_the_next_step(hot, slots):
-    part: DHEComposition = DHEPlan(40, (16, 9, 6), 1000, "uniform", "before", "linear", 3).build(noise(0, "dhe"))
-    ids = torch.tensor(slots)
-    part.warm(torch.tensor(hot, dtype=torch.int64))
-    assert part.hot is not None
-    assert len(part.hot[1]) == len(set(hot))
+@given(st.sets(st.integers(0, 39), max_size=12), st.lists(st.integers(0, 39), min_size=1, max_size=12))
+def test_hot_vectors_of_dhe_are_read_from_memory_and_follow_the_network(hot, slots):
+    plan = DHEPlan(40, (16, 9, 6), 1000, "uniform", "before", "linear", 3)
+    part: DHEComposition = replace(plan, hot=np.array(sorted(hot), np.int64)).build(noise(0, "dhe"))
+    assert part.plan == plan
+    ids, calls, network = torch.tensor(slots), [], part._network
+    part._network = lambda x: calls.append(len(x)) or network(x)  # type: ignore[method-assign]
+    cold = len(set(slots) - hot)
     with torch.no_grad():
-        torch.testing.assert_close(part(ids), part.weight()[ids])
-        part.hot[1].add_(1)
-        read = part(ids) - part.weight()[ids]
-        expected = torch.tensor([[float(i in hot)] for i in slots]).expand(-1, 6)
-        torch.testing.assert_close(read, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(part(ids), part.weight()[ids])
-    part.observe()
-    with torch.no_grad():
-        torch.testing.assert_close(part(ids), part.weight()[ids])
+        expected = network(part.store.of(ids))
+        for known in ([len(hot)] if hot else [], []):
+            torch.testing.assert_close(part(ids), expected)
+            assert calls == known + [cold] * (cold > 0)
+            calls.clear()
+        part.biases[-1] += 1
+        torch.testing.assert_close(part(ids), expected + 1)
+        part.norms[0].running_mean += 1
+        torch.testing.assert_close(part(ids), network(part.store.of(ids)))
+        calls.clear()
+    part(ids)
+    part.drawn()(ids)
+    assert calls == [len(set(slots))] * 2
+    np.testing.assert_allclose(in_file(part, 40, 6), part.weight().detach().numpy(), atol=2e-5)
+
+
+def test_hot_rows_of_dhe_are_the_frequent_ones_and_cost_four_bytes_each_in_a_file(clicks, model, tmp_path):
+    sizes, files = {}, {}
+    for hot in (0, 7, 10**9):
+        method = DHE(hidden=(9,), functions=16, hot=hot, training=TRAINING)
+        small = compress(model, clicks, method, "sparsity=0.5")
+        (part,), files[hot] = small.table.compositions, tmp_path / f"{hot}.safetensors"
+        small.save(files[hot])
+        sizes[hot] = small.sizes["table"]
+        frequent = np.argsort(-clicks.counts, kind="stable")[:hot]
+        slots = slots_of(small.table.regions[0], clicks, "file")
+        np.testing.assert_array_equal(part.plan.hot, np.sort(slots[frequent]))
+        with pytest.raises(BudgetError) as caught:
+            method.prepare(model, clicks, Run(None)).at_bytes(10, "fp32")
+        assert caught.value.least_bytes == sizes[hot]
+    assert sizes[7] - sizes[0] == 4 * 7
+    assert sizes[10**9] - sizes[0] == 4 * clicks.schema.rows
+    read = {}
+    for hot, path in files.items():
+        recommender = pr.open(path)
+        rows = recommender.artifact.vocabulary.file_rows(clicks.hashes)[clicks.valid.ids[:200]]
+        first = recommender.logits(rows)
+        np.testing.assert_array_equal(first, recommender.logits(rows))
+        read[hot] = first
+    for hot in (7, 10**9):
+        np.testing.assert_allclose(read[hot], read[0], atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -732,6 +807,39 @@ def test_every_code_is_the_nearest_on_an_even_grid(seed, bits, scale, constant):
         np.testing.assert_array_equal(found[:, constant], 0.25)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 8), st.sampled_from(["column", "block"]), st.floats(-3, 3))
+def test_a_rounded_zero_point_has_zero_on_its_grid(seed, bits, scale, shift):
+    random = np.random.default_rng(seed)
+    schema = Schema("ctr", (Field("a", 9, 0), Field("b", 4, 9)))
+    weight = (random.normal(size=(13, 4)) + shift).astype(np.float32)
+    table = QuantisedTable(schema, (Block("embedding", 0, 13, 0, 4),), weight, bits, scale, "rounded")
+    found = table.weight().numpy()
+    for field in schema.fields:
+        rows = slice(field.offset, field.stop)
+        for c in range(4):
+            group = weight if scale == "block" else weight[rows, c]
+            low, high = float(group.min()), float(group.max())
+            step = (high - low) / (2**bits - 1)
+            zero = round(-low / step)
+            place = found[rows, c] / step
+            np.testing.assert_allclose(place, np.rint(place), atol=1e-2)
+            codes = np.clip(np.rint((weight[rows, c] + zero * step) / step), 0, 2**bits - 1)
+            near = np.abs((weight[rows, c] / step) % 1 - 0.5) < 1e-3
+            np.testing.assert_allclose(found[rows, c][~near], ((codes - zero) * step)[~near], atol=1e-4)
+            assert np.abs(found[rows, c] - weight[rows, c]).max() <= step * (1 + 1e-3)
+    np.testing.assert_array_equal(in_file_of(table), found)
+
+
+def in_file_of(table: QuantisedTable) -> np.ndarray:
+    """All vectors of a quantised table, through the arrays of a file."""
+    packed = table.pack()
+    again = Packed.from_arrays(packed.meta(), packed.arrays())
+    fields = table.schema.fields
+    parts = [again.lookup(np.arange(f.offset, f.stop)[:, None], np.array([i])) for i, f in enumerate(fields)]
+    return np.concatenate(parts)[:, 0]
+
+
 def test_quantised_tables_are_within_half_a_step(clicks, model):
     weight = model.table.weight().detach()
     for bits in (8, 4):
@@ -779,6 +887,9 @@ def test_bad_words_are_refused(settings):
         (TTRec, {"ranks": (4, 0)}),
         (TTRec, {"ranks": (4, 4), "cores": 2}),
         (DHE, {"hidden": (8, 0)}),
+        (DHE, {"hot": -1}),
+        (TTRec, {"cache_by": "luck"}),
+        (PTQ, {"zero": "none"}),
     ],
 )
 def test_fixed_configurations_out_of_range_are_named(method, bad):

@@ -32,6 +32,7 @@ from pocketrec.evolution import (
 from pocketrec.method import compress
 from pocketrec.methods.opt_embed import OptEmbed
 from pocketrec.methods.opt_embed_d import OptEmbedD
+from pocketrec.randomness import generator
 from pocketrec.run import Run
 from pocketrec.schema import Field, Schema
 from pocketrec.table import Block, DenseTable
@@ -185,13 +186,40 @@ def test_evolution_is_elitist_and_finds_the_best_of_an_easy_figure():
     np.testing.assert_array_equal(found["genes"], again["genes"])
 
 
-def test_an_evolution_that_is_cut_short_goes_on_to_the_same_end():
+def test_the_original_search_forgets_all_but_the_best():
+    longest, sizes, seen = np.full(6, 8), np.array([5, 4, 3, 2, 1, 1]), []
+
+    def judged(young):
+        figures = [float((genes**0.3) @ (genes % 3)) for genes in young]
+        seen.append((young, figures))
+        return figures
+
+    evolution = Evolution(generations=12, patience=12, kind="original", mutation=0.0)
+    found = evolution.search(longest, sizes, 60, judged, 0, Kept())
+    best = [max(figures) for _, figures in seen]
+    assert found["figures"].tolist() == np.maximum.accumulate(best).tolist()
+    assert judged([found["genes"]])[0] == max(best)
+    parents = [p for _, p in sorted(zip(seen[3][1], seen[3][0], strict=True), key=lambda pair: -pair[0])[:15]]
+    odds = {8: evolution._odds(8, 60 / 16)}
+    children = evolution._children(np.array(parents), longest, odds, generator(0, "evolution", 4))
+    for child in children[:10]:
+        assert any(
+            np.array_equal(child, np.r_[one[:cut], other[cut:]])
+            for one in parents for other in parents for cut in range(7)
+        )  # fmt: skip
+    assert Evolution().to_json() == {k: v for k, v in evolution.to_json().items() if k != "kind"} | {
+        "generations": 30, "patience": 8, "mutation": 0.1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["elitist", "original"])
+def test_an_evolution_that_is_cut_short_goes_on_to_the_same_end(kind):
     longest, sizes = np.full(6, 8), np.array([5, 4, 3, 2, 1, 1])
 
     def judged(young):
         return [float((genes**0.3).sum()) for genes in young]
 
-    evolution = Evolution(generations=9, patience=9)
+    evolution = Evolution(generations=9, patience=9, kind=kind)
     whole = evolution.search(longest, sizes, 60, judged, 3, Kept())
     for stop in range(1, 9):
         cut = Kept(stop=stop)

@@ -102,6 +102,27 @@ def slots_of(region: Region, data: Dataset, order: Order) -> NDArray[np.int64]:
     return slots
 
 
+class Frequent:
+    """Slots of regions, the most frequent in training first; each is sorted once.
+
+    Args:
+        data: It has counted its rows.
+        order: What a slot is, see :func:`slots_of`.
+    """
+
+    def __init__(self, data: Dataset, order: Order) -> None:
+        self._data = data
+        self._order: Order = order
+        self._known: dict[Region, NDArray[np.int64]] = {}
+
+    def of(self, region: Region) -> NDArray[np.int64]:
+        """All slots of a region, ``(rows,)``; those of equal frequency in the order of their rows."""
+        if region not in self._known:
+            order = np.argsort(-self._data.counts[region.start : region.stop], kind="stable")
+            self._known[region] = slots_of(region, self._data, self._order)[order]
+        return self._known[region]
+
+
 class Composition(nn.Module, ABC):
     """Computes the vectors of ``rows`` slots from its parameters.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ Odds = Mapping[int, NDArray[np.float64]]
 By = Literal["field", "row"]
 Rows = Literal["field", "feature"]
 Sampling = Literal["alpha", "uniform"]
+Search = Literal["elitist", "original"]
 
 
 def mean_length(alpha: float, longest: int) -> float:
@@ -334,6 +335,9 @@ class Evolution:
     In every generation the best ``parents`` of all so far have ``children`` by crossover (each gene from either of two)
     and as many by mutation (each gene drawn again with probability ``mutation``). A candidate that is too large loses
     columns of random units, one that is too small gains some.
+
+    The ``original`` search has no memory but of the best candidate: parents come from the last generation alone, and
+    crossover takes the genes up to a random place from one parent, those behind it from the other.
     """
 
     population: int = 20
@@ -343,13 +347,20 @@ class Evolution:
     mutation: float = 0.1
     patience: int = 8
     sampling: Sampling = "alpha"
+    kind: Search = "elitist"
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Search):
+            raise ConfigError(f"`search` must be one of {', '.join(get_args(Search))}, but got {self.kind!r}.")
         for name in ("population", "generations", "parents", "children", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 1, but got {name}={getattr(self, name)}.")
         if not 0 <= self.mutation <= 1:
             raise ConfigError(f"`mutation` must lie in [0, 1], but got mutation={self.mutation}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """What the result of a search depends on; the elitist kind goes without saying."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("kind", "elitist")}
 
     def search(
         self,
@@ -374,18 +385,22 @@ class Evolution:
         state = checkpoint.load() or {}
         best, scores = state.get("genes", np.zeros((0, len(longest)), np.int64)), state.get("scores", np.zeros(0))
         figures = state.get("figures", np.zeros(0)).tolist()
+        champion = state.get("champion", best[:1])
         while len(figures) < self.generations and not self._stale(figures):
             random = generator(seed, "evolution", len(figures))
             drawn = self._children(best, longest, odds, random) if len(best) else self._first(longest, odds, random)
             young = [fitted(genes, longest, sizes, most, random) for genes in drawn]
-            pool = np.concatenate([best, young])
-            scores = np.concatenate([scores, judged(young)])
+            memory = len(best) if self.kind == "elitist" else 0
+            pool = np.concatenate([best[:memory], young])
+            scores = np.concatenate([scores[:memory], judged(young)])
             order = np.argsort(-scores, kind="stable")[: self.parents]
             best, scores = pool[order], scores[order]
-            figures.append(float(scores[0]))
+            if not figures or scores[0] > figures[-1]:
+                champion = best[:1]
+            figures.append(max([float(scores[0]), *figures[-1:]]))
             if checkpoint.due():
-                checkpoint.save({"genes": best, "scores": scores, "figures": np.array(figures)})
-        return {"genes": best[0], "figures": np.array(figures)}
+                checkpoint.save({"genes": best, "scores": scores, "figures": np.array(figures), "champion": champion})
+        return {"genes": champion[0], "figures": np.array(figures)}
 
     def _stale(self, figures: list[float]) -> bool:
         return len(figures) > self.patience and figures[-1] <= figures[-1 - self.patience]
@@ -410,7 +425,11 @@ class Evolution:
         children = []
         for _ in range(self.children):
             one, other = best[random.integers(len(best), size=2)]
-            children.append(np.where(random.random(len(one)) < 0.5, one, other))
+            if self.kind == "elitist":
+                first = random.random(len(one)) < 0.5
+            else:
+                first = np.arange(len(one)) < random.integers(len(one) + 1)
+            children.append(np.where(first, one, other))
         for _ in range(self.children):
             one = best[random.integers(len(best))]
             children.append(np.where(random.random(len(one)) < self.mutation, self._draw(longest, odds, random), one))
@@ -511,7 +530,12 @@ class EvolvedLadder(Ladder):
     def _keep(self, values: int) -> NDArray[np.bool_]:
         """Entries that the best lengths for a budget keep, ``(n, D)``."""
         on = self._rows(values)
-        key = {"net": fingerprint(self.net), "values": values, "evolution": asdict(self.evolution), "drops": self.drops}
+        key = {
+            "net": fingerprint(self.net),
+            "values": values,
+            "evolution": self.evolution.to_json(),
+            "drops": self.drops,
+        }
         sizes = self.units.sizes(on)
         if int(sizes.sum()) == 0:
             return np.zeros(self.dense.matrix.shape, dtype=bool)

@@ -9,7 +9,7 @@ Hash ``j`` of slot ``i`` is ``h_j = ((a_j (i + 1) + b_j) mod p_j) mod buckets`` 
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -95,8 +95,9 @@ class HashMlpBlock(ComposedBlock):
     """``e_i = f(code(i))`` with linear layers and Mish between them, normalisation folded in.
 
     Settings: ``slots``, ``functions``, ``buckets``, ``salt``, ``code``, ``hidden`` (widths), ``end`` (what follows the
-    last layer: nothing, Mish, or Mish and then ``gain`` and ``shift``). Factors: ``weight<l> (in, out)``; float32
-    ``bias<l> (out,)``.
+    last layer: nothing, Mish, or Mish and then ``gain`` and ``shift``), perhaps ``hot``. Factors: ``weight<l>
+    (in, out)``; float32 ``bias<l> (out,)``; rising ``hot (hot,)`` (uint32), slots whose vectors are computed at the
+    first look-up and stay in memory.
     """
 
     @property
@@ -117,6 +118,7 @@ class HashMlpBlock(ComposedBlock):
         numbers = whole(s, "slots", "functions", "salt") and whole(s, "buckets") and 2 <= s["buckets"] <= 10**7
         listed = isinstance(hidden, list | tuple) and all(type(w) is int and 0 < w < 2**31 for w in hidden)
         numbers = numbers and s["slots"] <= most_slots(s["buckets"])
+        numbers = numbers and type(hot := s.get("hot", 0)) is int and 0 <= hot <= s["slots"]
         return known and numbers and listed and (s["code"] == "uniform" or s["functions"] % 2 == 0)
 
     def factors(self) -> dict[str, Shape]:
@@ -128,10 +130,29 @@ class HashMlpBlock(ComposedBlock):
         plain: dict[str, Any] = {f"bias{i}": (np.float32, (w,)) for i, w in enumerate(self.widths[1:])}
         if self.settings["end"] == "mish_affine":
             plain |= {name: (np.float32, (self.width,)) for name in ("gain", "shift")}
+        if hot := self.settings.get("hot", 0):
+            plain["hot"] = (np.uint32, (hot,))
         return plain
 
     def vectors(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Slots ``(m,)`` -> vectors ``(m, width)``."""
+        """Slots ``(m,)`` -> vectors ``(m, width)``; those of hot slots from memory."""
+        if "hot" not in self.arrays:
+            return self._computed(slots)
+        known = self.arrays["hot"]
+        place = np.minimum(np.searchsorted(known, slots), len(known) - 1)
+        hit = known[place] == slots
+        out = np.empty((len(slots), self.width), np.float32)
+        out[hit] = self._kept[place[hit]]
+        out[~hit] = self._computed(slots[~hit])
+        return out
+
+    @cached_property
+    def _kept(self) -> NDArray[np.float32]:
+        """Vectors of the hot slots."""
+        return self._computed(self.arrays["hot"].astype(np.int64))
+
+    def _computed(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Vectors by the network."""
         s = self.settings
         layers = [(self.factor(f"weight{i}"), self.arrays[f"bias{i}"]) for i in range(len(self.widths) - 1)]
         out = np.empty((len(slots), self.width), np.float32)

@@ -1,14 +1,15 @@
 """Layout ``pruned_sum``: the vector of a slot is the sum of one row of each of two pruned codebooks.
 
 With ``b`` rows in the first codebook and ``c = ceil(slots / b)``, slot ``i`` reads row ``i mod b`` of the first and row
-``i div c`` of the second, which has ``ceil(slots / c)`` rows. Both lie behind each other in one block of layout
-``bitmap`` in which every row is present, so that its size depends on the number of kept entries alone.
+``i div c`` of the second, which has ``ceil(slots / c)`` rows; with the operation ``concat`` its vector is not their sum
+but both side by side, each of half the width. The codebooks lie behind each other in one block of layout ``bitmap`` in
+which every row is present, so that its size depends on the number of kept entries alone.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,27 @@ from numpy.typing import NDArray
 from pocketrec.errors import ConfigError, DivergedError
 from pocketrec.layouts.factors import ComposedBlock, Shape, whole
 from pocketrec.packed import DTYPES, PackedBlock, Storage, mask_bytes, size_for, stride_for
+
+Operation = Literal["add", "concat"]
+
+OPERATIONS: tuple[str, ...] = get_args(Operation)
+
+
+def part_width(width: int, operation: str) -> int:
+    """Columns of a codebook.
+
+    Raises:
+        ConfigError: Two halves do not make up the width.
+
+    Example:
+        >>> part_width(16, "add"), part_width(16, "concat")
+        (16, 8)
+    """
+    if operation != "concat":
+        return width
+    if width % 2:
+        raise ConfigError(f"`operation='concat'` needs an even width, but a block has {width} columns.")
+    return width // 2
 
 
 def codebook_rows(slots: int, bucket: int) -> tuple[int, int]:
@@ -71,7 +93,7 @@ def encode_pruned(
 
 
 class PrunedSumBlock(ComposedBlock):
-    """See the module. Settings: ``slots``, ``bucket`` and ``kept``, the number of stored values.
+    """See the module. Settings: ``slots``, ``bucket``, ``kept`` (the number of stored values), perhaps ``operation``.
 
     Arrays: those of a ``bitmap`` block of both codebooks; int8 has a scale for each codebook and column.
     """
@@ -86,7 +108,9 @@ class PrunedSumBlock(ComposedBlock):
         kept = self.settings.get("kept")
         if not whole(self.settings, "slots", "bucket") or type(kept) is not int:
             return False
-        return self.settings["bucket"] <= self.slots and 0 <= kept <= self._rows * self.width
+        if self._operation not in OPERATIONS or (self._operation == "concat" and self.width % 2):
+            return False
+        return self.settings["bucket"] <= self.slots and 0 <= kept <= self._rows * self._part
 
     def factors(self) -> dict[str, Shape]:
         """None: a pruned codebook is no matrix."""
@@ -96,19 +120,28 @@ class PrunedSumBlock(ComposedBlock):
         """The arrays of the bitmap block."""
         kept = self.settings["kept"]
         arrays: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {"values": (DTYPES[self.storage], (kept,))}
-        if kept < self._rows * self.width:
-            arrays["masks"] = (np.uint8, (self._rows * mask_bytes(self.width),))
+        if kept < self._rows * self._part:
+            arrays["masks"] = (np.uint8, (self._rows * mask_bytes(self._part),))
             arrays["offsets"] = (np.uint32, (-(-self._rows // self._stride),))
         if self.storage == "int8":
-            arrays["scale"] = (np.float32, (2, self.width))
+            arrays["scale"] = (np.float32, (2, self._part))
         return arrays
 
     def vectors(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
         """Slots ``(m,)`` -> vectors ``(m, width)``."""
-        out = np.zeros((2, len(slots), self.width), np.float32)
+        out = np.zeros((2, len(slots), self._part), np.float32)
         for book, places in enumerate(codebook_places(slots, self.slots, self.settings["bucket"])):
             self._books.read(places, np.full(len(slots), book, np.int32), out[book])
-        return out[0] + out[1]
+        return np.concatenate(list(out), axis=1) if self._operation == "concat" else out[0] + out[1]
+
+    @property
+    def _operation(self) -> Any:
+        return self.settings.get("operation", "add")
+
+    @property
+    def _part(self) -> int:
+        """Columns of a codebook."""
+        return part_width(self.width, self._operation)
 
     @property
     def _rows(self) -> int:
@@ -116,10 +149,10 @@ class PrunedSumBlock(ComposedBlock):
 
     @property
     def _stride(self) -> int:
-        return stride_for(self._rows, self.width, self.settings["kept"], self.storage)
+        return stride_for(self._rows, self._part, self.settings["kept"], self.storage)
 
     @cached_property
     def _books(self) -> PackedBlock:
         """Both codebooks as a table of their own."""
         arrays = {name: array for name, array in self.arrays.items() if name != "slots"}
-        return PackedBlock(self.name, 0, self._rows, 0, self.width, "bitmap", self.storage, self._stride, arrays)
+        return PackedBlock(self.name, 0, self._rows, 0, self._part, "bitmap", self.storage, self._stride, arrays)

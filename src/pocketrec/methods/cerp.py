@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -14,12 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec.active import Rule
-from pocketrec.backbone import Model
+from pocketrec.backbone import Model, noise
 from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.initial import xavier
-from pocketrec.layouts.pruned_sum import PrunedSumBlock, codebook_rows, encode_pruned, pruned_sum_bytes
+from pocketrec.layouts.pruned_sum import (
+    OPERATIONS,
+    Operation,
+    PrunedSumBlock,
+    codebook_rows,
+    encode_pruned,
+    part_width,
+    pruned_sum_bytes,
+)
 from pocketrec.masked import Head, Restart, restarted, search_training
 from pocketrec.method import Method
 from pocketrec.packed import PackedRange, Storage
@@ -29,11 +37,17 @@ from pocketrec.soft import Falls, check_search, first_threshold, rising_rate, sh
 from pocketrec.train import Training
 
 Regulariser = Literal["batch", "rowwise"]
+Spread = Literal["constant", "uniform", "normal", "power"]
+
+POWER = 2.0
+"""Exponent ``a`` of the density ``a v^(a - 1)`` on [0, 1] from which ``spread="power"`` draws."""
 
 
 @dataclass(frozen=True)
 class CERP(Method):
     """Every vector is the sum of two codebook rows, ``e_i = P[i mod b] + Q[i div ceil(n / b)]``, both pruned.
+
+    Or, with ``operation="concat"``, two rows of half the width side by side.
 
     In the search, each entry of the codebooks has a soft threshold of its own, lifted as in PEP, and the loss has the
     term ``-gamma / 2^epoch sum |tanh(eta e)|^2`` over the vectors of the batch: a smooth count of their non-zeros,
@@ -41,6 +55,7 @@ class CERP(Method):
     start again from their first values. Bucket and search belong to one budget.
 
     Args:
+        operation: how two rows become a vector: ``add``, or ``concat`` (two halves side by side).
         bucket: rows ``b`` of each codebook, at least 1; by default from the budget.
         slack: values of both codebooks over the values kept, above 1, for the default bucket.
         regulariser: vectors that are counted: those of the ``batch``, or the row-by-row sums of the codebooks
@@ -48,6 +63,8 @@ class CERP(Method):
         gamma: its weight in the first epoch, at least 0.
         eta: steepness of the count, above 0.
         start: first ``s`` of the thresholds, below 0; by default they start at 1/20 of the mean first magnitude.
+        spread: first ``s`` of each single threshold: ``start`` for all (``constant``), or ``start`` times a number of
+            its own in [0, 1]: ``uniform``, ``normal`` (scaled to that range) or ``power`` (density ``2 v``).
         reach: threshold at the end of the search, in (0, 0.5]; only where ``threshold_rate`` is left open.
         threshold_rate: learning rate of ``s``, above 0; by default such that the threshold rises to ``reach``.
         threshold_decay: weight decay of ``s``, above 0: nothing is pruned without.
@@ -74,12 +91,14 @@ class CERP(Method):
     name: ClassVar[str] = "cerp"
     trains: ClassVar[bool] = True
 
+    operation: Operation = "add"
     bucket: int | None = None
     slack: float = 1.25
     regulariser: Regulariser = "batch"
     gamma: float = 1e-4
     eta: float = 100.0
     start: float | None = None
+    spread: Spread = "constant"
     reach: float = 0.3
     threshold_rate: float | None = None
     threshold_decay: float = 1e-5
@@ -94,6 +113,9 @@ class CERP(Method):
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, known in (("operation", OPERATIONS), ("spread", get_args(Spread))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
         if self.bucket is not None and self.bucket < 1:
             raise ConfigError(f"`bucket` must be at least 1, but got bucket={self.bucket}.")
         if not 1 < self.slack < math.inf:
@@ -115,12 +137,13 @@ class CERP(Method):
 
     def plan(self, region: Region, values: int) -> CERPPlan:
         """The codebooks of a region, and how many of their entries are kept."""
-        bucket = self.bucket_of(region.rows, region.width, values)
-        kept = min(values, sum(codebook_rows(region.rows, bucket)) * region.width)
-        return CERPPlan(region.rows, region.width, bucket, kept)
+        width = part_width(region.width, self.operation)
+        bucket = self.bucket_of(region.rows, width, values)
+        kept = min(values, sum(codebook_rows(region.rows, bucket)) * width)
+        return CERPPlan(region.rows, region.width, bucket, kept, self.operation)
 
     def bucket_of(self, rows: int, width: int, values: int) -> int:
-        """Rows of each codebook: both hold ``slack * values`` entries, and no two ids share both rows."""
+        """Rows of ``width`` of each codebook: both hold ``slack * values`` entries; no two ids share both rows."""
         if self.bucket is not None:
             return min(self.bucket, rows)
         bucket = max(math.ceil(self.slack * values / (2 * width)), math.isqrt(max(0, rows - 1)) + 1)
@@ -135,7 +158,9 @@ class CERP(Method):
         search = search_training(self.training, data.schema.task, self.search_epochs)
         steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))
         plain = draft.table.weight().detach()
-        soft = table.with_parts([self._soft(part, steps) for part in drafts], plain)
+        sources = [noise(run.seed, "thresholds", i) for i in range(len(drafts))]
+        softened = [self._soft(part, steps, source) for part, source in zip(drafts, sources, strict=True)]
+        soft = table.with_parts(softened, plain)
         net = run.fit("search", draft.with_table(soft), data, search)
         found = cast("ComposedTable", net.table)
         searched = [cast("SoftCodebooks", part) for part in found.compositions]
@@ -150,14 +175,27 @@ class CERP(Method):
         pruned = table.with_parts(chosen, plain if self.head == "initial" else start.table.weight().detach())
         return run.fit("retrain", start.with_table(pruned), data, self.training or None)
 
-    def _soft(self, part: PrunedCodebooks, steps: int) -> SoftCodebooks:
+    def _soft(self, part: PrunedCodebooks, steps: int, source: torch.Generator) -> SoftCodebooks:
         """The codebooks of a draft, ready for the search."""
         first = first_threshold(part.books.detach()) if self.start is None else self.start
         rate = self.threshold_rate or rising_rate(first, self.reach, steps)
         count = _Count(self.regulariser, self.gamma, self.eta)
-        soft = SoftCodebooks(part, first, Rule(rate, self.threshold_decay), count, max(1, steps // self.checks))
+        thresholds = first * spread_of(part.books.shape, self.spread, source)
+        soft = SoftCodebooks(part, thresholds, Rule(rate, self.threshold_decay), count, max(1, steps // self.checks))
         soft.clip = self.clip
         return soft
+
+
+def spread_of(shape: tuple[int, ...], spread: Spread, source: torch.Generator) -> Tensor:
+    """Numbers in [0, 1] that the first threshold is multiplied with."""
+    if spread == "constant":
+        return torch.ones(shape)
+    if spread == "normal":
+        drawn = torch.empty(shape).normal_(generator=source)
+        low, high = drawn.min(), drawn.max()
+        return (drawn - low) / (high - low).clamp_min(1e-12)
+    drawn = torch.empty(shape).uniform_(generator=source)
+    return drawn if spread == "uniform" else drawn ** (1 / POWER)
 
 
 @dataclass(frozen=True)
@@ -168,6 +206,7 @@ class CERPPlan:
     width: int
     bucket: int
     kept: int
+    operation: Operation = "add"
 
     @property
     def values(self) -> int:
@@ -176,25 +215,31 @@ class CERPPlan:
 
     def size_bytes(self, storage: Storage) -> int:
         """Bytes of both codebooks in a file."""
-        return pruned_sum_bytes(self.rows, self.bucket, self.width, self.kept, storage)
+        width = part_width(self.width, self.operation)
+        return pruned_sum_bytes(self.rows, self.bucket, width, self.kept, storage)
 
     def build(self, source: torch.Generator) -> PrunedCodebooks:
         """Codebooks freshly drawn, Xavier-uniform each; until the search has chosen, the largest entries are kept."""
-        books = torch.empty(sum(codebook_rows(self.rows, self.bucket)), self.width)
+        width = part_width(self.width, self.operation)
+        books = torch.empty(sum(codebook_rows(self.rows, self.bucket)), width)
         xavier(books[: self.bucket], source)
         xavier(books[self.bucket :], source)
         keep = largest(ordered(books.abs().numpy().reshape(-1)), self.kept).reshape(books.shape)
-        return PrunedCodebooks(self.rows, self.bucket, books, torch.from_numpy(keep))
+        return PrunedCodebooks(self.rows, self.bucket, books, torch.from_numpy(keep), self.operation)
 
 
 class Codebooks(Composition):
-    """Sums of two rows of one matrix ``books``: the first codebook, and the second behind it."""
+    """Sums of two rows of one matrix ``books``: the first codebook, and the second behind it.
 
-    def __init__(self, rows: int, bucket: int, books: Tensor) -> None:
+    With ``operation="concat"`` the rows are halves, side by side.
+    """
+
+    def __init__(self, rows: int, bucket: int, books: Tensor, operation: Operation = "add") -> None:
         super().__init__()
         self.rows = rows
-        self.width = books.shape[1]
+        self.width = books.shape[1] * (2 if operation == "concat" else 1)
         self.bucket = bucket
+        self.operation: Operation = operation
         self.share = -(-rows // bucket)
         self.books = nn.Parameter(books)
 
@@ -208,19 +253,25 @@ class Codebooks(Composition):
 
     def forward(self, slots: Tensor) -> Tensor:
         """Slots ``(m,)`` -> ``(m, width)``."""
-        return self.read(slots % self.bucket) + self.read(self.bucket + slots // self.share)
+        return self._join(self.read(slots % self.bucket), self.read(self.bucket + slots // self.share))
 
     def weight(self) -> Tensor:
         """Every vector, ``(rows, width)``, without a look-up."""
-        left, right = self._pairs(self.read(slice(None)))
-        return left + right
+        return self._join(*self._pairs(self.read(slice(None))))
+
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
+        """The vectors of rows of the first codebook and of the second."""
+        return torch.cat([first, second], dim=-1) if self.operation == "concat" else first + second
 
     def facts(self) -> Mapping[str, float]:
         """``overlap``: how far the supports ``A_i`` of ``P[i mod b]`` and ``B_i`` of ``Q[i div c]`` coincide.
 
         ``overlap = sum_i |A_i & B_i| / sum_i |A_i | B_i|`` over all slots ``i``, in [0, 1]: of the coordinates that
-        either codebook fills, the share that both fill. There is none where nothing is kept.
+        either codebook fills, the share that both fill. There is none where nothing is kept, or for halves side by
+        side, which have no coordinate in common.
         """
+        if self.operation == "concat":
+            return {}
         left, right = self._pairs(self.pruned().keep)
         either = int((left | right).sum())
         return {"overlap": int((left & right).sum()) / either} if either else {}
@@ -229,7 +280,7 @@ class Codebooks(Composition):
         """The rows of both codebooks that each slot reads, ``(rows, width)`` each."""
         first, second = books[: self.bucket], books[self.bucket :]
         left = first.expand(self.share, *first.shape).flatten(0, 1)[: self.rows]
-        right = second[:, None].expand(len(second), self.share, self.width).flatten(0, 1)[: self.rows]
+        right = second[:, None].expand(len(second), self.share, books.shape[1]).flatten(0, 1)[: self.rows]
         return left, right
 
     def pack(self, place: PackedRange, storage: Storage, slots: NDArray[np.uint32] | None) -> PrunedSumBlock:
@@ -237,7 +288,9 @@ class Codebooks(Composition):
         pruned = self.pruned()
         books, keep = pruned.books.detach().cpu().numpy(), pruned.keep.cpu().numpy()
         arrays = encode_pruned(books, keep, self.bucket, storage) | ({} if slots is None else {"slots": slots})
-        settings = {"slots": self.rows, "bucket": self.bucket, "kept": int(keep.sum())}
+        settings: dict[str, Any] = {"slots": self.rows, "bucket": self.bucket, "kept": int(keep.sum())}
+        if self.operation != "add":
+            settings["operation"] = self.operation
         return PrunedSumBlock(
             place.name, place.start, place.stop, place.left, place.right, "pruned_sum", storage, settings, arrays
         )
@@ -248,13 +301,13 @@ class PrunedCodebooks(Codebooks):
 
     keep: Tensor
 
-    def __init__(self, rows: int, bucket: int, books: Tensor, keep: Tensor) -> None:
-        super().__init__(rows, bucket, books)
+    def __init__(self, rows: int, bucket: int, books: Tensor, keep: Tensor, operation: Operation = "add") -> None:
+        super().__init__(rows, bucket, books, operation)
         self.register_buffer("keep", keep)
 
     def extra_repr(self) -> str:
         """What the shapes do not say."""
-        return f"pruned, rows={self.rows}, bucket={self.bucket}"
+        return f"pruned, rows={self.rows}, bucket={self.bucket}{_unusual(self.operation)}"
 
     def read(self, rows: Tensor | slice) -> Tensor:
         """Kept entries; the others are zero."""
@@ -271,7 +324,12 @@ class PrunedCodebooks(Codebooks):
     def with_keep(self, keep: Tensor, books: Tensor | None = None) -> PrunedCodebooks:
         """The same first values, or other ones, under another mask."""
         values = (self.books if books is None else books).detach()
-        return PrunedCodebooks(self.rows, self.bucket, torch.where(keep, values, 0), keep)
+        return PrunedCodebooks(self.rows, self.bucket, torch.where(keep, values, 0), keep, self.operation)
+
+
+def _unusual(operation: Operation) -> str:
+    """What a representation says of an operation: nothing of a sum."""
+    return "" if operation == "add" else f", {operation}"
 
 
 @dataclass(frozen=True)
@@ -292,7 +350,7 @@ class SoftCodebooks(Codebooks):
 
     Args:
         start: where they start from.
-        first: ``s`` of every threshold.
+        thresholds: first ``s`` of every entry.
         rule: how ``s`` is updated.
         count: the term of the loss.
         every: steps between two checks.
@@ -300,19 +358,19 @@ class SoftCodebooks(Codebooks):
 
     lasting = True
 
-    def __init__(self, start: PrunedCodebooks, first: float, rule: Rule, count: _Count, every: int) -> None:
-        super().__init__(start.rows, start.bucket, start.books.detach().clone())
-        self.threshold = nn.Parameter(torch.full(start.books.shape, first))
+    def __init__(self, start: PrunedCodebooks, thresholds: Tensor, rule: Rule, count: _Count, every: int) -> None:
+        super().__init__(start.rows, start.bucket, start.books.detach().clone(), start.operation)
+        self.threshold = nn.Parameter(thresholds)
         self.rule = rule
         self.count = count
         self.penalised = count.gamma > 0
-        self.falls = Falls((len(start.books), self.width), every)
+        self.falls = Falls((len(start.books), start.books.shape[1]), every)
 
     def extra_repr(self) -> str:
         """Settings of the search."""
         return (
             f"soft, rows={self.rows}, bucket={self.bucket}, {self.count}, {self.rule}, every={self.falls.every}, "
-            f"clip={self.clip}"
+            f"clip={self.clip}{_unusual(self.operation)}"
         )
 
     def read(self, rows: Tensor | slice) -> Tensor:
@@ -324,12 +382,12 @@ class SoftCodebooks(Codebooks):
         return {"threshold": self.rule}
 
     def penalty(self, slots: Tensor, epoch: int) -> Tensor:
-        """The count over the vectors of ``slots``, or over row-by-row sums of the codebooks."""
+        """The count over the vectors of ``slots``, or over the codebooks put together row by row."""
         if self.count.kind == "batch":
             return self.count(self(slots), epoch)
         books = self.read(slice(None))
         second = nn.functional.pad(books[self.bucket :], (0, 0, 0, 2 * self.bucket - len(books)))
-        return self.count(books[: self.bucket] + second, epoch)
+        return self.count(self._join(books[: self.bucket], second), epoch)
 
     def observe(self) -> None:
         """Note now and then what is below its threshold."""
@@ -361,7 +419,7 @@ class SoftCodebooks(Codebooks):
     def pruned(self) -> PrunedCodebooks:
         """What is above its threshold, as it reads now."""
         keep = self.margins() > 0
-        return PrunedCodebooks(self.rows, self.bucket, self.read(slice(None)).detach(), keep)
+        return PrunedCodebooks(self.rows, self.bucket, self.read(slice(None)).detach(), keep, self.operation)
 
     def values(self) -> int:
         """Entries above their threshold."""

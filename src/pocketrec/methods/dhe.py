@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec.backbone import Model
-from pocketrec.composition import ComposedLadder, Composition, Order, Region, Scope
+from pocketrec.composition import ComposedLadder, Composition, Frequent, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.imitation import Lesson
@@ -32,6 +32,7 @@ Last = Literal["linear", "bn_mish"]
 Code = Literal["uniform", "gaussian"]
 
 FORMS = ("stored codes", "on-demand codes")
+NOTHING = np.empty(0, np.int64)
 CODE_BYTES = 512 << 20
 """Hash codes of a table are kept in memory up to this size; beyond it they are computed at each look-up."""
 
@@ -58,6 +59,8 @@ class DHE(Method):
         last_layer: ``linear``, or ``bn_mish``: normalisation and Mish on the output, too, as published runs do.
         multiple: widths are multiples of this where they are not smaller; 32 in published runs.
         salt: of the hash functions, at least 0; each block has its own in any case.
+        hot: rows of each region, the most frequent in training, whose vectors are kept once they are computed, at least
+            0: 4 bytes each in a file, which says which they are, and ``4 d`` in memory; nothing is learned for them.
         scope: ``block`` has a network for each counted block, ``joint`` one for all rows.
         order: what is hashed: the place in the ``file`` (free), or the ``id`` (4 bytes a row where fields are hashed).
         imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
@@ -85,6 +88,7 @@ class DHE(Method):
     last_layer: Last = "linear"
     multiple: int = 1
     salt: int = 0
+    hot: int = 0
     scope: Scope = "block"
     order: Order = "file"
     imitation: int = 0
@@ -96,7 +100,7 @@ class DHE(Method):
         object.__setattr__(self, "hidden", tuple(self.hidden))
         if self.hidden and min(self.hidden) < 1:
             raise ConfigError(f"`hidden` must have widths of at least 1, but got hidden={self.hidden}.")
-        for name, least in (("depth", 1), ("functions", 2), ("buckets", 2), ("multiple", 1), ("salt", 0)):
+        for name, least in (("depth", 1), ("functions", 2), ("buckets", 2), ("multiple", 1), ("salt", 0), ("hot", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"`{name}` must be at least {least}, but got {name}={getattr(self, name)}.")
         if self.functions % 2 or self.buckets > 10**7:
@@ -114,19 +118,31 @@ class DHE(Method):
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
         """Nothing is computed before the budget is known."""
+        frequent = Frequent(data, self.order)
+
+        def plan(region: Region, values: int) -> DHEPlan | None:
+            return self.plan(region, values, frequent.of(region)[: self.hot] if self.hot else NOTHING)
+
         return ComposedLadder.of(
             self.name, model, data, run,
-            scope=self.scope, order=self.order, training=self.training, plan=self.plan, least=self.least,
+            scope=self.scope, order=self.order, training=self.training, plan=plan, least=self.least,
             lesson=Lesson(self.imitation, self.imitation_rate),
         )  # fmt: skip
 
-    def plan(self, region: Region, values: int) -> DHEPlan | None:
-        """The network of a region that holds at most ``values`` scalars."""
+    def plan(self, region: Region, values: int, hot: NDArray[np.int64] = NOTHING) -> DHEPlan | None:
+        """The network of a region that holds at most ``values`` scalars.
+
+        Args:
+            region: Rows and columns.
+            values: Scalars, at most.
+            hot: Slots whose vectors are kept.
+        """
         widths = self.widths(region.width, values)
         if widths is None:
             return None
         salt = derive(self.salt, "hash", region.start, region.left) >> 24
-        return DHEPlan(region.rows, widths, self.buckets, self.code, self.norm, self.last_layer, salt + 1)
+        plan = DHEPlan(region.rows, widths, self.buckets, self.code, self.norm, self.last_layer, salt + 1)
+        return replace(plan, hot=np.sort(hot))
 
     def least(self, region: Region) -> int:
         """Scalars of the smallest network of a region."""
@@ -192,6 +208,7 @@ class DHEPlan:
     norm: Norm
     last_layer: Last
     salt: int
+    hot: NDArray[np.int64] = field(default_factory=lambda: NOTHING, repr=False, compare=False)
 
     @property
     def values(self) -> int:
@@ -218,8 +235,8 @@ class DHEPlan:
         return layers
 
     def size_bytes(self, storage: Storage) -> int:
-        """Bytes of the network in a file, batch norm folded in."""
-        return network_bytes(self.widths, self.end, storage)
+        """Bytes of the network in a file, batch norm folded in, and of the slots that are hot."""
+        return network_bytes(self.widths, self.end, storage) + 4 * len(self.hot)
 
     def build(self, source: torch.Generator) -> DHEComposition:
         """The network, freshly drawn."""
@@ -265,10 +282,14 @@ class CodeStore:
 
 
 class DHEComposition(Composition):
-    """``hash code -> [linear -> batch norm -> Mish] x depth -> linear``; running statistics but in training steps."""
+    """``hash code -> [linear -> batch norm -> Mish] x depth -> linear``; running statistics but in training steps.
+
+    Look-ups that need no gradient read the vectors of hot slots from memory, computed anew after each change of the
+    network.
+    """
 
     forms = ("composed", *FORMS)
-    hot: tuple[Tensor, Tensor] | None
+    place: Tensor
 
     def __init__(self, plan: DHEPlan, source: torch.Generator) -> None:
         super().__init__()
@@ -283,7 +304,10 @@ class DHEComposition(Composition):
         k, buckets, salt, code = plan.widths[0], plan.buckets, plan.salt, plan.code
         kept = 4 * plan.rows * k <= CODE_BYTES
         self.store = CodeStore(plan.rows, lambda slots: codes(slots, k, buckets, salt, code), kept=kept)
-        self.hot = None
+        place = torch.full((plan.rows if len(plan.hot) else 0,), -1, dtype=torch.int32)
+        place[torch.from_numpy(plan.hot)] = torch.arange(len(plan.hot), dtype=torch.int32)
+        self.register_buffer("place", place, persistent=False)
+        self._hot: tuple[tuple[Any, ...], Tensor] | None = None
 
     def extra_repr(self) -> str:
         """All settings."""
@@ -291,7 +315,7 @@ class DHEComposition(Composition):
 
     def drawn(self) -> Self:
         """The same network, with the statistics of the batch."""
-        return self._having(live=True, hot=None)
+        return self._having(live=True)
 
     def form(self, name: str) -> Self:
         """The same network, with all codes in memory or none."""
@@ -312,31 +336,30 @@ class DHEComposition(Composition):
         """Every vector, ``(rows, width)``."""
         return self._network(self.store.every(self.biases[0].device))
 
-    @torch.no_grad()
-    def warm(self, slots: Tensor) -> None:
-        """Keep the vectors of these slots, ``(m,)``: look-ups that need no gradient read them, until a training step.
-
-        Takes 4 bytes a row and 4 a scalar that is kept.
-        """
-        kept = torch.unique(slots)
-        place = torch.full((self.rows,), -1, dtype=torch.int32, device=slots.device)
-        place[kept] = torch.arange(len(kept), dtype=torch.int32, device=slots.device)
-        self.hot = place, self._network(self.store.of(kept))
-
     def observe(self) -> None:
-        """The weights have changed: kept vectors are of no use any more."""
-        self.hot = None
+        """The weights have changed, and a fused optimiser leaves their versions as they were."""
+        self._hot = None
 
     def _vectors(self, distinct: Tensor) -> Tensor:
-        if self.hot is None or torch.is_grad_enabled():
+        if not len(self.place) or self.live or torch.is_grad_enabled():
             return self._network(self.store.of(distinct))
-        place, kept = self.hot[0][distinct], self.hot[1]
-        cold, warm = torch.nonzero(place < 0).squeeze(1), torch.nonzero(place >= 0).squeeze(1)
+        place = self.place[distinct]
+        cold, hot = torch.nonzero(place < 0).squeeze(1), torch.nonzero(place >= 0).squeeze(1)
+        kept = self._kept()
         vectors = kept.new_empty(len(distinct), self.width)
-        vectors[warm] = kept[place[warm]]
+        vectors[hot] = kept[place[hot]]
         if len(cold):
             vectors[cold] = self._network(self.store.of(distinct[cold]))
         return vectors
+
+    def _kept(self) -> Tensor:
+        """Vectors of the hot slots, ``(hot, width)``."""
+        state = [*self.parameters(), *self.norms.buffers()]
+        versions = tuple((tensor._version, tensor.device) for tensor in state)
+        if self._hot is None or self._hot[0] != versions:
+            slots = torch.from_numpy(self.plan.hot).to(self.place.device)
+            self._hot = versions, self._network(self.store.of(slots))
+        return self._hot[1]
 
     def _network(self, x: Tensor) -> Tensor:
         norms = [*cast("list[nn.BatchNorm1d | None]", list(self.norms)), *[None] * len(self.weights)]
@@ -371,10 +394,12 @@ class DHEComposition(Composition):
             arrays |= encode_factor(f"weight{i}", weight.T.float().numpy(), storage)
             arrays[f"bias{i}"] = bias.float().numpy()
         plan = self.plan
-        settings = {
+        if len(plan.hot):
+            arrays["hot"] = plan.hot.astype(np.uint32)
+        settings: dict[str, Any] = {
             "slots": plan.rows, "functions": plan.widths[0], "hidden": list(plan.widths[1:-1]), "buckets": plan.buckets,
             "salt": plan.salt, "code": plan.code, "end": plan.end,
-        }  # fmt: skip
+        } | ({"hot": len(plan.hot)} if len(plan.hot) else {})  # fmt: skip
         return HashMlpBlock(
             place.name, place.start, place.stop, place.left, place.right, "hash_mlp", storage, settings, arrays
         )

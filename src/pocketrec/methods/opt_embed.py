@@ -10,7 +10,7 @@ from pocketrec.active import Rule
 from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.evolution import Evolution, EvolvedLadder, Rows, Sampling, Supernet, Units, check_epochs
+from pocketrec.evolution import Evolution, EvolvedLadder, Rows, Sampling, Search, Supernet, Units, check_epochs
 from pocketrec.masked import Head, Restart, initial_model, search_training
 from pocketrec.method import Method
 from pocketrec.run import Run
@@ -33,6 +33,8 @@ class OptEmbed(Method):
             lift it to the mean first norm.
         search_epochs: most epochs of the supernet, at least 1; by default half of those of the first training stage.
         sampling: lengths of candidates: ``alpha`` draws short ones as often as the budget asks, ``uniform`` all alike.
+        search: ``elitist`` remembers the best of all generations; ``original`` takes parents from the last one alone,
+            and crosses them at one place, as first published.
         population: candidates of the first generation, at least 1.
         generations: most generations, at least 1.
         parents: best candidates that have children, at least 1.
@@ -50,7 +52,8 @@ class OptEmbed(Method):
 
     Reference:
         Lyu et al., "OptEmbed: learning optimal embedding table for click-through rate prediction", 2022, equations
-        5-12; ``alpha`` as in the benchmark of lightweight embeddings (2024). Departures: elitism; exact sizes.
+        5-12; ``alpha`` as in the benchmark of lightweight embeddings (2024). Departures: elitism (see ``search``);
+        exact sizes.
     """
 
     name: ClassVar[str] = "opt_embed"
@@ -61,6 +64,7 @@ class OptEmbed(Method):
     threshold_rate: float | None = None
     search_epochs: int | None = None
     sampling: Sampling = "alpha"
+    search: Search = "elitist"
     population: int = 20
     generations: int = 30
     parents: int = 15
@@ -82,8 +86,9 @@ class OptEmbed(Method):
     def evolution(self) -> Evolution:
         """Settings of the search among lengths."""
         return Evolution(
-            self.population, self.generations, self.parents, self.children, self.mutation, self.patience, self.sampling
-        )
+            self.population, self.generations, self.parents, self.children, self.mutation, self.patience,
+            self.sampling, self.search,
+        )  # fmt: skip
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> EvolvedLadder:
         """Train the supernet, once for all budgets."""

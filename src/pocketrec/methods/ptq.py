@@ -24,6 +24,7 @@ from pocketrec.table import Block, Table, oov_rows
 from pocketrec.vocabulary import size_for as vocabulary_size_for
 
 Scale = Literal["column", "block"]
+Zero = Literal["exact", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class PTQ(Method):
         bits: 2 to 8 of each code, or 0 for as many as the budget allows; 8 and 4 are the usual ones.
         scale: values that share their least and largest: each ``column`` of each field, or the whole ``block``, as
             published runs do.
+        zero: ``exact`` starts the grid at the least value; ``rounded`` moves it, by at most half a step, so that zero
+            lies on it, as published code does: the ends of the range may then be cut off.
 
     Example:
         >>> PTQ(bits=4).scale
@@ -44,23 +47,26 @@ class PTQ(Method):
 
     Reference:
         Uniform affine quantisation after training, as in Jacob et al., "Quantization and training of neural networks
-        for efficient integer-arithmetic-only inference", 2018, equation 1; the zero point is not rounded.
+        for efficient integer-arithmetic-only inference", 2018, equation 1.
     """
 
     name: ClassVar[str] = "ptq"
 
     bits: int = 0
     scale: Scale = "column"
+    zero: Zero = "exact"
 
     def __post_init__(self) -> None:
         if self.bits not in (0, *BITS):
             raise ConfigError(f"`bits` must be 0 or lie in [{BITS[0]}, {BITS[-1]}], but got bits={self.bits}.")
         if self.scale not in ("column", "block"):
             raise ConfigError(f"`scale` must be 'column' or 'block', but got {self.scale!r}.")
+        if self.zero not in ("exact", "rounded"):
+            raise ConfigError(f"`zero` must be 'exact' or 'rounded', but got {self.zero!r}.")
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PTQLadder:
         """Nothing is computed before the budget is known."""
-        return PTQLadder(model.table, (self.bits,) if self.bits else tuple(BITS), self.scale)
+        return PTQLadder(model.table, (self.bits,) if self.bits else tuple(BITS), self.scale, self.zero)
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,13 @@ class PTQLadder(Ladder):
         table: The dense table.
         bits: Numbers of bits to choose from, rising.
         scale: See :class:`PTQ`.
+        zero: See there.
     """
 
     table: Table
     bits: tuple[int, ...]
     scale: Scale
+    zero: Zero = "exact"
 
     def at_values(self, values: int) -> QuantisedTable:
         """The table with the most bits; it keeps all values.
@@ -120,7 +128,7 @@ class PTQLadder(Ladder):
         return size + (vocabulary_size_for(schema, [f.size - f.oov for f in schema.fields]) if vocabulary else 0)
 
     def _table(self, bits: int) -> QuantisedTable:
-        return QuantisedTable(self.table.schema, self.table.blocks, self._weight, bits, self.scale)
+        return QuantisedTable(self.table.schema, self.table.blocks, self._weight, bits, self.scale, self.zero)
 
     @cached_property
     def _weight(self) -> NDArray[np.float32]:
@@ -145,6 +153,7 @@ class QuantisedTable(Table):
         weight: The matrix to round, ``(n, D)``.
         bits: Of each code of a counted block.
         scale: See :class:`PTQ`.
+        zero: See there.
     """
 
     codes: Tensor
@@ -153,7 +162,13 @@ class QuantisedTable(Table):
     fields: Tensor
 
     def __init__(
-        self, schema: Schema, blocks: tuple[Block, ...], weight: NDArray[np.float32], bits: int, scale: Scale
+        self,
+        schema: Schema,
+        blocks: tuple[Block, ...],
+        weight: NDArray[np.float32],
+        bits: int,
+        scale: Scale,
+        zero: Zero = "exact",
     ) -> None:
         super().__init__()
         self.schema = schema
@@ -169,8 +184,11 @@ class QuantisedTable(Table):
                 axis = 0 if scale == "column" else None
                 least, largest = part.min(axis=axis), part.max(axis=axis)
                 width = ((largest - least) / np.float32(top)).astype(np.float32)
+                unit = np.where(width > 0, width, np.float32(1))
+                if zero == "rounded":
+                    least = np.where(width > 0, np.rint(least / unit) * unit, least)
                 low[fields, columns], step[fields, columns] = least, width
-                codes[rows, columns] = np.rint((part - least) / np.where(width > 0, width, np.float32(1)))
+                codes[rows, columns] = np.clip(np.rint((part - least) / unit), 0, top)
         for name, array in (("codes", codes), ("low", low), ("step", step)):
             self.register_buffer(name, torch.from_numpy(array))
         self.register_buffer("fields", torch.from_numpy(schema.field_of_row.astype(np.int64)), persistent=False)

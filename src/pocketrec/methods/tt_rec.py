@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec.backbone import Model
-from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Order, Region, Scope, slots_of
+from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Frequent, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.imitation import Lesson
@@ -26,6 +26,7 @@ from pocketrec.run import Run
 from pocketrec.train import Training
 
 Init = Literal["corrected", "approx_normal"]
+CacheBy = Literal["counts", "accesses"]
 
 CHUNK = 2048
 """Vectors that are multiplied out together: their slices stay in cache."""
@@ -36,14 +37,16 @@ class TTRec(Method):
     """The table as a tensor train of a few small cores, and the most frequent rows as they are.
 
     Ranks are equal as far as their bounds allow, the largest that fit the budget; what they leave goes to the cache.
-    The cache holds the rows that occur most often in training, which the data set has counted; it starts, after
-    ``warm_up`` epochs on the cores alone, as a copy of what the cores say, and is then trained for itself.
+    The cache holds the rows that occur most often in training; it starts, after ``warm_up`` epochs on the cores alone,
+    as a copy of what the cores say, and is then trained for itself.
 
     Args:
         cores: 2 to 4.
         ranks: ``r_1, r_2, ...`` of every region, one fewer than cores and at least 1 each, as published runs fix them;
             what they leave of the budget goes to the cache, if there is one. By default from the budget.
         cache_share: of the values, for cached rows at least, in [0, 1); 0 for no cache, as published ranking models.
+        cache_by: what occurs often: by the ``counts`` of the data set, or by the ``accesses`` of the warm-up, drawn
+            negatives included, as published code counts them; rows that were accessed alike go by their counts.
         warm_up: epochs before the cache is filled, at least 0.
         init: ``corrected`` (entries of the table get the variance 1/(3n), whatever the ranks) or ``approx_normal`` (the
             published one, larger by far).
@@ -70,6 +73,7 @@ class TTRec(Method):
     cores: int = 3
     ranks: tuple[int, ...] = ()
     cache_share: float = 0.2
+    cache_by: CacheBy = "counts"
     warm_up: int = 1
     init: Init = "corrected"
     multiple: int = 8
@@ -96,20 +100,16 @@ class TTRec(Method):
                 raise ConfigError(f"`{name}` must be at least {least}, but got {name}={getattr(self, name)}.")
         if self.init not in ("corrected", "approx_normal"):
             raise ConfigError(f"`init` must be 'corrected' or 'approx_normal', but got {self.init!r}.")
+        if self.cache_by not in ("counts", "accesses"):
+            raise ConfigError(f"`cache_by` must be 'counts' or 'accesses', but got {self.cache_by!r}.")
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
         """Nothing is computed before the budget is known."""
-        frequent: dict[Region, NDArray[np.int64]] = {}
-
-        def plan(region: Region, values: int) -> TTPlan | None:
-            if region not in frequent:
-                order = np.argsort(-data.counts[region.start : region.stop], kind="stable")
-                frequent[region] = slots_of(region, data, self.order)[order]
-            return self.plan(region, values, frequent[region])
-
+        frequent = Frequent(data, self.order)
         return ComposedLadder.of(
             self.name, model, data, run,
-            scope=self.scope, order=self.order, training=self.training, plan=plan, least=self.least,
+            scope=self.scope, order=self.order, training=self.training, least=self.least,
+            plan=lambda region, values: self.plan(region, values, frequent.of(region)),
             lesson=Lesson(self.imitation, self.imitation_rate),
             train=lambda draft: self._train(draft, data, run),
         )  # fmt: skip
@@ -129,7 +129,7 @@ class TTRec(Method):
             return None
         plan = TTPlan(region.rows, rows, widths, ranks, self.init)
         cached = min((values - plan.values) // region.width, region.rows) if self.cache_share else 0
-        return replace(plan, cached=np.sort(frequent[:cached]))
+        return replace(plan, cached=np.sort(frequent[:cached]), tallied=self.cache_by == "accesses")
 
     def least(self, region: Region) -> int:
         """Scalars of the smallest train of a region."""
@@ -211,6 +211,7 @@ class TTPlan:
     ranks: tuple[int, ...]
     init: Init = "corrected"
     cached: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False, compare=False)
+    tallied: bool = field(default=False, repr=False)
 
     @property
     def width(self) -> int:
@@ -249,7 +250,7 @@ def _core(shape: tuple[int, int], plan: TTPlan, source: torch.Generator) -> Tens
 
 
 class TTComposition(Composition):
-    """A tensor train and a cache.
+    """A tensor train and a cache; where the plan is ``tallied``, it counts the look-ups of its warm-up.
 
     The first half of the cores is multiplied out once for all ids of a look-up, and kept between look-ups that need no
     gradient; so each distinct id costs one small matrix product.
@@ -257,6 +258,7 @@ class TTComposition(Composition):
 
     place: Tensor
     cached_slots: Tensor
+    accesses: Tensor | None
 
     def __init__(self, plan: TTPlan, cores: list[Tensor]) -> None:
         super().__init__()
@@ -268,10 +270,10 @@ class TTComposition(Composition):
         self.cores = nn.ParameterList(nn.Parameter(core) for core in cores)
         self.warm = False
         self.cached = len(plan.cached)
-        place = torch.full((plan.slots,), -1)
-        place[torch.from_numpy(plan.cached)] = torch.arange(self.cached)
-        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("place", torch.full((plan.slots,), -1), persistent=False)
         self.register_buffer("cached_slots", torch.from_numpy(plan.cached), persistent=False)
+        tallied = torch.zeros(plan.slots, dtype=torch.int64) if plan.tallied and self.cached else None
+        self.register_buffer("accesses", tallied)
         self._halves: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
         if self.cached:
             self.cache = nn.Parameter(torch.zeros(self.cached, self.width))
@@ -286,12 +288,26 @@ class TTComposition(Composition):
         """Take the cache out of use (``warm``), or fill it with what the cores say and use it."""
         self.warm = warm
         if self.cached:
+            self.cached_slots = self._frequent()
+            self.place = torch.full_like(self.place, -1)
+            self.place[self.cached_slots] = torch.arange(self.cached, device=self.place.device)
             self.cache.requires_grad_(not warm)
             self.cache.copy_(self._computed(self.cached_slots))
+
+    def _frequent(self) -> Tensor:
+        """Slots of the cache, rising: those of the plan, or those most often looked up so far."""
+        if self.accesses is None:
+            return self.cached_slots
+        planned = np.zeros(self.rows, dtype=bool)
+        planned[self.plan.cached] = True
+        order = np.lexsort((~planned, -self.accesses.cpu().numpy()))
+        return torch.from_numpy(np.sort(order[: self.cached])).to(self.cached_slots.device)
 
     def forward(self, slots: Tensor) -> Tensor:
         """Slots ``(m,)`` -> ``(m, width)``; each distinct slot is computed once."""
         distinct, back = torch.unique(slots, return_inverse=True)
+        if self.accesses is not None and self.warm and torch.is_grad_enabled():
+            self.accesses += torch.bincount(slots, minlength=self.rows)
         if self.warm or not self.cached:
             return F.embedding(back, self._computed(distinct))
         place = self.place[distinct]
