@@ -125,6 +125,16 @@ def test_bfloat16_storage_is_near_and_the_same_in_kernel_and_torch(monkeypatch):
     torch.testing.assert_close(found, fallback, atol=2e-3, rtol=2e-3)
 
 
+def test_a_copy_of_a_graph_that_was_used_has_memory_of_its_own(backend):
+    users, items = random_pairs(5)
+    graph = Graph.of(users, items, ROWS)
+    ego = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0))
+    wanted = graph.propagate(ego, 2)
+    other = deepcopy(graph)
+    assert torch.equal(other.propagate(ego, 2), wanted)
+    assert other.workspace is not graph.workspace
+
+
 def test_nodes_without_edges_keep_their_share_and_give_no_nan(backend):
     graph = Graph.of(np.array([0]), np.array([3]), 5)
     ego = torch.ones(5, 2, requires_grad=True)
