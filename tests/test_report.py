@@ -9,6 +9,7 @@ import signal
 from html.parser import HTMLParser
 from itertools import pairwise
 from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -526,3 +527,16 @@ def test_the_command_refuses_another_folder_in_one_line(tmp_path, capsys):
         cli.main(["report", str(tmp_path)])
     assert left.value.code == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_pictures_are_files_of_their_own_with_every_line_named(written):
+    assert len(written.pictures) == len({p.stem for p in written.pictures}) > 0
+    for path in written.pictures:
+        root = ElementTree.fromstring(path.read_text())  # noqa: S314
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        words = {e.text for e in root.iter("{http://www.w3.org/2000/svg}text")}
+        assert {"uncompressed", "By learned values", "By bytes of the table"} <= words
+        inside = [e for e in root if e.tag.endswith("svg")]
+        width, height = float(root.get("width")), float(root.get("height"))
+        assert all(0 <= float(e.get("x")) <= width - float(e.get("width")) for e in inside)
+        assert all(0 <= float(e.get("y")) <= height - float(e.get("height")) for e in inside)

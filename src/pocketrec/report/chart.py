@@ -20,6 +20,9 @@ INK, FAINT, GRID = "#1c2430", "#5b6673", "#e3e7ec"
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 WIDTH, HEIGHT = 300, 214
 LEFT, RIGHT, TOP, BOTTOM = 38, 10, 24, 40
+GAP = 18
+"""Room around the figures of a poster."""
+
 FLATTEST = 2e-3
 """Least range of a linear axis, as a share of its values: what differs by less is drawn as the same."""
 
@@ -118,6 +121,38 @@ def svg(figure: Figure) -> str:
     if figure.star:
         parts.append(_mark(px(figure.star.x), py(figure.star.y), _STAR, INK, figure.star.hint))
     return "".join([*parts, "</svg>"])
+
+
+def poster(title: str, names: Sequence[tuple[int | None, str]], figures: Sequence[tuple[str, str]]) -> str:
+    """Figures side by side under their titles and one legend, as a file of its own.
+
+    Args:
+        title: above all of it.
+        names: look of each line, ``None`` for the uncompressed model, and its name.
+        figures: title and drawing of each.
+    """
+    width = (WIDTH + GAP) * len(figures) - GAP + 2 * GAP
+    x, y, keys = float(GAP), 42.0, []
+    for style, name in names:
+        step = 34 + 6.2 * len(name)
+        if x + step > width - GAP and keys:
+            x, y = float(GAP), y + 18
+        key = swatch(style).replace("<svg ", f'<svg x="{x:.1f}" y="{y - 10:.1f}" width="28" height="14" ', 1)
+        keys.append(key + _text(x + 32, y, name, "start", ink=True))
+        x += step
+    parts = []
+    for i, (name, drawn) in enumerate(figures):
+        left = GAP + i * (WIDTH + GAP)
+        parts.append(_text(left, y + 28, name, "start", ink=True))
+        parts.append(drawn.replace("<svg ", f'<svg x="{left}" y="{y + 38:.0f}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+    height = y + 38 + HEIGHT + GAP
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}" '
+        f'height="{height:.0f}" font-family="system-ui, sans-serif" font-size="11" role="img" '
+        f'aria-label="{escape(title)}"><rect width="100%" height="100%" fill="#fff"/>'
+        f'<text x="{GAP}" y="20" font-size="14" font-weight="600" fill="{INK}">{escape(title)}</text>'
+        f"{''.join([*keys, *parts])}</svg>\n"
+    )
 
 
 def swatch(style: int | None) -> str:

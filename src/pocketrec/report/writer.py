@@ -1,4 +1,4 @@
-"""A study's folder in, its report out: csv and markdown tables, and one page."""
+"""A study's folder in, its report out: csv and markdown tables, pictures, and one page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketrec.files import atomic_write
+from pocketrec.report import figures
+from pocketrec.report.chart import poster
 from pocketrec.report.compare import REPLICATES, evidence
 from pocketrec.report.records import Study
 from pocketrec.report.tables import sheets
@@ -20,11 +22,13 @@ class Written:
     Attributes:
         page: the html page.
         tables: csv and markdown files.
+        pictures: quality against size, an svg for each data set and backbone.
         counts: planned cells that are ``done``, ``failed`` and ``missing``.
     """
 
     page: Path
     tables: tuple[Path, ...]
+    pictures: tuple[Path, ...]
     counts: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -32,6 +36,7 @@ class Written:
         return {
             "report": str(self.page),
             "tables": [str(path) for path in self.tables],
+            "pictures": [str(path) for path in self.pictures],
             "cells": self.counts["done"],
             "failed": self.counts["failed"],
             "missing": self.counts["missing"],
@@ -62,6 +67,13 @@ def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) ->
         for suffix, text in (("csv", sheet.csv()), ("md", sheet.markdown())):
             tables.append(out / f"{sheet.slug}.{suffix}")
             atomic_write(tables[-1], text.encode())
+    pictures = []
+    names = [(None, "uncompressed"), *((figures.style(study, m), m) for m in study.methods)]
+    for pair in study.pairs:
+        if drawn := figures.frontiers(study, pair):
+            pictures.append(out / f"frontier-{pair.data}-{pair.backbone}.svg")
+            made_of = [(d.title, d.svg) for d in drawn]
+            atomic_write(pictures[-1], poster(f"{study.plan['name']}: {pair}", names, made_of).encode())
     target = out / "index.html"
     atomic_write(target, page(study, known, made).encode())
-    return Written(target, tuple(tables), study.count())
+    return Written(target, tuple(tables), tuple(pictures), study.count())
