@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pocketrec import cli
 from pocketrec.command import options, shown
 from pocketrec.command import verbs as commands
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError, DataError, DivergedError, RunLocked, StorageError
+from pocketrec.files import Journal
 
 PARTS = {"file", "table", "vocabulary", "head", "header"}
 CLICKS = ["--rows", "2000", "--cardinalities", "60,20,7"]
@@ -113,6 +115,23 @@ def test_compress_document(pocketrec_command, work, tmp_path):
         assert Path(artifact["path"]).stat().st_size == artifact["bytes"]["file"]
     assert artifacts[0]["sparsity"] >= 0.5
     assert artifacts[2]["bytes"]["file"] <= 6000
+
+
+def test_a_ladder_of_files_comes_from_one_scoring(pocketrec_command, work, tmp_path):
+    shutil.copytree(work / "run", tmp_path / "run")
+    budgets = {"4.4kB": 4_400, "4.2 kB": 4_200, "4kB": 4_000}
+    flags = [part for budget in budgets for part in ("--budget", budget)]
+    method = ("--method", "rate_distortion", "--data", work / "data")
+    code, out, _ = pocketrec_command("compress", tmp_path / "run", *method, *flags, "--out", tmp_path, "--json")
+    assert code == 0
+    for artifact in json.loads(out)["artifacts"]:
+        limit = budgets[artifact["budget"]]
+        assert limit - 100 <= Path(artifact["path"]).stat().st_size <= limit
+    steps = list((tmp_path / "run" / "steps").glob("fisher-*.safetensors"))
+    logged = [r for r in Journal(tmp_path / "run" / "log.journal").read() if r.get("stage") == "fisher"]
+    assert len(steps) == 1
+    assert len(logged) == len(budgets)
+    assert len({r["step"] for r in logged}) == 1
 
 
 @pytest.mark.parametrize("target", ["run", "small/mag_prune-40pct.safetensors"])
