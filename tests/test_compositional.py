@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -949,3 +950,18 @@ def test_published_shapes():
     assert row_factors(38_048, 3) == (29, 32, 41)
     assert row_factors(38_048, 4) == (10, 15, 13, 20)
     assert train_values((2, 3), (1, 5), (4,)) == 2 * 4 + 3 * 20
+
+
+def test_a_copy_of_a_train_reads_its_own_cores():
+    """A copy whose cores are overwritten must not read products of the old ones, however often they were written."""
+    plan = TTPlan(30, (2, 3, 5), (1, 2, 2), (2, 2), "corrected")
+    first, other = (plan.build(torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for _ in range(4):
+        with torch.no_grad():
+            first.weight()
+            twin = deepcopy(first)
+            for core, value in zip(twin.cores, other.cores, strict=True):
+                core.copy_(value)
+            assert torch.equal(twin.weight(), other.weight())
+            for core in first.cores:
+                core.mul_(1)

@@ -1,5 +1,7 @@
 """Propagation against scipy's sparse algebra and torch's autograd."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import scipy.sparse as sp

@@ -279,6 +279,10 @@ class TTComposition(Composition):
             self.cache = nn.Parameter(torch.zeros(self.cached, self.width))
             self.fill(warm=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: its cores are others, so it computes their products anew."""
+        return {**vars(self), "_halves": None}
+
     def extra_repr(self) -> str:
         """All settings, and whether the cache is in use."""
         return f"{self.plan}, cached={self.cached}, warm={self.warm}"
