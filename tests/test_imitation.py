@@ -114,7 +114,7 @@ def test_a_study_hands_over_the_original(tmp_path):
             "trials": 0,
             "data": {"clicks": {"source": "synthetic", "rows": 900}},
             "backbone": {"fm": {"dim": 4, "training": training}},
-            "method": {"qr": {"imitation": 1}, "dhe": {}},
+            "method": {"qr": {"imitation": 1}, "dhe": {}, "opt_embed": {"origin": "trained"}},
         },
         "imitation",
     )
@@ -123,6 +123,7 @@ def test_a_study_hands_over_the_original(tmp_path):
     jobs = {m: Job("cell", "clicks", "fm", m, "sparsity=0.5", 0) for m in ("qr", "dhe")}
     assert original in bench.grid.needs(jobs["qr"])
     assert original not in bench.grid.needs(jobs["dhe"])
+    assert original in bench.grid.needs(Job("cell", "clicks", "fm", "opt_embed", "sparsity=0.5", 0))
     with Run(None, store=tmp_path / "store") as run:
         trained = dense(bench, original, {})
         assert isinstance(trained.table, DenseTable)

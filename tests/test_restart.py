@@ -72,3 +72,18 @@ def test_retraining_goes_on_from_what_the_search_found(clicks, visits, method, t
 @pytest.mark.parametrize("method", METHODS)
 def test_the_published_start_is_the_default(method):
     assert method().restart == "first"
+
+
+@pytest.mark.parametrize("method", [OptEmbed, OptEmbedD])
+def test_a_search_can_start_from_the_trained_model(visits, method, monkeypatch):
+    run, began = Run(None), {}
+    fit = run.fit
+
+    def spy(name, start, data, training=None):
+        began[name] = start
+        return fit(name, start, data, training)
+
+    monkeypatch.setattr(run, "fit", spy)
+    trained = fit("original", MF(dim=4).build(visits, 0), visits, TRAINING)
+    method(**SMALL, training=TRAINING, origin="trained").prepare(trained, visits, run)
+    assert torch.equal(began["supernet"].table.base, trained.table.weight())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pocketrec.active import ActiveTable, Rule
 from pocketrec.backbone import Model, noise
 from pocketrec.errors import BudgetError, ConfigError
-from pocketrec.imitation import Lesson, imitated, taught
+from pocketrec.imitation import Lesson, imitated
 from pocketrec.masked import initial_model
 from pocketrec.method import Ladder
 from pocketrec.packed import FileBlock, Index, Packed, PackedRange, Storage, file_range, side_size_for, size_for
@@ -434,8 +434,8 @@ class ComposedLadder(Ladder):
         if lesson is None or not lesson.epochs:
             start, _ = initial_model(model, data, run)
             return cls(name, start, data, run, scope, order, plan, least, after)
-        start, stages = taught(model), lesson.stages(training, data.schema.task)
-        target = start.table.weight().detach()
+        start, dense = initial_model(model, data, run, "trained")
+        target, stages = dense.matrix.detach(), lesson.stages(training, data.schema.task)
 
         def learn(draft: Model) -> Model:
             return after(imitated(name, draft, target, data, run, stages))

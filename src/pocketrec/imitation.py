@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from pocketrec.backbone import ClickModel, Model, RankingModel
-from pocketrec.baked import BakedModel
-from pocketrec.errors import ConfigError, UnsupportedOp
+from pocketrec.errors import ConfigError
 from pocketrec.program import Program
 from pocketrec.run import Run
 from pocketrec.schema import Task
-from pocketrec.table import DenseTable
 
 if TYPE_CHECKING:
     from pocketrec.dataset import Dataset
@@ -62,22 +60,6 @@ class Lesson:
             for n, rate in parts
             if n
         )
-
-
-def taught(model: Model) -> Model:
-    """The given model, if it has a dense table to learn from.
-
-    Raises:
-        ConfigError: its table is compressed already.
-        UnsupportedOp: it is baked, so that there is nothing to train.
-    """
-    if isinstance(model, BakedModel):
-        raise UnsupportedOp(
-            "A method that trains needs the model before its propagation, but got baked vectors; leave `bake` out."
-        )
-    if not isinstance(model.table, DenseTable):
-        raise ConfigError(f"Imitation needs a model with a dense table, but got {type(model.table).__name__}.")
-    return model
 
 
 def imitated(name: str, draft: Model, target: Tensor, data: Dataset, run: Run, stages: tuple[Training, ...]) -> Model:

@@ -30,6 +30,9 @@ Head = Literal["fresh", "initial"]
 Restart = Literal["first", "found"]
 """Where retrained values start: where the search started, or where it ended; then its head does, too."""
 
+Origin = Literal["fresh", "trained"]
+"""Where a method that trains starts: from random numbers, as published, or from the trained model that it is given."""
+
 
 class MaskedTable(Table):
     """A pruned table in training: ``base * keep`` is learned, and entries outside ``keep`` stay zero.
@@ -95,19 +98,24 @@ class MaskedTable(Table):
         return self.pruned().pack(storage, rows, index)
 
 
-def initial_model(model: Model, data: Dataset, run: Run) -> tuple[Model, DenseTable]:
-    """The model as every training of this run starts, and its dense table; only the configuration of ``model`` counts.
+def initial_model(model: Model, data: Dataset, run: Run, origin: Origin = "fresh") -> tuple[Model, DenseTable]:
+    """The model as every training of this run starts, and its dense table.
+
+    Only the configuration of ``model`` counts, unless its weights are the ``origin``.
 
     Raises:
         UnsupportedOp: the model is baked, so that there is nothing to train.
+        ConfigError: the model to start from has no dense table.
     """
     if isinstance(model, BakedModel):
         raise UnsupportedOp(
             "A method that trains needs the model before its propagation, but got baked vectors; leave `bake` out."
         )
-    start = model.backbone.build(data, run.seed)
+    if origin not in ("fresh", "trained"):
+        raise ConfigError(f"`origin` must be 'fresh' or 'trained', but got {origin!r}.")
+    start = model if origin == "trained" else model.backbone.build(data, run.seed)
     if not isinstance(start.table, DenseTable):
-        raise ConfigError(f"A backbone must start from a dense table, but got {type(start.table).__name__}.")
+        raise ConfigError(f"A method that trains must start from a dense table, but got {type(start.table).__name__}.")
     return start, start.table
 
 

@@ -11,7 +11,7 @@ from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.evolution import Evolution, EvolvedLadder, Rows, Sampling, Search, Supernet, Units, check_epochs
-from pocketrec.masked import Head, Restart, initial_model, search_training
+from pocketrec.masked import Head, Origin, Restart, initial_model, search_training
 from pocketrec.method import Method
 from pocketrec.run import Run
 from pocketrec.train import Training
@@ -44,6 +44,7 @@ class OptEmbed(Method):
         head: ``initial`` starts the retraining where the supernet started, ``fresh`` with a new head.
         restart: where the retraining starts: at the ``first`` values, as published, with the ``head`` that is asked
             for; or at the values and the head that the search ``found``.
+        origin: where the supernet starts: ``fresh``, as published, or at the weights of the ``trained`` model given.
         training: stages of training; the supernet takes its settings from the first; none for the task's default.
 
     Example:
@@ -73,6 +74,7 @@ class OptEmbed(Method):
     patience: int = 8
     head: Head = "initial"
     restart: Restart = "first"
+    origin: Origin = "fresh"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
@@ -92,7 +94,7 @@ class OptEmbed(Method):
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> EvolvedLadder:
         """Train the supernet, once for all budgets."""
-        start, dense = initial_model(model, data, run)
+        start, dense = initial_model(model, data, run, self.origin)
         units = Units.of(data.schema, dense.blocks, "field")
         search = search_training(self.training, data.schema.task, self.search_epochs)
         steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))

@@ -9,7 +9,7 @@ from pocketrec.active import Rule
 from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
 from pocketrec.evolution import Evolution, EvolvedLadder, Sampling, Supernet, Units, check_epochs
-from pocketrec.masked import Head, Restart, initial_model, search_training
+from pocketrec.masked import Head, Origin, Restart, initial_model, search_training
 from pocketrec.method import Method
 from pocketrec.run import Run
 from pocketrec.train import Training
@@ -34,6 +34,7 @@ class OptEmbedD(Method):
         head: ``initial`` starts the retraining where the supernet started, ``fresh`` with a new head.
         restart: where the retraining starts: at the ``first`` values, as published, with the ``head`` that is asked
             for; or at the values and the head that the search ``found``.
+        origin: where the supernet starts: ``fresh``, as published, or at the weights of the ``trained`` model given.
         training: stages of training; the supernet takes its settings from the first; none for the task's default.
 
     Example:
@@ -58,6 +59,7 @@ class OptEmbedD(Method):
     patience: int = 8
     head: Head = "initial"
     restart: Restart = "first"
+    origin: Origin = "fresh"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class OptEmbedD(Method):
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> EvolvedLadder:
         """Train the supernet, once for all budgets."""
-        start, dense = initial_model(model, data, run)
+        start, dense = initial_model(model, data, run, self.origin)
         units = Units.of(data.schema, dense.blocks, "row" if data.schema.task == "cf" else "field")
         search = search_training(self.training, data.schema.task, self.search_epochs)
         supernet = Supernet(dense, units, None, Rule(1.0, kind="sgd"), 0.0)

@@ -92,7 +92,7 @@ def compressed(bench: Bench, job: Job, point: Point, choices: Choices, run: Run)
     method = build_method(recipe, _part(point, "method."), stages)
     if method.trains:
         model = backbone.build(data, job.seed)
-        if grid.imitates(job):
+        if grid.goes_on(job):
             model.load_state_dict(dense(bench, job, choices).state_dict())
     else:
         model = dense(bench, job, choices)

@@ -98,7 +98,7 @@ class Grid:
             wanted.append(Job("cell", job.data, job.backbone, ORIGINAL, DENSE, job.seed))
         if job.kind == "cell":
             wanted.append(Job("choice", job.data, job.backbone, job.method, job.budget, seed))
-        if job.method != ORIGINAL and (not self.trains(job) or self.imitates(job)):
+        if job.method != ORIGINAL and (not self.trains(job) or self.goes_on(job)):
             wanted.append(Job("choice", job.data, job.backbone, ORIGINAL, DENSE, seed))
             wanted.append(Job("cell", job.data, job.backbone, ORIGINAL, DENSE, job.seed))
         return tuple(w for w in wanted if w in self._known)
@@ -111,10 +111,11 @@ class Grid:
         """Whether the job trains a model of its own."""
         return job.method == ORIGINAL or registry.load("methods", self.plan.methods[job.method].plugin).trains
 
-    def imitates(self, job: Job) -> bool:
+    def goes_on(self, job: Job) -> bool:
         """Whether a method that trains starts from the trained original all the same."""
         method = self.method(job)
-        return method is not None and bool(method.settings.get("imitation"))
+        settings = {} if method is None else method.settings
+        return bool(settings.get("imitation")) or settings.get("origin") == "trained"
 
     def data(self, job: Job) -> Data:
         """The data set of a job."""
