@@ -26,7 +26,7 @@ setup(
         Extension(
             "pocketrec._kernel",
             ["src/pocketrec/_kernel.cpp", "src/pocketrec/_adam.cpp"],
-            depends=["src/pocketrec/_screen.cpp", "src/pocketrec/_tower.cpp", "src/pocketrec/_transform.cpp"],
+            depends=[f"src/pocketrec/{name}.cpp" for name in ("_screen", "_tower", "_transform", "_trellis")],
             optional=True,
         )
     ],

@@ -137,6 +137,49 @@ struct Transform {
   float *out;                     // (count, width)
 };
 
+// One trellis code, its windows step by step; `padded` entries each.
+struct TrellisCode {
+  const float *table;             // (2 ** memory, span)
+  const int32_t *first;           // (padded): first bit of the window
+  const int32_t *mask, *shift;    // (padded): window -> row of the table
+  int64_t steps, span;            // no steps: nothing is coded
+};
+
+// A table of layout `trellis`.
+struct Trellis {
+  int64_t first, users, items;    // file rows from `first` on
+  int64_t user_start, user_bits;  // first bit of the users' records, and bits of one
+  int64_t code_bytes, candidate_count, centroid_bytes, shapes, places, atoms;
+  const Part *index;              // planes, offsets and record sizes of items
+  const TrellisCode *codes;       // (9): of each class, and of users
+  const uint8_t *stream, *centroids;
+  const uint32_t *candidates;     // (candidate_count)
+  const float *levels;            // (16): values of a centroid's numbers
+  const float *gains, *item_scales, *user_scales, *coefficients;
+  const float *fill, *absent;     // (field_count, width)
+  int64_t field_count, width;
+};
+
+struct TrellisTask {
+  const Trellis *table;
+  const int64_t *rows;            // (count)
+  const int32_t *fields;          // (columns)
+  int64_t count, columns;
+  float *out;                     // (count, width)
+};
+
+// Rows to code by a trellis code, see beam.py.
+struct Beam {
+  const float *table;             // (2 ** memory, span)
+  int64_t bits, span, memory;
+  const float *rows;              // (count, width)
+  const float *scales;            // (count)
+  const float *upper;             // (count, width, width): unit upper triangular
+  const float *weights;           // (count, width)
+  int64_t count, width, beams;
+  uint8_t *codes;                 // (count, steps)
+};
+
 struct TopK {
   const float *users;      // (user_count, width)
   const float *panels;     // items, packed by pack_panels
@@ -267,6 +310,21 @@ POCKETREC_EXPORT int pocketrec_transform(const Part *parts, int64_t part_count, 
                                          int threads) {
   const Transform task{parts, part_count, levels, fill, absent, field_count, width, rows, fields, count, columns, out};
   POCKETREC_DISPATCH(transform, task, threads)
+}
+
+// Look-up in a table of layout `trellis`: out (count, width). Rows out of range are absent.
+POCKETREC_EXPORT int pocketrec_trellis(const Trellis *table, const int64_t *rows, const int32_t *fields, int64_t count,
+                                       int64_t columns, float *out, int threads) {
+  const TrellisTask task{table, rows, fields, count, columns, out};
+  POCKETREC_DISPATCH(trellis, task, threads)
+}
+
+// Codes (count, steps) of rows under quadratic losses, by beam search.
+POCKETREC_EXPORT int pocketrec_beam(const float *table, int64_t bits, int64_t span, int64_t memory, const float *rows,
+                                    const float *scales, const float *upper, const float *weights, int64_t count,
+                                    int64_t width, int64_t beams, uint8_t *codes) {
+  const Beam task{table, bits, span, memory, rows, scales, upper, weights, count, width, beams, codes};
+  POCKETREC_DISPATCH(beam, task)
 }
 
 // The k best items per user by inner product, without the seen ones; ties go to the smaller id; -1 where none is left.
@@ -962,6 +1020,7 @@ int topk(const TopK &unpacked, const float *items, int threads) {
 
 #include "_tower.cpp"
 #include "_transform.cpp"
+#include "_trellis.cpp"
 
 }  // namespace POCKETREC_ISA
 }  // namespace

@@ -42,6 +42,9 @@ _SIGNATURES: dict[str, list[Any]] = {
                        _INT],
     "pocketrec_tower": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER,
                         _LONG, _POINTER, _INT],
+    "pocketrec_trellis": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
+    "pocketrec_beam": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG,
+                       _POINTER],
     "pocketrec_adam_distinct": [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER],
     "pocketrec_adam_catch_up": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG],
     "pocketrec_adam_update": [_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG],
@@ -237,6 +240,85 @@ class TransformView:
         return (PartView * len(parts))(*(part.view() for part in parts))
 
 
+class CodeView(ctypes.Structure):
+    """One trellis code as the library sees it."""
+
+    _fields_ = (
+        ("table", _POINTER), ("first", _POINTER), ("mask", _POINTER), ("shift", _POINTER), ("steps", _LONG),
+        ("span", _LONG),
+    )  # fmt: skip
+
+
+class TableView(ctypes.Structure):
+    """A table of layout ``trellis`` as the library sees it."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("first", "users", "items", "user_start", "user_bits", "code_bytes",
+                                     "candidate_count", "centroid_bytes", "shapes", "places", "atoms")),
+        *((name, _POINTER) for name in ("index", "codes", "stream", "centroids", "candidates", "levels", "gains",
+                                        "item_scales", "user_scales", "coefficients", "fill", "absent")),
+        ("field_count", _LONG), ("width", _LONG),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CodePart:
+    """One trellis code, step by step; arrays are padded to a multiple of 16 entries.
+
+    Attributes:
+        table: float32 ``(2^memory, span)``.
+        first: first bit of each step's window, int32.
+        mask: of the window, int32.
+        shift: by which the window becomes a row of the table, int32.
+        steps: how many there are; 0 where nothing is coded.
+    """
+
+    table: NDArray[np.float32]
+    first: NDArray[np.int32]
+    mask: NDArray[np.int32]
+    shift: NDArray[np.int32]
+    steps: int
+
+    def view(self) -> CodeView:
+        """The code for the library; the caller keeps it alive."""
+        pointers = (_pointer(a) for a in (self.table, self.first, self.mask, self.shift))
+        return CodeView(*pointers, self.steps, self.table.shape[1])
+
+
+@dataclass(frozen=True)
+class TrellisView:
+    """A table of layout ``trellis`` as the library sees it.
+
+    Attributes:
+        numbers: the whole numbers of :class:`TableView`, by name.
+        index: planes, offsets and sizes of the items' records.
+        codes: of each class, eight of them, and of users.
+        arrays: the arrays of :class:`TableView` but these, by name.
+    """
+
+    numbers: Mapping[str, int]
+    index: Part
+    codes: Sequence[CodePart]
+    arrays: Mapping[str, NDArray[Any]]
+
+    @property
+    def fill(self) -> NDArray[np.float32]:
+        """A row for each field."""
+        return self.arrays["fill"]
+
+    @cached_property
+    def fixed(self) -> tuple[int | None, ...]:
+        """Address of the table."""
+        return (ctypes.addressof(self._views[0]),)
+
+    @cached_property
+    def _views(self) -> tuple[TableView, PartView, ctypes.Array[CodeView]]:
+        index, codes = self.index.view(), (CodeView * len(self.codes))(*(c.view() for c in self.codes))
+        pointers = {name: _pointer(a) for name, a in self.arrays.items()}
+        parts = {"index": ctypes.addressof(index), "codes": ctypes.addressof(codes)}
+        return TableView(**self.numbers, **pointers, **parts), index, codes
+
+
 @dataclass(frozen=True)
 class PackedView:
     """A packed table as the library sees it; ``fixed`` holds the arguments that no look-up changes."""
@@ -253,7 +335,7 @@ class PackedView:
 
 
 def lookup(
-    table: PackedView | TransformView,
+    table: PackedView | TransformView | TrellisView,
     rows: NDArray[np.int64],
     fields: NDArray[np.int32],
     out: NDArray[np.float32],
@@ -266,10 +348,38 @@ def lookup(
     library = _library()
     if library is None:
         raise ConfigError("The compiled kernel is not available; use `Packed.lookup`, which falls back to numpy.")
-    function = library.pocketrec_lookup if isinstance(table, PackedView) else library.pocketrec_transform
+    functions = {
+        PackedView: library.pocketrec_lookup,
+        TransformView: library.pocketrec_transform,
+        TrellisView: library.pocketrec_trellis,
+    }
+    function = functions[type(table)]
     status = function(*table.fixed, _pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads)
     if status == _BAD_INDEX:
         raise ConfigError(f"`fields` must lie in [0, {len(table.fill)}), but got {np.unique(fields).tolist()}.")
+    _check_status(status, "`rows`")
+
+
+def beam(
+    table: NDArray[np.float32],
+    bits: int,
+    memory: int,
+    rows: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    upper: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    beams: int,
+    codes: NDArray[np.uint8],
+) -> None:
+    """Beam search by the compiled library, which must be available; :mod:`pocketrec.beam` has the public form."""
+    library = _library()
+    if library is None:
+        raise ConfigError("The compiled kernel is not available; use `pocketrec.beam`, which falls back to numpy.")
+    count, width = rows.shape
+    status = library.pocketrec_beam(
+        _pointer(table), bits, table.shape[1], memory, _pointer(rows), _pointer(scales), _pointer(upper),
+        _pointer(weights), count, width, beams, _pointer(codes),
+    )  # fmt: skip
     _check_status(status, "`rows`")
 
 

@@ -50,6 +50,7 @@ COMPOSED: Mapping[str, str] = {
     "quantised": "QuantisedBlock",
     "tensor_train": "TensorTrainBlock",
     "transform": "TransformBlock",
+    "trellis": "TrellisBlock",
 }
 """Layouts of computed vectors, one per module of :mod:`pocketrec.layouts`, and the class that reads them."""
 RANK_ROWS = 1024
@@ -180,6 +181,10 @@ class FileBlock(ABC):
     def parts(self) -> Sequence[kernel.Part]:
         """The block for the compiled kernel, field by field, where it is of layout ``transform``."""
         return ()
+
+    def alone(self, fill: NDArray[np.float32], absent: NDArray[np.float32]) -> kernel.TrellisView | None:
+        """A whole table of this block for the compiled kernel, where it is of layout ``trellis``."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -422,7 +427,7 @@ class Packed:
         return out
 
     @cached_property
-    def _view(self) -> kernel.PackedView | kernel.TransformView | None:
+    def _view(self) -> kernel.PackedView | kernel.TransformView | kernel.TrellisView | None:
         """The table as the compiled kernel sees it, or ``None`` where it has a block that the kernel cannot read."""
         fill, absent = (np.ascontiguousarray(a, np.float32) for a in (self.fill, self.absent))
         entries = [b for b in self.blocks if isinstance(b, PackedBlock)]
@@ -431,6 +436,10 @@ class Packed:
                 kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays) for b in entries
             ]
             return kernel.PackedView((kernel.BlockView * len(views))(*views), fill, absent)
+        if len(self.blocks) == 1 and self.blocks[0].width == self.width:
+            alone = self.blocks[0].alone(fill, absent)
+            if alone is not None:
+                return alone
         coded = [b.parts() for b in self.blocks if b.width == self.width]
         if not coded or len(coded) < len(self.blocks) or not all(coded):
             return None

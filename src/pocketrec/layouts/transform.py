@@ -68,7 +68,7 @@ def levels(bits: int) -> NDArray[np.float32]:
     Reference: Max, "Quantizing for minimum distortion", 1960; Lloyd, "Least squares quantization in PCM", 1982.
     """
     count = 1 << bits
-    found = np.array([_quantile((i + 0.5) / count) * math.sqrt(3) for i in range(count)])
+    found = np.array([quantile((i + 0.5) / count) * math.sqrt(3) for i in range(count)])
     for _ in range(_REFINEMENTS if bits else 0):
         edges = [-math.inf, *((found[1:] + found[:-1]) / 2).tolist(), math.inf]
         density = np.array([math.exp(-e * e / 2) / math.sqrt(2 * math.pi) for e in edges])
@@ -78,8 +78,13 @@ def levels(bits: int) -> NDArray[np.float32]:
     return (np.rint(found * 2**14) / 2**14).astype(np.float32)
 
 
-def _quantile(share: float) -> float:
-    """The standard normal quantile, by bisection."""
+def quantile(share: float) -> float:
+    """The standard normal quantile, by bisection.
+
+    Example:
+        >>> round(quantile(0.975), 6)
+        1.959964
+    """
     low, high = -9.0, 9.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -256,13 +261,13 @@ def _pack_codes(section: Section, classes: NDArray[np.integer], codes: NDArray[n
     return np.packbits(stream, bitorder="little")
 
 
-def _per_set(bits: NDArray[np.int64]) -> NDArray[np.int32]:
+def per_set(bits: NDArray[np.int64]) -> NDArray[np.int32]:
     """Of each set of planes, the bits of a class that has them all, less those of all smaller sets: ``(8,)``.
 
     So the bits of rows are the sum over sets of these times the rows that have all planes of the set.
 
     Example:
-        >>> _per_set(np.array([0, 3, 5, 9, 0, 0, 0, 0])).tolist()[:4]
+        >>> per_set(np.array([0, 3, 5, 9, 0, 0, 0, 0])).tolist()[:4]
         [0, 3, 5, 1]
     """
     found = bits.reshape((2,) * MOST_PLANES).copy()
@@ -373,8 +378,8 @@ class TransformBlock(FileBlock):
 
     @cached_property
     def _weights(self) -> NDArray[np.int64]:
-        """See :func:`_per_set`, ``(S, 8)``."""
-        found = [_per_set(s.record_bits) for s in self.sections]
+        """See :func:`per_set`, ``(S, 8)``."""
+        found = [per_set(s.record_bits) for s in self.sections]
         return np.array(found, np.int64).reshape(-1, 1 << MOST_PLANES)
 
     @cached_property
@@ -451,7 +456,7 @@ class TransformBlock(FileBlock):
                 codes=self.arrays["codes"],
                 class_planes=self.arrays["planes"][self._plane_starts[s] : self._plane_starts[s + 1]],
                 offsets=self.arrays["offsets"][self._offset_starts[s] : self._offset_starts[s + 1]],
-                weights=_per_set(section.record_bits),
+                weights=per_set(section.record_bits),
                 record=section.record_bits.astype(np.int32),
                 widest=bits.max(axis=1).astype(np.int32),
                 before=(np.cumsum(bits, axis=1) - bits).astype(np.int32),

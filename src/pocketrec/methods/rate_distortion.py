@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from pocketrec.allocation import Assignment, Rate, Source, allocate, going_price
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
+from pocketrec.attribution.margin import lists, margin, ranks_by_products
 from pocketrec.backbone import ClickModel, Model
 from pocketrec.coded import CodedTable, spans
 from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError, UnsupportedOp
 from pocketrec.headcode import CodedHead, HeadMarket, Moments, moments
 from pocketrec.layouts.transform import Section, fixed_bytes
+from pocketrec.listladder import ListLadder
 from pocketrec.method import Ladder, Method
 from pocketrec.packed import Index, Storage
 from pocketrec.run import Run
@@ -41,6 +43,11 @@ class RateDistortion(Method):
     takes one of a few classes, from nothing to 8 bits for every direction, by the Lagrangian ``loss + lambda * bits``;
     everything that the file holds is paid for. ``storage`` and ``index`` have no say; a sparsity keeps the leading
     directions of rows, in 8 bits each.
+
+    A ranking model whose final vectors are its table, baked or without a graph, and whose scores are inner products is
+    coded for its lists: items as a gain times a shared vector and a trellis code of the rest, users as sums of a few
+    items and one more code. An error costs what it changes in scores near the end of users' lists; no ``samples`` and
+    ``probes`` are drawn. The lengths of users' vectors are not kept, since no list depends on them.
 
     One pass over the training rows serves every budget. Where the budget is for the whole file, the head of a click
     model is coded by the same Lagrangian.
@@ -76,7 +83,7 @@ class RateDistortion(Method):
         if self.probes < 1:
             raise ConfigError(f"`probes` must be at least 1, but got probes={self.probes}.")
 
-    def prepare(self, model: Model, data: Dataset, run: Run) -> RateDistortionLadder:
+    def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """Gather what errors cost; the run keeps it.
 
         Raises:
@@ -84,6 +91,11 @@ class RateDistortion(Method):
         """
         if self.touch_up and not isinstance(model, ClickModel):
             raise UnsupportedOp("Only click models can be touched up, but this one ranks; leave `touch_up` at 0.")
+        if ranks_by_products(model):
+            known = {"model": fingerprint(model), "data": data.digest}
+            found = margin(model, run.once("margin", known, lambda checkpoint: lists(model, data)))
+            whole = RateDistortionLadder(self, model, data, run, found.sensitivity(model.schema.fields))
+            return ListLadder(model, found, whole, run.seed)
         stored = run.once(
             "fisher",
             self.key(model, data),

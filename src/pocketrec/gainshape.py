@@ -1,0 +1,513 @@
+"""Coding the final vectors of a ranking model: which rows get how many bits, and with which codes.
+
+Items ``v`` are coded as ``gain (C_a + scale q)``: a shared vector near the direction of ``v``, and what is left by a
+trellis code. Each item takes the code of least ``loss + lambda * bits``, where the loss of an error is that of
+:mod:`pocketrec.attribution.margin` and a code of ``R`` bits a coordinate leaves a share ``D(R)`` of the energy. Users
+come from the items that they like, so decoded items are their codebook: a user is a sum of a few, found by beam search,
+plus a trellis code, the same for all. Lists do not depend on the length of a user's vector, so none is stored.
+
+Reference:
+    Gain-shape coding: Gersho and Gray, "Vector quantization and signal compression", 1992, section 12.10. Sums of
+    codewords by beam search: Babenko and Lempitsky, "Additive quantization for extreme vector compression", 2014.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pocketrec.attribution.margin import Margin
+from pocketrec.beam import factors, search
+from pocketrec.layouts.quantised import code_bytes
+from pocketrec.layouts.trellis import (
+    CENTROID_BITS,
+    CODES,
+    GAIN_BITS,
+    MOST_PLANES,
+    SCALE_BITS,
+    Records,
+    Shape,
+    centroid_values,
+    code_values,
+    direction,
+    geometric,
+    rate_bits,
+)
+from pocketrec.randomness import generator
+
+DISTORTION = np.array([1.0, 0.783, 0.594, 0.475, 0.33, 0.174, 0.098, 0.0287, 0.0084, 6.4e-4, 4.1e-5])
+"""Share of a normal variable's energy that is left by each code, none first, as measured with ``BEAMS`` beams."""
+
+BEAMS = 24
+MOST_SHAPE_BITS = 10
+SHAPE_SHARE = 0.25
+"""Share of the budget that shared vectors, and which of them items take, may cost."""
+
+PLACE_BITS = 13
+"""About the binary logarithm of the number of items that users are sums of."""
+
+MOST_ATOMS = 3
+
+_ATTEMPTS = 4
+_MEANS_ROUNDS = 6
+_MEANS_ROWS = 15_000
+_CLIP = 0.9
+_ATOM_BEAMS, _ATOM_CANDIDATES = 4, 24
+_FIRST_GUESS = (0.65, 0.37, 0.27, 0.22)
+_SAMPLE_USERS = 1500
+_ROWS_AT_ONCE = 1024
+_METRICS_AT_ONCE = 512
+_TINY = 1e-12
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the size of a block depends on.
+
+    Attributes:
+        shape: of the block.
+        classes: of the items, uint8 ``(I,)``.
+    """
+
+    shape: Shape
+    classes: NDArray[np.uint8]
+
+    @property
+    def counts(self) -> Ints:
+        """Items of each class."""
+        return np.bincount(self.classes, minlength=len(self.shape.rates))
+
+    def size_bytes(self, width: int) -> int:
+        """Bytes of the block."""
+        return self.shape.size_bytes(width, self.counts)
+
+    def blank(self, width: int) -> Records:
+        """Records of the right size that say nothing."""
+        users, items, steps = self.shape.users, self.shape.items, width
+        byte = np.uint8
+        candidates = np.flatnonzero(self.classes >= self.shape.first)
+        return Records(
+            classes=self.classes,
+            gains=np.zeros(items, byte),
+            shapes=np.zeros(items, np.uint16),
+            item_scales=np.zeros(items, byte),
+            item_codes=np.zeros((items, steps), byte),
+            atoms=np.full((users, self.shape.atoms), candidates[0] if len(candidates) else 0),
+            user_scales=np.zeros(users, byte),
+            user_codes=np.zeros((users, steps), byte),
+            centroids=np.zeros((1 << self.shape.shapes, width), byte),
+            scales=np.zeros(7 + self.shape.atoms, np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Numbers in geometric progression."""
+
+    least: float
+    ratio: float
+    bits: int
+
+    @classmethod
+    def between(cls, low: float, high: float, bits: int) -> _Grid:
+        """From ``low`` to ``high``, as float32 keeps it."""
+        low, high = max(low, _TINY), max(high, low, _TINY)
+        return cls(float(np.float32(low)), float(np.float32((high / low) ** (1 / ((1 << bits) - 1)))), bits)
+
+    @classmethod
+    def over(cls, numbers: Floats, bits: int) -> _Grid:
+        """Over nearly all of some numbers."""
+        low, high = np.quantile(numbers, (0.01, 0.99))
+        return cls.between(float(low), float(high), bits)
+
+    @property
+    def values(self) -> Floats:
+        """All of them."""
+        return geometric(self.least, self.ratio, self.bits)
+
+    def nearest(self, numbers: Floats) -> NDArray[np.uint8]:
+        """Which of them is nearest to each number."""
+        return np.abs(self.values - numbers[:, None]).argmin(axis=1).astype(np.uint8)
+
+    def nearest_ratio(self, numbers: Floats) -> NDArray[np.uint8]:
+        """Which of them is nearest to each number by ratio."""
+        logs = np.log(np.maximum(self.values, _TINY))
+        return np.abs(logs - np.log(np.maximum(numbers, _TINY))[:, None]).argmin(axis=1).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Shared vectors, and what they leave of the items.
+
+    Attributes:
+        numbers: uint8 ``(K, d)``.
+        step: between two values.
+        chosen: of each item, ``(I,)``.
+        rest: of each item at about length one, ``(I, d)``.
+    """
+
+    numbers: NDArray[np.uint8]
+    step: float
+    chosen: Ints
+    rest: Floats
+
+    @property
+    def vectors(self) -> Floats:
+        """``(K, d)``."""
+        return centroid_values(self.numbers, self.step)
+
+    @cached_property
+    def energy(self) -> Floats:
+        """Of the rest, ``(I,)``."""
+        return np.square(self.rest).sum(axis=1)
+
+
+class GainShape:
+    """Codes the vectors of users and items for any budget.
+
+    Args:
+        users: ``(U, d)``.
+        items: ``(I, d)``.
+        margin: what errors cost.
+        seed: of the sample that shared vectors are learned on.
+    """
+
+    def __init__(self, users: Floats, items: Floats, margin: Margin, seed: int) -> None:
+        self.items = items
+        self.margin = margin
+        self.seed = seed
+        self.width = items.shape[1]
+        self.directions = direction(users)
+        self.lengths = np.sqrt(np.square(users).sum(axis=1))
+        self.length = float(self.lengths.mean())
+        norms = np.sqrt(np.square(items).sum(axis=1))
+        low, high = np.quantile(norms, (0.002, 0.998))
+        self.gains = _Grid.between(0.6 * float(low), float(high), GAIN_BITS)
+        self.units = self.gains.values[self.gains.nearest(norms)]
+        self._shared: dict[int, _Shared] = {}
+
+    # ---- planning ----------------------------------------------------------------------------------------------------
+
+    def least(self) -> Plan:
+        """The smallest block there is."""
+        classes = np.zeros(len(self.items), np.uint8)
+        return Plan(Shape(len(self.directions), len(self.items), 0, (0,), 0, 0, 0, 0), classes)
+
+    def plan(self, size_bytes: int) -> Plan:
+        """The block of least expected loss among those of at most ``size_bytes``, of which :meth:`least` is one."""
+        shapes = self._shape_bits(size_bytes)
+        market = _Market(
+            self._weights(shapes), self._shared_vectors(shapes).energy, self.margin.item_traces, self.width
+        )
+        places = min(PLACE_BITS, _bits(len(self.items)))
+        best = self.least()
+        for _ in range(_ATTEMPTS):
+            shape = self._users(market, shapes, places, size_bytes)
+            if shape is None:
+                break
+            found = self._classes(market, shape, size_bytes)
+            if best.size_bytes(self.width) < (size := found.size_bytes(self.width)) <= size_bytes:
+                best = found
+            if found.shape.places == places or size_bytes - size in range(size_bytes // 200):
+                break
+            places = found.shape.places
+        return best
+
+    def _shape_bits(self, size_bytes: int) -> int:
+        """The most shared vectors that are worth their bytes."""
+        one, rows = code_bytes(self.width, CENTROID_BITS), len(self.items) + len(self.directions)
+        bits = np.arange(MOST_SHAPE_BITS + 1)
+        costs = (one << bits) + len(self.items) * bits / 8
+        return int(bits[(costs <= SHAPE_SHARE * size_bytes) & (8 << bits <= rows)].max(initial=0))
+
+    def _weights(self, shapes: int) -> NDArray[np.float64]:
+        """Loss of each item without a code."""
+        energy = self._shared_vectors(shapes).energy
+        return self.margin.item_traces / self.width * np.square(self.units) * energy.astype(np.float64)
+
+    def _users(self, market: _Market, shapes: int, places: int, size_bytes: int) -> Shape | None:
+        """How many atoms and which code users get for least loss of both sides; ``None`` where nothing fits."""
+        squares = np.square(self.lengths / self.margin.length)
+        weight = float((squares * self.margin.user_traces).sum(dtype=np.float64)) / self.width
+        count, best, found = len(self.directions), np.inf, None
+        for atoms, (left, coefficients) in enumerate(self._atoms_leave):
+            for rest in range(len(CODES) + 1):
+                shape = Shape(count, len(self.items), shapes, (0,), 0, places, atoms, rest)
+                room = 8 * (size_bytes - shape.size_bytes(self.width, np.array([len(self.items)])))
+                if room < 0:
+                    continue
+                loss, blur = market.expected(room)
+                total = loss + weight * (left + coefficients * blur) * float(DISTORTION[rest])
+                if total < best:
+                    best, found = total, shape
+        return found
+
+    def _classes(self, market: _Market, base: Shape, size_bytes: int) -> Plan:
+        """Classes of items for least loss in what users leave."""
+        best: tuple[float, Plan] | None = None
+        for planes in range(MOST_PLANES + 1):
+            shape = replace(base, rates=(0,) * (1 << planes))
+            counts = np.zeros(1 << planes, np.int64)
+            counts[0] = len(self.items)
+            room = 8 * (size_bytes - shape.size_bytes(self.width, counts))
+            if room < 0:
+                continue
+            rates, classes, loss = market.spend(room, 1 << planes)
+            if best is None or loss < best[0]:
+                counts = np.bincount(classes, minlength=len(rates))
+                first, places = _threshold(counts, base.places)
+                best = loss, Plan(replace(shape, rates=rates, first=first, places=places), classes)
+        return Plan(base, np.zeros(len(self.items), np.uint8)) if best is None else best[1]
+
+    @cached_property
+    def _atoms_leave(self) -> list[tuple[float, float]]:
+        """Of the energy of a user's direction what so many atoms leave, and the sum of their squared coefficients."""
+        rng = generator(self.seed, "users to plan with")
+        count = len(self.directions)
+        users = self.directions[np.sort(rng.choice(count, min(count, _SAMPLE_USERS), replace=False))]
+        most = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << PLACE_BITS]
+        atoms = direction(self.items[most])
+        found = [(1.0, 0.0)]
+        for count in range(1, MOST_ATOMS + 1):
+            chosen, coefficients = sums(users, atoms, count)
+            rest = users - np.einsum("k,mkd->md", coefficients, atoms[chosen])
+            found.append((float(np.square(rest).sum(axis=1).mean()), float(np.square(coefficients).sum())))
+        return found
+
+    # ---- coding ------------------------------------------------------------------------------------------------------
+
+    def encode(self, plan: Plan) -> Records:
+        """The codes of all rows."""
+        shape, shared = plan.shape, self._shared_vectors(plan.shape.shapes)
+        spread = np.sqrt(shared.energy / self.width)
+        scales = _Grid.over(spread, SCALE_BITS)
+        chosen_scales = scales.nearest_ratio(spread)
+        steps = max((CODES[r - 1].steps(self.width) for r in shape.rates if r), default=0)
+        codes = np.zeros((len(self.items), steps), np.uint8)
+        decoded = shared.vectors[shared.chosen]
+        for which, rate in enumerate(shape.rates):
+            rows = np.flatnonzero(plan.classes == which)
+            if not rate or not len(rows):
+                continue
+            own = scales.values[chosen_scales[rows]]
+            found = _coded(rate, shared.rest[rows], own, lambda part, rows=rows: self.margin.item_metrics(rows[part]))
+            codes[rows, : found.shape[1]] = found
+            decoded[rows] += code_values(rate, found, self.width) * own[:, None]
+        best = (self.items * decoded).sum(axis=1) / np.maximum(np.square(decoded).sum(axis=1), _TINY)
+        atoms, coefficients, user_scales, user_codes, grid = self._encode_users(plan, decoded)
+        numbers = [self.gains.least, self.gains.ratio, scales.least, scales.ratio, self.length * grid.least, grid.ratio]
+        return Records(
+            classes=plan.classes,
+            gains=self.gains.nearest(best),
+            shapes=shared.chosen.astype(np.uint16),
+            item_scales=chosen_scales,
+            item_codes=codes,
+            atoms=atoms,
+            user_scales=user_scales,
+            user_codes=user_codes,
+            centroids=shared.numbers,
+            scales=np.array([*numbers, shared.step, *(self.length * coefficients).tolist()], np.float32),
+        )
+
+    def _encode_users(
+        self, plan: Plan, decoded: Floats
+    ) -> tuple[Ints, Floats, NDArray[np.uint8], NDArray[np.uint8], _Grid]:
+        """Atoms, their coefficients, scales, codes and the grid of scales."""
+        shape = plan.shape
+        candidates = np.flatnonzero(plan.classes >= shape.first)
+        atoms = direction(decoded[candidates])
+        chosen, coefficients = sums(self.directions, atoms, shape.atoms)
+        rest = self.directions - np.einsum("k,mkd->md", coefficients, atoms[chosen])
+        spread = np.sqrt(np.square(rest).sum(axis=1) / self.width)
+        grid = _Grid.over(spread, SCALE_BITS)
+        scales = grid.nearest_ratio(spread)
+        codes = np.zeros((len(rest), 0), np.uint8)
+        if shape.rest:
+            rows = np.arange(len(rest))
+            codes = _coded(shape.rest, rest, grid.values[scales], lambda part: self.margin.user_metrics(rows[part]))
+        return candidates[chosen], coefficients, scales, codes, grid
+
+    def _shared_vectors(self, bits: int) -> _Shared:
+        if bits not in self._shared:
+            self._shared[bits] = self._learn(1 << bits)
+        return self._shared[bits]
+
+    def _learn(self, count: int) -> _Shared:
+        """Shared vectors by k-means on a sample of users and items, all at length one."""
+        rng = generator(self.seed, "shared vectors", count)
+        sample = np.concatenate(
+            [
+                part[np.sort(rng.choice(len(part), min(len(part), _MEANS_ROWS), replace=False))]
+                for part in (self.directions, direction(self.items))
+            ]
+        )
+        means: Floats = sample[np.sort(rng.choice(len(sample), count, replace=False))].copy()
+        for _ in range(_MEANS_ROUNDS):
+            near = _nearest(sample, means)
+            sums_, held = np.zeros(means.shape), np.bincount(near, minlength=count)
+            np.add.at(sums_, near, sample)
+            means[held > 0] = (sums_ / np.maximum(held, 1)[:, None])[held > 0]
+        top = (1 << CENTROID_BITS) - 1
+        step = float(np.float32(max(_CLIP * float(np.abs(means).max()), _TINY) * 2 / top))
+        numbers = np.clip(np.rint(means / step + top / 2), 0, top).astype(np.uint8)
+        wanted = self.items / self.units[:, None]
+        vectors = centroid_values(numbers, step)
+        chosen = _nearest(wanted, vectors)
+        return _Shared(numbers, step, chosen, wanted - vectors[chosen])
+
+
+class _Market:
+    """Items, and what each code costs them.
+
+    Args:
+        weights: loss of each item without a code, ``(I,)``.
+        energy: of what shared vectors leave of items at length one, ``(I,)``.
+        traces: by which items of weight are known, ``(I,)``.
+        width: columns.
+    """
+
+    def __init__(self, weights: NDArray[np.float64], energy: Floats, traces: Floats, width: int) -> None:
+        self.weights = weights
+        self.bits = np.array([rate_bits(rate, width) for rate in range(len(CODES) + 1)], np.int64)
+        heavy = np.argsort(-traces, kind="stable")[: 1 << PLACE_BITS]
+        top = max(float(weights.max(initial=0)), 1e-30)
+        points = []
+        for price in top * 2.0 ** -np.arange(0, 40):
+            taken = self._take(price, np.arange(len(self.bits)))
+            left = DISTORTION[taken]
+            blur = float((energy[heavy] * left[heavy]).mean()) if len(heavy) else 0.0
+            points.append((int(self.bits[taken].sum()), float((weights * left).sum()), blur))
+        self.points = np.array(points, np.float64)
+
+    def _take(self, price: float, rates: Ints) -> Ints:
+        """The rate of least loss and price for each item, among ``rates``."""
+        costs = self.weights[:, None] * DISTORTION[rates] + price * self.bits[rates]
+        return rates[costs.argmin(axis=1)]
+
+    def expected(self, room: float) -> tuple[float, float]:
+        """Loss of the items in about so many bits, and what is left of the rest of those that users are sums of."""
+        bits, loss, blur = self.points.T
+        return float(np.interp(room, bits, loss)), float(np.interp(room, bits, blur))
+
+    def spend(self, room: int, most: int) -> tuple[tuple[int, ...], NDArray[np.uint8], float]:
+        """Rates of at most so many classes, classes of items within ``room`` bits, and their loss."""
+        rates = np.arange(len(self.bits))
+        if most == 1:
+            rates = rates[self.bits * len(self.weights) <= room][-1:]
+        while len(rates) > most:
+            price = self._price(room, rates)
+            costs = self.weights[:, None] * DISTORTION[rates] + price * self.bits[rates]
+            without = [np.delete(costs, i, axis=1).min(axis=1).sum() for i in range(1, len(rates))]
+            rates = np.delete(rates, 1 + int(np.argmin(without)))
+        taken = self._fill(room, rates, self._price(room, rates))
+        classes = np.searchsorted(rates, taken).astype(np.uint8)
+        return tuple(rates.tolist()), classes, float((self.weights * DISTORTION[taken]).sum())
+
+    def _price(self, room: int, rates: Ints) -> float:
+        """The least price at which ``room`` is enough."""
+        low, high = -60.0, 2.0
+        top = max(float(self.weights.max(initial=0)), 1e-30)
+        if self.bits[self._take(top * 2.0**low, rates)].sum() <= room:
+            return top * 2.0**low
+        while high - low > 1e-7:
+            middle = (low + high) / 2
+            if self.bits[self._take(top * 2.0**middle, rates)].sum() <= room:
+                high = middle
+            else:
+                low = middle
+        return top * 2.0**high
+
+    def _fill(self, room: int, rates: Ints, price: float) -> Ints:
+        """Rates at the price, and better ones for what room is left, item after item by what they gain."""
+        taken = self._take(price, rates)
+        room -= int(self.bits[taken].sum())
+        place = np.searchsorted(rates, taken)
+        better = rates[np.minimum(place + 1, len(rates) - 1)]
+        extra = self.bits[better] - self.bits[taken]
+        gain = self.weights * (DISTORTION[taken] - DISTORTION[better]) / np.maximum(extra, 1)
+        step = int(np.diff(self.bits[rates]).min(initial=1 << 30))
+        for item in np.argsort(-gain, kind="stable").tolist():
+            if room < step:
+                break
+            if 0 < extra[item] <= room:
+                room -= int(extra[item])
+                taken[item] = better[item]
+        return taken
+
+
+def sums(targets: Floats, atoms: Floats, count: int) -> tuple[Ints, Floats]:
+    """Targets as ``sum_k c_k atoms[i_k]``, the same ``c`` for all: ``i (m, count)`` and ``c (count,)``.
+
+    The coefficients are fitted once to what a search with guessed ones finds in every sixth target.
+    """
+    if not count or not len(atoms):
+        return np.zeros((len(targets), 0), np.int64), np.zeros(0, np.float32)
+    sample = targets[::6]
+    chosen = _pursue(sample, atoms, np.array(_FIRST_GUESS[:count], np.float32))
+    picked = atoms[chosen]
+    gram = np.einsum("mad,mbd->ab", picked, picked).astype(np.float64)
+    fitted = np.linalg.solve(gram + 1e-6 * np.trace(gram) * np.eye(count), np.einsum("mad,md->a", picked, sample))
+    return _pursue(targets, atoms, fitted.astype(np.float32)), fitted.astype(np.float32)
+
+
+def _pursue(targets: Floats, atoms: Floats, coefficients: Floats) -> Ints:
+    """Beam search for the atoms of each target, the ones of largest coefficient first."""
+    columns = torch.from_numpy(atoms.T.copy())
+    found = np.empty((len(targets), len(coefficients)), np.int64)
+    wide = min(_ATOM_CANDIDATES, len(atoms))
+    for begin in range(0, len(targets), _ROWS_AT_ONCE):
+        part = targets[begin : begin + _ROWS_AT_ONCE]
+        rests, picked = part[:, None], np.zeros((len(part), 1, 0), np.int64)
+        row = np.arange(len(part))[:, None]
+        for k, coefficient in enumerate(coefficients.tolist()):
+            beams = rests.shape[1]
+            flat = torch.from_numpy(np.ascontiguousarray(rests.reshape(-1, rests.shape[2])))
+            close = (flat @ columns * (1 if coefficient >= 0 else -1)).topk(wide, dim=1).indices.numpy()
+            left = rests[:, :, None] - coefficient * atoms[close].reshape(len(part), beams, wide, -1)
+            left = left.reshape(len(part), beams * wide, -1)
+            keep = 1 if k == len(coefficients) - 1 else min(_ATOM_BEAMS, beams * wide)
+            best = np.argsort(np.square(left).sum(axis=2), axis=1, kind="stable")[:, :keep]
+            rests = left[row, best]
+            new = close.reshape(len(part), -1)[row, best]
+            picked = np.concatenate([picked[row, best // wide], new[..., None]], axis=2)
+        found[begin : begin + len(part)] = picked[:, 0]
+    return found
+
+
+def _coded(rate: int, rows: Floats, scales: Floats, metrics: Callable[[slice], Floats]) -> NDArray[np.uint8]:
+    """Codes of rows whose errors cost what ``metrics`` says."""
+    code = CODES[rate - 1]
+    found = np.empty((len(rows), code.steps(rows.shape[1])), np.uint8)
+    for begin in range(0, len(rows), _METRICS_AT_ONCE):
+        part = slice(begin, begin + _METRICS_AT_ONCE)
+        upper, weights = factors(metrics(part))
+        found[part] = search(code, rows[part], scales[part], upper, weights, BEAMS)
+    return found
+
+
+def _nearest(rows: Floats, means: Floats) -> Ints:
+    """The nearest mean of each row."""
+    half = np.square(means).sum(axis=1) / 2
+    parts = [(rows[i : i + 4096] @ means.T - half).argmax(axis=1) for i in range(0, len(rows), 4096)]
+    return np.concatenate([*parts, np.empty(0, np.int64)])
+
+
+def _bits(count: int) -> int:
+    """Bits of a number below ``count``."""
+    return max(count - 1, 0).bit_length()
+
+
+def _threshold(counts: Ints, places: int) -> tuple[int, int]:
+    """The first class whose items users are sums of, and the bits of their numbers."""
+    above = np.cumsum(counts[::-1])[::-1]
+    fitting = np.flatnonzero((above <= 1 << places) & (above > 0))
+    first = int(fitting[0]) if len(fitting) else int(np.flatnonzero(above > 0)[-1])
+    return first, _bits(int(above[first]))

@@ -1,0 +1,581 @@
+"""Layout ``trellis``: items as a gain times a shared shape and a coded rest, users as sums of items and a coded rest.
+
+The block's rows are ``users`` rows, then ``items`` rows. With ``C_a`` one of ``2^shapes`` shared vectors, and ``q``
+what a trellis code says, an item of class ``c`` is ``gain (C_a + scale q)``, where the class names the code. A user is
+``sum_k coefficient_k direction(i_k) + scale q``; ``direction`` is the vector of an item at length one, and ``i_k``
+counts the items of class ``first`` and above, in the order of the file. All users have one code.
+
+A trellis code of ``k`` bits, span ``V`` and memory ``L`` spends ``k`` bits on each ``V`` coordinates: the last ``L``
+bits name a row of the code's table, which holds the ``V`` values. Bits before the first one are zeros. So each bit says
+something of many coordinates, but a coordinate needs no other than its own ``L`` bits to be read.
+
+Arrays:
+
+``planes``
+    A class number has one bit in each of 0 to 3 planes. Every 256 items (the last ones may be fewer) have their planes
+    behind each other: uint8.
+``offsets``
+    Bits of the records before every 256 items: uint32.
+``codes``
+    Records of items, then from a new byte on records of users, least significant bit first, and four bytes of zeros:
+    uint8. An item's record: 4 bits of gain, ``shapes`` bits ``a``, and where its class has a code 2 bits of scale and
+    the code. A user's record: ``i_k`` in ``places`` bits each, and where users have a code 2 bits of scale and it.
+``centroids``
+    The shared vectors, 4 bits a value: ``(value - 7.5) step``: uint8 ``(2^shapes, ceil(width / 2))``.
+``scales``
+    Least and ratio of the gains, the items' scales and the users' scales; ``step``; the coefficients: float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec import kernel
+from pocketrec.errors import ArtifactError, BudgetError
+from pocketrec.layouts.quantised import code_bytes, pack_codes, unpack_codes
+from pocketrec.layouts.transform import levels, per_set, quantile
+from pocketrec.packed import FileBlock
+
+GROUP = 256
+"""Items between two offsets."""
+SPARE = 4
+"""Bytes behind the codes, so that words can be read anywhere."""
+GAIN_BITS, SCALE_BITS, CENTROID_BITS = 4, 2, 4
+MOST_PLANES, MOST_SHAPES, MOST_ATOMS, MOST_PLACES = 3, 12, 4, 24
+
+_PAIRS = 3
+"""Least and ratio of gains, items' scales and users' scales."""
+_READ_ROWS = 4096
+_LANES = 16
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A trellis code.
+
+    Attributes:
+        bits: of a step, ``k``.
+        span: coordinates of a step, ``V``.
+        memory: bits that name a row of the table, ``L``.
+        seed: of the order of the table; one of the best of some dozens for a normal variable.
+    """
+
+    bits: int
+    span: int
+    memory: int
+    seed: int = 0
+
+    def steps(self, width: int) -> int:
+        """Steps of a row."""
+        return -(-width // self.span)
+
+    def size(self, width: int) -> int:
+        """Bits of a row."""
+        return self.bits * self.steps(width)
+
+    def windows(self, width: int) -> tuple[Ints, Ints, Ints]:
+        """First bit and mask of each step's bits, and by which they are shifted to name a row of the table."""
+        ends = self.bits * np.arange(1, self.steps(width) + 1)
+        known = np.minimum(ends, self.memory)
+        return ends - known, (1 << known) - 1, self.memory - known
+
+    @cached_property
+    def table(self) -> Floats:
+        """The values, ``(2^L, V)``: normal quantiles in a scrambled order, the same on every machine.
+
+        They are shrunk to the variance that a code of the rate reproduces at best. The first step, before which there
+        are only zeros, chooses between the levels of a Lloyd-Max quantiser.
+        """
+        count = 1 << self.memory
+        if self.memory == self.bits:
+            return levels(self.bits)[:, None]
+        shrink = (1 - 4.0 ** (-self.bits / self.span)) ** 0.5
+        ranks = _normal_quantiles(count) * shrink
+        found = np.empty((count, self.span))
+        for column in range(self.span):
+            order = np.argsort(_scramble(np.arange(count), self.seed * self.span + column), kind="stable")
+            found[order, column] = ranks
+        if self.span == 1:
+            found[:: count >> self.bits, 0] = levels(self.bits)
+        return (np.rint(found * 2**14) / 2**14).astype(np.float32)
+
+
+CODES = (
+    Code(1, 4, 10, 7),
+    Code(1, 2, 10, 5),
+    Code(2, 3, 10, 19),
+    Code(1, 1, 10, 19),
+    Code(3, 2, 10, 21),
+    Code(2, 1, 10, 10),
+    Code(3, 1, 10, 20),
+    Code(4, 1, 12, 28),
+    Code(6, 1, 6),
+    Code(8, 1, 8),
+)
+"""All codes; class and file name code ``n`` by ``n + 1``, and no code by 0."""
+
+
+@cache
+def _normal_quantiles(count: int) -> NDArray[np.float64]:
+    return np.array([quantile((i + 0.5) / count) for i in range(count)])
+
+
+def _scramble(numbers: Ints, seed: int) -> NDArray[np.uint64]:
+    """Words that look random: multiplications and shifts modulo 2^32."""
+    word = (numbers + (seed << 16)).astype(np.uint64)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        word = ((word ^ (word >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
+    return word ^ (word >> np.uint64(16))
+
+
+def rate_bits(rate: int, width: int) -> int:
+    """Bits of a coded rest by the number of its code, its scale included; 0 is no code.
+
+    Example:
+        >>> rate_bits(0, 64), rate_bits(4, 64)
+        (0, 66)
+    """
+    return CODES[rate - 1].size(width) + SCALE_BITS if rate else 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a block is laid out: all sizes but the number of items in each class.
+
+    Attributes:
+        users: rows.
+        items: rows.
+        shapes: bits of the number of a shared vector.
+        rates: number of the code of each class, ``2^planes`` of them, 0 for none.
+        first: items of this class and above are those that users are sums of.
+        places: bits of their number among these.
+        atoms: how many of them a user is a sum of.
+        rest: number of the users' code, 0 for none.
+    """
+
+    users: int
+    items: int
+    shapes: int
+    rates: tuple[int, ...]
+    first: int
+    places: int
+    atoms: int
+    rest: int
+
+    @property
+    def planes(self) -> int:
+        """Bits of a class number."""
+        return (len(self.rates) - 1).bit_length()
+
+    def item_bits(self, width: int) -> Ints:
+        """Bits of an item's record by class, ``(2^planes,)``."""
+        return np.array([GAIN_BITS + self.shapes + rate_bits(rate, width) for rate in self.rates], np.int64)
+
+    def user_bits(self, width: int) -> int:
+        """Bits of a user's record."""
+        return self.atoms * self.places + rate_bits(self.rest, width)
+
+    def size_bytes(self, width: int, counts: NDArray[np.integer]) -> int:
+        """Bytes of a block, exactly.
+
+        Args:
+            width: columns.
+            counts: items of each class, ``(2^planes,)``.
+        """
+        records = -(-int(counts @ self.item_bits(width)) // 8)
+        sums = -(-self.users * self.user_bits(width) // 8)
+        shared = code_bytes(width, CENTROID_BITS) << self.shapes
+        numbers = 4 * (2 * _PAIRS + 1 + self.atoms)
+        index = _plane_bytes(self.items, self.planes) + 4 * -(-self.items // GROUP)
+        return records + sums + SPARE + shared + numbers + index
+
+    def sound(self) -> bool:
+        """Whether such a block is possible at all."""
+        counts = (self.users, self.items, self.shapes, self.first, self.places, self.atoms, self.rest, *self.rates)
+        return (
+            all(type(n) is int and 0 <= n < 1 << 40 for n in counts)
+            and len(self.rates) in (1, 2, 4, 8)
+            and max(*self.rates, self.rest, 0) <= len(CODES)
+            and self.shapes <= MOST_SHAPES
+            and self.atoms <= MOST_ATOMS
+            and self.places <= MOST_PLACES
+            and self.first < len(self.rates)
+        )
+
+
+def _plane_bytes(items: int, planes: int) -> int:
+    full, tail = divmod(items, GROUP)
+    return planes * (full * GROUP // 8 + -(-tail // 8))
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the codes of a block say, unpacked; rows as in the file.
+
+    Attributes:
+        classes: of items, uint8 ``(I,)``.
+        gains: uint8 ``(I,)``.
+        shapes: which shared vector, uint16 ``(I,)``.
+        item_scales: uint8 ``(I,)``.
+        item_codes: one for each step, uint8 ``(I, s)``; what a class does not code is ignored.
+        atoms: int64 ``(U, atoms)``, numbers of items.
+        user_scales: uint8 ``(U,)``.
+        user_codes: uint8 ``(U, s')``.
+        centroids: uint8 ``(2^shapes, width)``, below 16.
+        scales: float32 ``(7 + atoms,)``.
+    """
+
+    classes: NDArray[np.uint8]
+    gains: NDArray[np.uint8]
+    shapes: NDArray[np.uint16]
+    item_scales: NDArray[np.uint8]
+    item_codes: NDArray[np.uint8]
+    atoms: Ints
+    user_scales: NDArray[np.uint8]
+    user_codes: NDArray[np.uint8]
+    centroids: NDArray[np.uint8]
+    scales: Floats
+
+
+def encode(shape: Shape, records: Records) -> dict[str, NDArray[Any]]:
+    """The arrays of a block.
+
+    Raises:
+        BudgetError: The items take 512 MiB, or more.
+    """
+    width = records.centroids.shape[1]
+    sizes = shape.item_bits(width)[records.classes]
+    if (total := int(sizes.sum())) >= 1 << 32:
+        raise BudgetError(f"The items must take less than 512 MiB, but take {total // 8:,} B.")
+    starts = np.cumsum(sizes) - sizes
+    items = np.zeros(-(-total // 8) * 8, np.uint8)
+    place = _put(items, starts, records.gains, GAIN_BITS)
+    place = _put(items, place, records.shapes, shape.shapes)
+    for which, rate in enumerate(shape.rates):
+        rows = np.flatnonzero(records.classes == which)
+        _put_code(items, place[rows], rate, width, records.item_scales[rows], records.item_codes[rows])
+    candidates = np.flatnonzero(records.classes >= shape.first)
+    size = shape.user_bits(width)
+    users = np.zeros(-(-shape.users * size // 8) * 8, np.uint8)
+    place = size * np.arange(shape.users)
+    for chosen in np.searchsorted(candidates, records.atoms).T:
+        place = _put(users, place, chosen, shape.places)
+    _put_code(users, place, shape.rest, width, records.user_scales, records.user_codes)
+    packed = [np.packbits(part, bitorder="little") for part in (items, users)]
+    return {
+        "planes": _pack_planes(records.classes, shape.planes),
+        "offsets": starts[::GROUP].astype(np.uint32),
+        "codes": np.concatenate([*packed, np.zeros(SPARE, np.uint8)]),
+        "centroids": pack_codes(records.centroids, CENTROID_BITS),
+        "scales": records.scales.astype(np.float32),
+    }
+
+
+def _put(stream: NDArray[np.uint8], places: Ints, numbers: NDArray[np.integer], bits: int) -> Ints:
+    """Write numbers of so many bits; the places behind them."""
+    for bit in range(bits):
+        stream[places + bit] = (numbers >> bit) & 1
+    return places + bits
+
+
+def _put_code(
+    stream: NDArray[np.uint8],
+    places: Ints,
+    rate: int,
+    width: int,
+    scales: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+) -> None:
+    """Write scale and code of rows that have one code."""
+    if not rate:
+        return
+    code = CODES[rate - 1]
+    places = _put(stream, places, scales, SCALE_BITS)
+    for step in range(code.steps(width)):
+        places = _put(stream, places, codes[:, step], code.bits)
+
+
+def _pack_planes(classes: NDArray[np.uint8], planes: int) -> NDArray[np.uint8]:
+    """The planes of each group of items behind each other."""
+    bits = (classes[:, None] >> np.arange(planes)) & 1
+    groups = [bits[i : i + GROUP].astype(np.uint8) for i in range(0, len(bits), GROUP)]
+    packed = [np.packbits(g.T, axis=1, bitorder="little").reshape(-1) for g in groups]
+    return np.concatenate([*packed, np.empty(0, np.uint8)])
+
+
+def geometric(least: float, ratio: float, bits: int) -> Floats:
+    """The ``2^bits`` numbers ``least * ratio^j``.
+
+    Example:
+        >>> geometric(1.0, 2.0, 2).tolist()
+        [1.0, 2.0, 4.0, 8.0]
+    """
+    return (np.float64(least) * np.float64(ratio) ** np.arange(1 << bits)).astype(np.float32)
+
+
+def centroid_values(numbers: NDArray[np.uint8], step: float) -> Floats:
+    """What the numbers of shared vectors mean."""
+    return (numbers.astype(np.float32) - np.float32(7.5)) * np.float32(step)
+
+
+def code_values(rate: int, codes: NDArray[np.integer], width: int) -> Floats:
+    """What codes ``(m, steps)`` mean, ``(m, width)``."""
+    code = CODES[rate - 1]
+    states = np.zeros(codes.shape, np.int64)
+    state = np.zeros(len(codes), np.int64)
+    for step in range(codes.shape[1]):
+        state = (state >> code.bits) | (codes[:, step].astype(np.int64) << (code.memory - code.bits))
+        states[:, step] = state
+    return code.table[states].reshape(len(codes), codes.shape[1] * code.span)[:, :width]
+
+
+@dataclass(frozen=True)
+class TrellisBlock(FileBlock):
+    """See the module; file row ``start + i`` is user ``i``, or item ``i - users``. Every row is stored."""
+
+    name: str
+    start: int
+    stop: int
+    left: int
+    right: int
+    layout: str
+    shape: Shape
+    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shape, dict):
+            object.__setattr__(self, "shape", Shape(**{**self.shape, "rates": tuple(self.shape["rates"])}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the arrays."""
+        return {
+            "name": self.name, "start": self.start, "stop": self.stop, "left": self.left, "right": self.right,
+            "layout": self.layout, "shape": {**asdict(self.shape), "rates": list(self.shape.rates)},
+            "arrays": sorted(self.arrays),
+        }  # fmt: skip
+
+    def check(self, fields: int) -> None:
+        """Raise :class:`ArtifactError` unless every array has the type and the shape that the layout asks for."""
+        shape = self.shape
+        if self.rows < 0 or self.width < 1 or self.left < 0 or not shape.sound():
+            raise ArtifactError(f"Block {self.name!r} has an impossible shape: {self.to_json()}.")
+        if shape.users + shape.items != self.rows:
+            raise ArtifactError(f"Block {self.name!r} must have {shape.users + shape.items} rows, but has {self.rows}.")
+        self._check("planes", np.uint8, (_plane_bytes(shape.items, shape.planes),))
+        self._check("offsets", np.uint32, (-(-shape.items // GROUP),))
+        self._check("centroids", np.uint8, (1 << shape.shapes, code_bytes(self.width, CENTROID_BITS)))
+        self._check("scales", np.float32, (2 * _PAIRS + 1 + shape.atoms,))
+        self._check("codes", np.uint8, (self._user_start + -(-shape.users * self._user_bits // 8) + SPARE,))
+        if len(self.arrays) != 5 or not np.isfinite(self.arrays["scales"]).all():
+            raise ArtifactError(f"Block {self.name!r} has other arrays than its layout, or scales that are no numbers.")
+
+    def _check(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+        found = self.arrays.get(name)
+        if found is None or found.dtype != dtype or found.shape != shape:
+            got = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise ArtifactError(f"Array '{self.name}.{name}' must be {np.dtype(dtype)} {shape}, but got {got}.")
+
+    @cached_property
+    def _item_bits(self) -> Ints:
+        return self.shape.item_bits(self.width)
+
+    @cached_property
+    def _user_bits(self) -> int:
+        return self.shape.user_bits(self.width)
+
+    @cached_property
+    def _user_start(self) -> int:
+        """First byte of the users' records."""
+        if not self.shape.items:
+            return 0
+        last = np.array([self.shape.items - 1])
+        number, place = self._places(last)
+        return -(-int(place[0] + self._item_bits[number[0]]) // 8)
+
+    @cached_property
+    def candidates(self) -> Ints:
+        """Items that users are sums of."""
+        starts = np.arange(0, self.shape.items, GROUP)
+        numbers = self._numbers(starts // GROUP).reshape(-1)[: self.shape.items]
+        return np.flatnonzero(numbers >= self.shape.first)
+
+    @cached_property
+    def _gains(self) -> Floats:
+        return self._geometric(0, GAIN_BITS)
+
+    @cached_property
+    def _item_scales(self) -> Floats:
+        return self._geometric(1, SCALE_BITS)
+
+    @cached_property
+    def _user_scales(self) -> Floats:
+        return self._geometric(2, SCALE_BITS)
+
+    def _geometric(self, which: int, bits: int) -> Floats:
+        least, ratio = self.arrays["scales"][2 * which : 2 * which + 2].tolist()
+        return geometric(least, ratio, bits)
+
+    def _numbers(self, groups: Ints) -> NDArray[np.uint8]:
+        """Class numbers of the items of groups ``(m,)``, ``(m, 256)``; zeros behind the last item."""
+        planes = self.shape.planes
+        size = -(-np.minimum(GROUP, self.shape.items - groups * GROUP) // 8)
+        column = np.arange(GROUP // 8)
+        found = np.zeros((len(groups), GROUP), np.uint8)
+        for plane in range(planes):
+            place = (groups * planes * (GROUP // 8) + plane * size)[:, None] + column
+            there = column < size[:, None]
+            word = np.where(there, self.arrays["planes"][np.where(there, place, 0)], 0).astype(np.uint8)
+            found |= np.unpackbits(word, axis=1, bitorder="little") << np.uint8(plane)
+        return found
+
+    def _places(self, items: Ints) -> tuple[Ints, Ints]:
+        """Classes of items ``(m,)``, and the first bits of their records."""
+        groups, inner = items // GROUP, items % GROUP
+        numbers = self._numbers(groups)
+        before = np.where(np.arange(GROUP) < inner[:, None], self._item_bits[numbers], 0).sum(axis=1)
+        own = numbers[np.arange(len(items)), inner].astype(np.int64)
+        return own, self.arrays["offsets"][groups] + before
+
+    def _readable(self, items: Ints) -> tuple[Ints, Ints]:
+        """Classes and first bits; far below zero, where all bits are zeros, for a record outside (a damaged file)."""
+        numbers, places = self._places(items)
+        inside = places + self._item_bits[numbers] <= 8 * (len(self.arrays["codes"]) - SPARE)
+        return numbers, np.where(inside, places, -(1 << 40))
+
+    def _word(self, places: Ints) -> Ints:
+        """At least 25 bits from each place on; zeros where a place lies below zero."""
+        codes = self.arrays["codes"]
+        inside = places >= 0
+        byte = np.where(inside, places >> 3, 0)
+        word = np.zeros(places.shape, np.int64)
+        for i in range(SPARE):
+            word |= codes[byte + i].astype(np.int64) << (8 * i)
+        return np.where(inside, word, 0) >> (places & 7)
+
+    def _rest(self, rate: int, places: Ints, scales: Floats) -> Floats:
+        """Scaled values of the codes whose scales stand at ``places (m,)``: ``(m, width)``."""
+        code = CODES[rate - 1]
+        scale = scales[self._word(places) & ((1 << SCALE_BITS) - 1)]
+        first, mask, shift = code.windows(self.width)
+        states = (self._word((places + SCALE_BITS)[:, None] + first) & mask) << shift
+        values = code.table[states].reshape(len(places), code.steps(self.width) * code.span)
+        return values[:, : self.width] * scale[:, None]
+
+    def _shapes(self, items: Ints) -> tuple[Floats, Floats]:
+        """Vectors of items ``(m,)`` without their gains, ``(m, width)``, and the gains."""
+        numbers, places = self._readable(items)
+        gains = self._gains[self._word(places) & ((1 << GAIN_BITS) - 1)]
+        places = places + GAIN_BITS
+        chosen = self._word(places) & ((1 << self.shape.shapes) - 1)
+        stored = unpack_codes(self.arrays["centroids"][chosen], self.width, CENTROID_BITS)
+        found = centroid_values(stored, float(self._step))
+        for which, rate in enumerate(self.shape.rates):
+            rows = np.flatnonzero(numbers == which)
+            if rate and len(rows):
+                found[rows] += self._rest(rate, places[rows] + self.shape.shapes, self._item_scales)
+        return found, gains
+
+    def _items(self, items: Ints) -> Floats:
+        found, gains = self._shapes(items)
+        return found * gains[:, None]
+
+    def _users(self, users: Ints) -> Floats:
+        places = 8 * self._user_start + users * self._user_bits
+        bits = self.shape.places
+        found = np.zeros((len(users), self.width), np.float32)
+        for coefficient in self._coefficients:
+            number = self._word(places) & ((1 << bits) - 1)
+            places = places + bits
+            if len(self.candidates):
+                chosen = self.candidates[np.minimum(number, len(self.candidates) - 1)]
+                found += coefficient * direction(self._shapes(chosen)[0])
+        if self.shape.rest:
+            found += self._rest(self.shape.rest, places, self._user_scales)
+        return found
+
+    def alone(self, fill: Floats, absent: Floats) -> kernel.TrellisView:
+        """The table for the compiled kernel; of its arrays, the few numbers in ``scales`` are unpacked."""
+        shape, arrays = self.shape, self.arrays
+        sizes = np.zeros(1 << MOST_PLANES, np.int64)
+        sizes[: len(self._item_bits)] = self._item_bits
+        empty = np.zeros((1 << MOST_PLANES, 16), np.int32)
+        index = kernel.Part(
+            first=0, rows=shape.items, code_start=0, planes=shape.planes, classes=len(shape.rates),
+            codes=arrays["codes"], class_planes=arrays["planes"], offsets=arrays["offsets"],
+            weights=per_set(sizes), record=sizes.astype(np.int32), widest=empty[:, 0].copy(), before=empty,
+            mask=empty.astype(np.uint32), base=empty, scale=empty.astype(np.float32), levels=self._gains,
+            basis=empty.astype(np.float32), last=empty.astype(np.float32), used=empty[:, 0].copy(),
+        )  # fmt: skip
+        numbers = {
+            "first": self.start, "users": shape.users, "items": shape.items, "user_start": 8 * self._user_start,
+            "user_bits": self._user_bits, "code_bytes": len(arrays["codes"]),
+            "candidate_count": len(self.candidates), "centroid_bytes": arrays["centroids"].shape[1],
+            "shapes": shape.shapes, "places": shape.places, "atoms": shape.atoms,
+            "field_count": len(fill), "width": self.width,
+        }  # fmt: skip
+        read = {
+            "stream": arrays["codes"], "centroids": arrays["centroids"],
+            "candidates": self.candidates.astype(np.uint32),
+            "levels": centroid_values(np.arange(1 << CENTROID_BITS, dtype=np.uint8), float(self._step)),
+            "gains": self._gains, "item_scales": self._item_scales, "user_scales": self._user_scales,
+            "coefficients": self._coefficients, "fill": fill, "absent": absent,
+        }  # fmt: skip
+        rates = [*shape.rates, *[0] * ((1 << MOST_PLANES) - len(shape.rates)), shape.rest]
+        return kernel.TrellisView(numbers, index, [_part(rate, self.width) for rate in rates], read)
+
+    @property
+    def _step(self) -> np.float32:
+        return self.arrays["scales"][2 * _PAIRS]
+
+    @property
+    def _coefficients(self) -> Floats:
+        return np.ascontiguousarray(self.arrays["scales"][2 * _PAIRS + 1 :])
+
+    def positions(self, rows: Ints) -> Ints:
+        """File rows ``(m,)`` -> rows of the block, or -1."""
+        local = rows - self.start
+        return np.where((local >= 0) & (local < self.rows), local, -1)
+
+    def read(self, positions: Ints, fields: NDArray[np.int32], out: Floats) -> None:
+        """Write the vectors of ``positions (m,)`` over ``out (m, width)``; each distinct one is computed once."""
+        distinct, place = np.unique(positions, return_inverse=True)
+        found = np.empty((len(distinct), self.width), np.float32)
+        border = int(np.searchsorted(distinct, self.shape.users))
+        for begin in range(0, len(distinct), _READ_ROWS):
+            stop = min(begin + _READ_ROWS, len(distinct))
+            middle = min(max(border, begin), stop)
+            found[begin:middle] = self._users(distinct[begin:middle])
+            found[middle:stop] = self._items(distinct[middle:stop] - self.shape.users)
+        out[...] = found[place]
+
+
+@cache
+def _part(rate: int, width: int) -> kernel.CodePart:
+    """A code for the compiled kernel, by its number."""
+    if not rate:
+        nothing = np.zeros(_LANES, np.int32)
+        return kernel.CodePart(np.zeros((1, 1), np.float32), nothing, nothing, nothing, 0)
+    code = CODES[rate - 1]
+    steps = code.steps(width)
+    first, mask, shift = (np.pad(a, (0, -steps % _LANES), "edge").astype(np.int32) for a in code.windows(width))
+    return kernel.CodePart(np.ascontiguousarray(code.table), first, mask, shift, steps)
+
+
+def direction(vectors: Floats) -> Floats:
+    """Vectors ``(m, width)`` at length one; zeros stay zeros.
+
+    Example:
+        >>> direction(np.array([[3, 4], [0, 0]], np.float32)).round(3).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    return vectors / np.maximum(norms, np.float32(1e-20))[:, None]

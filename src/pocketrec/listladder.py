@@ -1,0 +1,92 @@
+"""Every budget of a ranking model from the items at the margin of its lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec.attribution.margin import Margin
+from pocketrec.backbone import Model
+from pocketrec.errors import BudgetError
+from pocketrec.gainshape import GainShape, Plan
+from pocketrec.layouts.trellis import Records, Shape
+from pocketrec.method import Ladder
+from pocketrec.packed import Index, Storage
+from pocketrec.table import Table
+from pocketrec.trellised import TrellisTable
+from pocketrec.vocabulary import size_for as vocabulary_size_for
+
+
+@dataclass(frozen=True)
+class ListLadder(Ladder):
+    """Tables of users as sums of items, see :mod:`pocketrec.gainshape`.
+
+    Args:
+        model: The dense model.
+        margin: What errors cost.
+        values: Meets budgets in values.
+        seed: Of the samples that shared vectors are learned on.
+    """
+
+    model: Model
+    margin: Margin
+    values: Ladder
+    seed: int
+
+    def at_values(self, values: int) -> Table:
+        """Keep at most ``values`` scalars."""
+        return self.values.at_values(values)
+
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> TrellisTable:
+        """A blank table of at most ``size_bytes``, whose codes :meth:`finish` finds.
+
+        With ``vocabulary`` the keys of the rows, all of which are stored, count too.
+
+        Raises:
+            BudgetError: Not even the gains of items fit.
+        """
+        fields, width = self.model.schema.fields, self.model.table.width
+        beside = self._mean.nbytes
+        if vocabulary:
+            beside += vocabulary_size_for(self.model.schema, [f.size - f.oov for f in fields])
+        least = beside + self._coder.least().size_bytes(width)
+        if size_bytes < least:
+            raise BudgetError(
+                f"Budget {size_bytes:,} B is below the {least:,} B that the gains of {fields[1].size:,} rows of "
+                f"{fields[1].name!r} need; raise the budget.",
+                least_bytes=least,
+            )
+        plan = self._coder.plan(size_bytes - beside)
+        return self._table(plan.shape, plan.blank(width))
+
+    def finish(self, model: Model) -> Model:
+        """The model with the codes of its rows."""
+        draft = model.table
+        if not isinstance(draft, TrellisTable):
+            return model
+        records = self._coder.encode(Plan(draft.shape, draft.records.classes))
+        return model.with_table(self._table(draft.shape, records))
+
+    def _table(self, shape: Shape, records: Records) -> TrellisTable:
+        return TrellisTable(self.model.schema, self.model.table.blocks, self._mean, shape, records)
+
+    @cached_property
+    def _sides(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors of users and items."""
+        weight = self.model.table.weight().detach().numpy()
+        users, items = (weight[f.offset : f.stop - f.oov] for f in self.model.schema.fields)
+        return users, items
+
+    @cached_property
+    def _mean(self) -> NDArray[np.float16]:
+        """What a user and an item that the file does not know read, ``(2, D)``."""
+        return np.stack([side.mean(axis=0) for side in self._sides]).astype(np.float16)
+
+    @cached_property
+    def _coder(self) -> GainShape:
+        return GainShape(*self._sides, self.margin, self.seed)
