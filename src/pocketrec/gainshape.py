@@ -13,7 +13,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -48,6 +48,10 @@ MOST_SHAPE_BITS = 10
 SHAPE_SHARE = 0.25
 """Share of the budget that shared vectors, and which of them items take, may cost."""
 
+ITEM_WEIGHT = 3.0
+"""How much more the expected loss of items counts than that of users: an item's error moves it in all lists at once;
+chosen on validation."""
+
 PLACE_BITS = 13
 """About the binary logarithm of the number of items that users are sums of."""
 
@@ -59,7 +63,7 @@ _MEANS_ROWS = 15_000
 _CLIP = 0.9
 _ATOM_BEAMS, _ATOM_CANDIDATES = 4, 24
 _FIRST_GUESS = (0.65, 0.37, 0.27, 0.22)
-_SAMPLE_USERS = 1500
+_SAMPLE_USERS, _SAMPLE_CODED = 1500, 256
 _ROWS_AT_ONCE = 1024
 _METRICS_AT_ONCE = 512
 _TINY = 1e-12
@@ -204,9 +208,7 @@ class GainShape:
     def plan(self, size_bytes: int) -> Plan:
         """The block of least expected loss among those of at most ``size_bytes``, of which :meth:`least` is one."""
         shapes = self._shape_bits(size_bytes)
-        market = _Market(
-            self._weights(shapes), self._shared_vectors(shapes).energy, self.margin.item_traces, self.width
-        )
+        market = _Market(self._weights(shapes), self._blur(shapes), self._items_leave(shapes), self.width)
         places = min(PLACE_BITS, _bits(len(self.items)))
         best = self.least()
         for _ in range(_ATTEMPTS):
@@ -233,19 +235,24 @@ class GainShape:
         energy = self._shared_vectors(shapes).energy
         return self.margin.item_traces / self.width * np.square(self.units) * energy.astype(np.float64)
 
+    def _blur(self, shapes: int) -> NDArray[np.float64]:
+        """Of items that users may be sums of, what a code does not keep of their directions; zero for others."""
+        heavy = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << PLACE_BITS]
+        found = np.zeros(len(self.items))
+        found[heavy] = self._shared_vectors(shapes).energy[heavy] / max(len(heavy), 1)
+        return found
+
     def _users(self, market: _Market, shapes: int, places: int, size_bytes: int) -> Shape | None:
         """How many atoms and which code users get for least loss of both sides; ``None`` where nothing fits."""
-        squares = np.square(self.lengths / self.margin.length)
-        weight = float((squares * self.margin.user_traces).sum(dtype=np.float64)) / self.width
         count, best, found = len(self.directions), np.inf, None
-        for atoms, (left, coefficients) in enumerate(self._atoms_leave):
-            for rest in range(len(CODES) + 1):
+        for atoms, (squares, losses) in enumerate(self._users_lose):
+            for rest, lost in enumerate(losses.tolist()):
                 shape = Shape(count, len(self.items), shapes, (0,), 0, places, atoms, rest)
                 room = 8 * (size_bytes - shape.size_bytes(self.width, np.array([len(self.items)])))
                 if room < 0:
                     continue
                 loss, blur = market.expected(room)
-                total = loss + weight * (left + coefficients * blur) * float(DISTORTION[rest])
+                total = ITEM_WEIGHT * loss + lost * (1 + squares * blur)
                 if total < best:
                     best, found = total, shape
         return found
@@ -263,24 +270,42 @@ class GainShape:
             rates, classes, loss = market.spend(room, 1 << planes)
             if best is None or loss < best[0]:
                 counts = np.bincount(classes, minlength=len(rates))
-                first, places = _threshold(counts, base.places)
+                first, places = _threshold(counts)
                 best = loss, Plan(replace(shape, rates=rates, first=first, places=places), classes)
         return Plan(base, np.zeros(len(self.items), np.uint8)) if best is None else best[1]
 
     @cached_property
-    def _atoms_leave(self) -> list[tuple[float, float]]:
-        """Of the energy of a user's direction what so many atoms leave, and the sum of their squared coefficients."""
+    def _users_lose(self) -> list[tuple[float, NDArray[np.float64]]]:
+        """For each number of exact atoms, what blurred ones add to the loss, and the loss of users with each code.
+
+        Errors in the atoms add the sum of their squared coefficients, as a share of the energy that they leave.
+        """
         rng = generator(self.seed, "users to plan with")
-        count = len(self.directions)
-        users = self.directions[np.sort(rng.choice(count, min(count, _SAMPLE_USERS), replace=False))]
-        most = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << PLACE_BITS]
-        atoms = direction(self.items[most])
-        found = [(1.0, 0.0)]
-        for count in range(1, MOST_ATOMS + 1):
+        total = len(self.directions)
+        rows = np.sort(rng.choice(total, min(total, _SAMPLE_USERS), replace=False))
+        users, weights = self.directions[rows], np.square(self.lengths[rows] / self.margin.length)
+        heavy = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << PLACE_BITS]
+        atoms = direction(self.items[heavy])
+        tried = slice(None, _SAMPLE_CODED)
+        upper, own = factors(self.margin.user_metrics(rows[tried]))
+        found = []
+        for count in range(MOST_ATOMS + 1):
             chosen, coefficients = sums(users, atoms, count)
             rest = users - np.einsum("k,mkd->md", coefficients, atoms[chosen])
-            found.append((float(np.square(rest).sum(axis=1).mean()), float(np.square(coefficients).sum())))
+            energy = float(np.square(rest).sum(axis=1).mean())
+            losses = np.array([weights[tried] @ lost for lost in _losses(rest[tried], upper, own)])
+            blurred = float(np.square(coefficients).sum()) / max(energy, _TINY)
+            found.append((blurred, losses * (total / max(len(upper), 1))))
         return found
+
+    def _items_leave(self, shapes: int) -> NDArray[np.float64]:
+        """Share of the loss of items without a code that each code leaves, as found in some of them that matter."""
+        shared = self._shared_vectors(shapes)
+        heavy = np.argsort(-self._weights(shapes), kind="stable")[: max(len(self.items) // 2, 1)]
+        rows = np.sort(heavy[:: -(-len(heavy) // _SAMPLE_CODED)])
+        upper, own = factors(self.margin.item_metrics(rows))
+        losses = [float(lost.sum()) for lost in _losses(shared.rest[rows], upper, own)]
+        return np.minimum.accumulate(np.array(losses) / max(losses[0], 1e-30))
 
     # ---- coding ------------------------------------------------------------------------------------------------------
 
@@ -293,15 +318,16 @@ class GainShape:
         steps = max((CODES[r - 1].steps(self.width) for r in shape.rates if r), default=0)
         codes = np.zeros((len(self.items), steps), np.uint8)
         decoded = shared.vectors[shared.chosen]
-        for which, rate in enumerate(shape.rates):
-            rows = np.flatnonzero(plan.classes == which)
-            if not rate or not len(rows):
-                continue
-            own = scales.values[chosen_scales[rows]]
-            found = _coded(rate, shared.rest[rows], own, lambda part, rows=rows: self.margin.item_metrics(rows[part]))
-            codes[rows, : found.shape[1]] = found
-            decoded[rows] += code_values(rate, found, self.width) * own[:, None]
-        best = (self.items * decoded).sum(axis=1) / np.maximum(np.square(decoded).sum(axis=1), _TINY)
+        best = np.zeros(len(self.items), np.float32)
+        for rows, rate in self._batches(plan):
+            upper, weights = factors(self.margin.item_metrics(rows))
+            if rate:
+                own = scales.values[chosen_scales[rows]]
+                found = search(CODES[rate - 1], shared.rest[rows], own, upper, weights, BEAMS)
+                codes[rows, : found.shape[1]] = found
+                decoded[rows] += code_values(rate, found, self.width) * own[:, None]
+            wanted, read = (np.einsum("md,mdc->mc", side[rows], upper) for side in (self.items, decoded))
+            best[rows] = (weights * wanted * read).sum(axis=1) / np.maximum((weights * read * read).sum(axis=1), _TINY)
         atoms, coefficients, user_scales, user_codes, grid = self._encode_users(plan, decoded)
         numbers = [self.gains.least, self.gains.ratio, scales.least, scales.ratio, self.length * grid.least, grid.ratio]
         return Records(
@@ -317,6 +343,13 @@ class GainShape:
             scales=np.array([*numbers, shared.step, *(self.length * coefficients).tolist()], np.float32),
         )
 
+    def _batches(self, plan: Plan) -> Iterator[tuple[Ints, int]]:
+        """Items of one code at a time, not too many at once."""
+        for which, rate in enumerate(plan.shape.rates):
+            rows = np.flatnonzero(plan.classes == which)
+            for begin in range(0, len(rows), _METRICS_AT_ONCE):
+                yield rows[begin : begin + _METRICS_AT_ONCE], rate
+
     def _encode_users(
         self, plan: Plan, decoded: Floats
     ) -> tuple[Ints, Floats, NDArray[np.uint8], NDArray[np.uint8], _Grid]:
@@ -331,8 +364,12 @@ class GainShape:
         scales = grid.nearest_ratio(spread)
         codes = np.zeros((len(rest), 0), np.uint8)
         if shape.rest:
-            rows = np.arange(len(rest))
-            codes = _coded(shape.rest, rest, grid.values[scales], lambda part: self.margin.user_metrics(rows[part]))
+            codes = np.zeros((len(rest), CODES[shape.rest - 1].steps(self.width)), np.uint8)
+            for begin in range(0, len(rest), _METRICS_AT_ONCE):
+                rows = np.arange(begin, min(begin + _METRICS_AT_ONCE, len(rest)))
+                upper, weights = factors(self.margin.user_metrics(rows))
+                own = grid.values[scales[rows]]
+                codes[rows] = search(CODES[shape.rest - 1], rest[rows], own, upper, weights, BEAMS)
         return candidates[chosen], coefficients, scales, codes, grid
 
     def _shared_vectors(self, bits: int) -> _Shared:
@@ -369,27 +406,28 @@ class _Market:
 
     Args:
         weights: loss of each item without a code, ``(I,)``.
-        energy: of what shared vectors leave of items at length one, ``(I,)``.
-        traces: by which items of weight are known, ``(I,)``.
+        blur: of each item, as :meth:`GainShape._blur` says, ``(I,)``.
+        leave: share of the loss that each code leaves, none first.
         width: columns.
     """
 
-    def __init__(self, weights: NDArray[np.float64], energy: Floats, traces: Floats, width: int) -> None:
+    def __init__(
+        self, weights: NDArray[np.float64], blur: NDArray[np.float64], leave: NDArray[np.float64], width: int
+    ) -> None:
         self.weights = weights
-        self.bits = np.array([rate_bits(rate, width) for rate in range(len(CODES) + 1)], np.int64)
-        heavy = np.argsort(-traces, kind="stable")[: 1 << PLACE_BITS]
+        self.leave = leave
+        self.bits = np.array([rate_bits(rate, width) for rate in range(len(leave))], np.int64)
         top = max(float(weights.max(initial=0)), 1e-30)
         points = []
         for price in top * 2.0 ** -np.arange(0, 40):
             taken = self._take(price, np.arange(len(self.bits)))
-            left = DISTORTION[taken]
-            blur = float((energy[heavy] * left[heavy]).mean()) if len(heavy) else 0.0
-            points.append((int(self.bits[taken].sum()), float((weights * left).sum()), blur))
+            loss = float((weights * leave[taken]).sum())
+            points.append((int(self.bits[taken].sum()), loss, float(blur @ DISTORTION[taken])))
         self.points = np.array(points, np.float64)
 
     def _take(self, price: float, rates: Ints) -> Ints:
         """The rate of least loss and price for each item, among ``rates``."""
-        costs = self.weights[:, None] * DISTORTION[rates] + price * self.bits[rates]
+        costs = self.weights[:, None] * self.leave[rates] + price * self.bits[rates]
         return rates[costs.argmin(axis=1)]
 
     def expected(self, room: float) -> tuple[float, float]:
@@ -404,12 +442,12 @@ class _Market:
             rates = rates[self.bits * len(self.weights) <= room][-1:]
         while len(rates) > most:
             price = self._price(room, rates)
-            costs = self.weights[:, None] * DISTORTION[rates] + price * self.bits[rates]
+            costs = self.weights[:, None] * self.leave[rates] + price * self.bits[rates]
             without = [np.delete(costs, i, axis=1).min(axis=1).sum() for i in range(1, len(rates))]
             rates = np.delete(rates, 1 + int(np.argmin(without)))
         taken = self._fill(room, rates, self._price(room, rates))
         classes = np.searchsorted(rates, taken).astype(np.uint8)
-        return tuple(rates.tolist()), classes, float((self.weights * DISTORTION[taken]).sum())
+        return tuple(rates.tolist()), classes, float((self.weights * self.leave[taken]).sum())
 
     def _price(self, room: int, rates: Ints) -> float:
         """The least price at which ``room`` is enough."""
@@ -432,7 +470,7 @@ class _Market:
         place = np.searchsorted(rates, taken)
         better = rates[np.minimum(place + 1, len(rates) - 1)]
         extra = self.bits[better] - self.bits[taken]
-        gain = self.weights * (DISTORTION[taken] - DISTORTION[better]) / np.maximum(extra, 1)
+        gain = self.weights * (self.leave[taken] - self.leave[better]) / np.maximum(extra, 1)
         step = int(np.diff(self.bits[rates]).min(initial=1 << 30))
         for item in np.argsort(-gain, kind="stable").tolist():
             if room < step:
@@ -482,14 +520,17 @@ def _pursue(targets: Floats, atoms: Floats, coefficients: Floats) -> Ints:
     return found
 
 
-def _coded(rate: int, rows: Floats, scales: Floats, metrics: Callable[[slice], Floats]) -> NDArray[np.uint8]:
-    """Codes of rows whose errors cost what ``metrics`` says."""
-    code = CODES[rate - 1]
-    found = np.empty((len(rows), code.steps(rows.shape[1])), np.uint8)
-    for begin in range(0, len(rows), _METRICS_AT_ONCE):
-        part = slice(begin, begin + _METRICS_AT_ONCE)
-        upper, weights = factors(metrics(part))
-        found[part] = search(code, rows[part], scales[part], upper, weights, BEAMS)
+def _losses(rows: Floats, upper: Floats, weights: Floats) -> list[Floats]:
+    """What each code, none first, costs each row under the metric of these factors: a list of ``(m,)``."""
+    scales = np.sqrt(np.square(rows).sum(axis=1) / rows.shape[1])
+    found = []
+    for rate in range(len(CODES) + 1):
+        errors = rows
+        if rate:
+            codes = search(CODES[rate - 1], rows, scales, upper, weights, BEAMS)
+            errors = rows - code_values(rate, codes, rows.shape[1]) * scales[:, None]
+        felt = np.einsum("md,mdc->mc", errors, upper)
+        found.append((np.square(felt) * weights).sum(axis=1))
     return found
 
 
@@ -505,9 +546,8 @@ def _bits(count: int) -> int:
     return max(count - 1, 0).bit_length()
 
 
-def _threshold(counts: Ints, places: int) -> tuple[int, int]:
-    """The first class whose items users are sums of, and the bits of their numbers."""
+def _threshold(counts: Ints) -> tuple[int, int]:
+    """The first class whose items users are sums of, about ``2^PLACE_BITS`` of them, and the bits of their numbers."""
     above = np.cumsum(counts[::-1])[::-1]
-    fitting = np.flatnonzero((above <= 1 << places) & (above > 0))
-    first = int(fitting[0]) if len(fitting) else int(np.flatnonzero(above > 0)[-1])
+    first = int(np.abs(np.log2(np.maximum(above, 0.5)) - PLACE_BITS).argmin())
     return first, _bits(int(above[first]))
