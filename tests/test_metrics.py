@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from scipy.special import log_expit
 from sklearn.metrics import log_loss, roc_auc_score
 
+from pocketrec import metrics
+from pocketrec.allpairs import INNER_PRODUCT
 from pocketrec.errors import DataError, DivergedError
-from pocketrec.metrics import auc, logloss, ranking, take_rows, to_csr
+from pocketrec.metrics import Wanted, auc, logloss, mean_ndcg, ranking, take_rows, to_csr
+from pocketrec.program import Op, Program
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -191,3 +194,48 @@ def test_csr_helpers_sort_deduplicate_and_take_rows():
     taken = take_rows((indptr, indices), np.array([2, 1, 0]))
     assert taken[0].tolist() == [0, 2, 2, 4]
     assert taken[1].tolist() == [3, 5, 0, 1]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(17, 60), st.integers(1, 6), st.booleans())
+def test_the_mean_without_lists_is_that_of_the_lists(seed, users, items, k, tower):
+    random = np.random.default_rng(seed)
+    seen, truth = (
+        to_csr(*np.nonzero(random.random((users, items)) < rate * random.random(items)), users) for rate in (0.5, 0.3)
+    )
+    u, v = (random.normal(size=(n, 4)).astype(np.float32).round(random.integers(0, 3)) for n in (users, items))
+    head = tower_of(random) if tower else INNER_PRODUCT
+    expected = ranking(u, v, seen, truth, k, head=head).quality()[f"ndcg@{k}"]
+    tried = {}
+    for popular in (8, 10**6):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(metrics, "POPULAR", popular)
+            patched.setattr(metrics, "ranking", lambda *a, n=popular, **s: tried.setdefault(n, ranking(*a, **s)))
+            assert mean_ndcg(u, v, Wanted.of(seen, truth, items), k, head=head) == expected
+    if expected is not None:
+        assert set(tried[8].users) <= set(tried[10**6].users) == set(np.flatnonzero(np.diff(truth[0])))
+
+
+def tower_of(random: np.random.Generator) -> Program:
+    """A perceptron on both vectors."""
+    first, last = (random.normal(size=shape).astype(np.float32) for shape in ((3, 8), (1, 3)))
+    return Program(
+        (
+            Op("flatten", ("vectors",), "flat"),
+            Op("linear", ("flat",), "one", tensors={"weight": first, "bias": np.zeros(3, np.float32)}),
+            Op("relu", ("one",), "two"),
+            Op("linear", ("two",), "three", tensors={"weight": last, "bias": np.ones(1, np.float32)}),
+            Op("sum", ("three",), "score"),
+        )
+    )
+
+
+def test_users_whose_wanted_items_are_outscored_by_popular_ones_are_not_ranked(monkeypatch):
+    monkeypatch.setattr(metrics, "POPULAR", 4)
+    u, v = np.ones((3, 1), np.float32), np.array([[9], [8], [7], [6], *[[1]] * 6], np.float32)
+    wanted = Wanted.of(to_csr(np.array([2, 2]), np.array([0, 1]), 3), to_csr(np.arange(3), np.array([9, 1, 5]), 3), 10)
+    assert wanted.popular.tolist() == [0, 1, 2, 3]
+    ranked = []
+    monkeypatch.setattr(metrics, "ranking", lambda *a, **s: ranked.append(ranking(*a, **s)) or ranked[-1])
+    assert mean_ndcg(u, v, wanted, 2) == pytest.approx((0 + 1 / np.log2(3) + 0) / 3)
+    assert ranked[0].users.tolist() == [1]

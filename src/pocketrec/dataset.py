@@ -26,6 +26,7 @@ from pocketrec.encoding.staging import staged_folder
 from pocketrec.encoding.tally import Part, Progress, Tally
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.files import atomic_write, canonical_json, digest
+from pocketrec.metrics import Wanted, to_csr
 from pocketrec.schema import Schema
 from pocketrec.source import Scan, Source, require_file
 
@@ -58,6 +59,13 @@ class Split:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.ids)
+
+    @cached_property
+    def wanted(self) -> Wanted:
+        """Of ranking data: what users should find, which is this split, and what they have seen, which is training."""
+        users, items = (field.size for field in self.dataset.schema.fields)
+        seen, truth = (to_csr(s.ids[:, 0], s.ids[:, 1] - users, users) for s in (self.dataset.train, self))
+        return Wanted.of(seen, truth, items)
 
 
 class Dataset:

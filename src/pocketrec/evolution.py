@@ -298,6 +298,7 @@ def judge(
     """The validation figure of every candidate, the model reading ``weight (n, D)`` cut to its lengths ``(n, G)``.
 
     Candidates of a click model whose fields have one length each share the look-ups: a block of rows is read once.
+    Those of a ranking model share the patterns of the split; side by side, their propagations would take as long.
     """
     table = model.table
     if not isinstance(model, ClickModel) or split.labels is None or len(split) == 0:

@@ -20,6 +20,9 @@ from pocketrec.program import Program
 TILE = 64
 """Users that share a tile of scores: blocks are whole tiles, so each user's scores are the same in all of them."""
 
+POPULAR, MARGIN = 2048, 1e-3
+"""Items that :func:`mean_ndcg` tries first, and how near scores may be, against the user's largest, to be left open."""
+
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     """Area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counting one half.
@@ -173,6 +176,98 @@ def ranking(
         lists[part], _ = pairs.topk(some, take_rows(seen, some), k, threads=threads)
         relevance[part] = _relevance(lists[part], take_rows(truth, some), len(item_vectors))
     return _score_lists(users, lists, relevance, sizes[users])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What full rankings of a split are judged by.
+
+    Attributes:
+        seen: training items per user, never ranked.
+        truth: the items to find per user.
+        popular: the items seen most often, rising, ``(m,)``.
+        seen_popular: of these the seen ones per user, by their places among them.
+    """
+
+    seen: Csr
+    truth: Csr
+    popular: NDArray[np.int64]
+    seen_popular: Csr
+
+    @classmethod
+    def of(cls, seen: Csr, truth: Csr, items: int) -> Wanted:
+        """Popular are the ``POPULAR`` items most frequent in ``seen``, or none where these are half of all."""
+        indptr, indices = seen
+        counts = np.bincount(indices, minlength=items)
+        popular = np.sort(np.argsort(-counts, kind="stable")[: POPULAR if items > 2 * POPULAR else 0])
+        place = np.full(items, -1, np.int32)
+        place[popular] = np.arange(len(popular))
+        places = place[indices]
+        before = np.concatenate([[0], np.cumsum(places >= 0)])
+        return cls(seen, truth, popular, (before[indptr], places[places >= 0]))
+
+
+def mean_ndcg(
+    user_vectors: NDArray[np.float32],
+    item_vectors: NDArray[np.float32],
+    wanted: Wanted,
+    k: int = 20,
+    *,
+    head: Program = INNER_PRODUCT,
+    threads: int = 1,
+) -> float | None:
+    """Mean NDCG@k over the users with a truth set, as :func:`ranking` has it, in a part of the time.
+
+    Where ``k`` popular items that the user has not seen outscore the best item of its truth set, no item of that is in
+    the list, and the figure is 0: only the other users' lists are looked for. ``None`` where no user has a truth set.
+
+    Args:
+        user_vectors: ``(U, d)`` float32.
+        item_vectors: ``(I, d)`` float32.
+        wanted: what to find, and what not to rank.
+        k: length of the list, at least 1.
+        head: scores a pair of vectors; by default their inner product.
+        threads: threads of the scoring kernel.
+
+    Raises:
+        DataError: the shapes do not belong together, or ``k`` is below 1.
+        DivergedError: a vector is not finite.
+    """
+    _check_ranking(user_vectors, item_vectors, wanted.seen, wanted.truth, k)
+    sizes = np.diff(wanted.truth[0])
+    users = np.flatnonzero(sizes)
+    if not len(users):
+        return None
+    still = users[_contenders(user_vectors, item_vectors, wanted, users, k, head, threads)]
+    left = np.zeros_like(sizes)
+    left[still] = sizes[still]
+    _, indices = take_rows(wanted.truth, still)
+    truth = np.concatenate([[0], np.cumsum(left)]), indices
+    found = ranking(user_vectors, item_vectors, wanted.seen, truth, k, head=head, threads=threads)
+    figures = np.zeros(len(sizes))
+    figures[found.users] = found.ndcg
+    return float(figures[users].mean())
+
+
+def _contenders(
+    user_vectors: NDArray[np.float32],
+    item_vectors: NDArray[np.float32],
+    wanted: Wanted,
+    users: NDArray[np.int64],
+    k: int,
+    head: Program,
+    threads: int,
+) -> NDArray[np.bool_]:
+    """Which ``users (U',)`` may have an item of their truth sets among their first ``k``."""
+    if len(wanted.popular) <= k:
+        return np.ones(len(users), dtype=np.bool_)
+    pairs = AllPairs(head, user_vectors, item_vectors[wanted.popular])
+    _, best = pairs.topk(users, take_rows(wanted.seen_popular, users), k, threads=threads)
+    indptr, indices = take_rows(wanted.truth, users)
+    owner = np.repeat(users, np.diff(indptr))
+    scores = head(np.stack([user_vectors[owner], item_vectors[indices]], axis=1))
+    own = np.maximum.reduceat(scores, indptr[:-1])
+    return own + MARGIN * np.maximum(np.abs(best[:, 0]), np.abs(own)) >= best[:, -1]
 
 
 def _score_lists(

@@ -30,10 +30,10 @@ from pocketrec.backbone import Backbone, ClickModel, Model, RankingModel, noise
 from pocketrec.dataset import Dataset, Split
 from pocketrec.errors import ArtifactError, ConfigError, DataError, DivergedError
 from pocketrec.files import boundary, buffer, canonical_json, digest, open_arrays, save_arrays
-from pocketrec.metrics import auc, ranking, to_csr
+from pocketrec.metrics import auc, mean_ndcg
 from pocketrec.optim import DenseAdam, LazyAdam, Optimizer
 from pocketrec.run import Arrays, Checkpoint, Run, read_document, write_document
-from pocketrec.schema import Schema, Task
+from pocketrec.schema import Task
 
 EVALUATION_ROWS = 8192
 """Rows per block when a click model is judged; no figure depends on it."""
@@ -260,24 +260,11 @@ def logits(model: ClickModel, split: Split) -> NDArray[np.float32]:
 @torch.no_grad()
 def _ndcg(model: RankingModel, split: Split) -> float | None:
     """Mean NDCG@20 over users with a validation item; training items are not ranked."""
-    schema = split.dataset.schema
     vectors = model.propagate(model.table.weight()).cpu().numpy()
-    users = schema.fields[0].size
-    quality = ranking(
-        vectors[:users],
-        vectors[users:],
-        _interactions(split.dataset.train, schema),
-        _interactions(split, schema),
-        head=model.lower(),
-        threads=torch.get_num_threads(),
-    ).quality()
-    return quality["ndcg@20"]
-
-
-def _interactions(split: Split, schema: Schema) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Items per user as a CSR pattern."""
-    users = schema.fields[0].size
-    return to_csr(split.ids[:, 0], split.ids[:, 1] - users, users)
+    users = split.dataset.schema.fields[0].size
+    return mean_ndcg(
+        vectors[:users], vectors[users:], split.wanted, head=model.lower(), threads=torch.get_num_threads()
+    )
 
 
 def _trained(run: Run, model: Model, data: Dataset, training: Training, key: dict[str, Any]) -> Arrays:
