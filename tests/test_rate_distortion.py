@@ -132,6 +132,7 @@ def test_the_size_is_known_from_the_counts(case):
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=3), st.floats(1e-4, 10))
+@settings(deadline=None)
 def test_water_filling_is_the_optimum_over_all_bits(energy, theta):
     def cost(bits):
         return sum(e * distortions[b] + theta * b for e, b in zip(energy, bits, strict=True))

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.layouts.transform import GROUP, MOST_BITS, MOST_PLANES, Section, coder, edges, levels
+from pocketrec.layouts.transform import GROUP, MOST_BITS, MOST_PLANES, Section, coder, edges, levels, nearest
 
 Rate = Literal["bits", "values"]
 """What is paid for: bits of the file, or coded scalars."""
@@ -38,6 +38,8 @@ _REFITS = 4
 _ATTEMPTS = 8
 _OFFSET_BITS = 32 / GROUP
 _LEAST, _MOST = -120.0, 60.0
+_NEAR = 2.0
+"""How far, as a power of two, the price by all rows may be from the price by samples before it is sought everywhere."""
 
 Floats = NDArray[np.float32]
 
@@ -99,7 +101,7 @@ class Source:
         basis = np.rint(axes.T / np.where(top > 0, top, 1)[:, None] * 127).astype(np.int8)
         exact = basis.astype(np.float64)
         gain = np.einsum("ki,ij,kj->k", exact, metric, exact)
-        coefficients = (residuals @ np.linalg.inv(exact)).astype(np.float32)
+        coefficients = np.asfortranarray(residuals @ np.linalg.inv(exact).astype(np.float32))
         return cls(rows, hashed, weight, basis, gain.astype(np.float32), coefficients)
 
     @cached_property
@@ -141,7 +143,7 @@ class Source:
         if step <= 1:
             return self
         part = slice(None, None, step)
-        weight, coefficients = self.weight[part], self.coefficients[part]
+        weight, coefficients = self.weight[part], np.asfortranarray(self.coefficients[part])
         return Source(self.rows[part], self.hashed, weight, self.basis, self.gain, coefficients)
 
 
@@ -202,7 +204,16 @@ class _Market:
         return float(directions * (16 * len(chosen) + 8 * len(self.source.gain)))
 
     def choose(self, price: float) -> tuple[float, int, list[int]]:
-        """Planes and options of least ``loss + price * bits``, and the bits that they take."""
+        """The bits that they take, planes and options of least ``loss + price * bits``; worked out once."""
+        if price not in self._chosen:
+            self._chosen[price] = self._choose(price)
+        return self._chosen[price]
+
+    @cached_property
+    def _chosen(self) -> dict[float, tuple[float, int, list[int]]]:
+        return {}
+
+    def _choose(self, price: float) -> tuple[float, int, list[int]]:
         best = self._alike(price)
         chosen: list[int] = []
         costs = self.share * (self.loss + price * (self.price[:, None] + self.row_bits))
@@ -263,7 +274,7 @@ class _Market:
 
 def _rounded(values: Floats, scales: Floats, bits: int) -> Floats:
     """Values ``(m, k)`` at the levels of so many bits, with a scale for each column."""
-    return levels(bits)[np.searchsorted(edges(bits), values / scales)] * scales
+    return levels(bits)[nearest(values / scales, bits)] * scales
 
 
 def _stretch(part: Source, values: Floats, rows: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -279,17 +290,25 @@ class _Coding:
 
     def __init__(self, source: Source, section: Section) -> None:
         self.source, self.section = source, section
-        directions = section.coders.shape[1]
-        inner = source.coefficients[:, :directions]
-        energy = np.square(source.coefficients[:, directions:]) @ source.gain[directions:]
+        inner = source.coefficients[:, : section.coders.shape[1]]
         self.codes = [section.quantise(inner, c) for c in range(len(section.coders))]
-        self.values = [section.coefficients(code, c) for c, code in enumerate(self.codes)]
-        self.loss = np.stack(
-            [
-                source.lost,
-                *(source.weight * (np.square(inner - v) @ source.gain[:directions] + energy) for v in self.values),
-            ]
-        )
+        saved = (source.weight * self._saved(c) for c in range(len(section.coders)))
+        self.loss = np.stack([source.lost, *(np.maximum(source.lost - s, 0) for s in saved)])
+
+    def _saved(self, which: int) -> Floats:
+        """Loss of each row, at a weight of 1, that a class saves against nothing: ``sum_j g_j v_j (2 u_j - v_j)``."""
+        section, source = self.section, self.source
+        saved = np.zeros(len(source.rows), np.float32)
+        for j, (bits, scale) in enumerate(zip(section.bits[which].tolist(), section.scales[which], strict=True)):
+            if bits:
+                values = (levels(bits) * scale)[self.codes[which][:, j]]
+                saved += source.gain[j] * values * (2 * source.coefficients[:, j] - values)
+        return saved
+
+    @cached_property
+    def values(self) -> list[Floats]:
+        """What the codes mean, by class ``(m, k)``."""
+        return [self.section.coefficients(code, c) for c, code in enumerate(self.codes)]
 
     def costs(self, rate: Rate) -> NDArray[np.float64]:
         """What a row of each class takes, nothing first: ``(K + 1,)``."""
@@ -350,7 +369,7 @@ def allocate(
     unit = 8 if rate == "bits" else 1
     room = limit - size(*_nothing(sources))
     target, best = float(room), None
-    for _ in range(_ATTEMPTS):
+    for _ in range(_ATTEMPTS if room > 0 else 0):
         found = _filled(markets, target * unit, limit, size, row_bits)
         if found is None:
             target *= 0.9
@@ -412,7 +431,7 @@ def _filled(
     def planned(exponent: float) -> bool:
         return sum(m.choose(2.0**exponent)[0] for m in markets) <= target
 
-    price = 2.0 ** _bisect(planned, 0.05)
+    price = 2.0 ** (around := _bisect(planned, 0.05))
     sections = [m.section(*m.choose(price)[1:], price) for m in markets]
     codings = [_Coding(m.source, section) for m, section in zip(markets, sections, strict=True)]
     rate: Rate = markets[0].rate if markets else "bits"
@@ -423,7 +442,7 @@ def _filled(
     def sized(exponent: float) -> int:
         return size(sections, [c.counts(k) for c, k in zip(codings, classes(exponent), strict=True)])
 
-    exponent = _bisect(lambda e: sized(e) <= limit, 1e-6)
+    exponent = _bisect(lambda e: sized(e) <= limit, 1e-6, (around - _NEAR, around + _NEAR))
     if (taken := sized(exponent)) > limit:
         return None
     kinds = classes(exponent)
@@ -433,11 +452,19 @@ def _filled(
     return _Filled(taken, loss, [c.assignment(k) for c, k in zip(codings, kinds, strict=True)])
 
 
-def _bisect(holds: Callable[[float], bool], tolerance: float) -> float:
-    """About the least exponent for which ``holds``, which it does from some exponent on; the largest if for none."""
-    low, high = _LEAST, _MOST
+def _bisect(holds: Callable[[float], bool], tolerance: float, bracket: tuple[float, float] | None = None) -> float:
+    """About the least exponent for which ``holds``, which it does from some exponent on; the largest if for none.
+
+    Args:
+        holds: what is asked of an exponent.
+        tolerance: how close.
+        bracket: where the answer may be; found out at the cost of two more questions.
+    """
+    low, high = bracket or (_LEAST, _MOST)
+    if bracket is not None and not holds(high):
+        return _bisect(holds, tolerance)
     if holds(low):
-        return low
+        return low if bracket is None else _bisect(holds, tolerance)
     while high - low > tolerance:
         middle = (low + high) / 2
         if holds(middle):

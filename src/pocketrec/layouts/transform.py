@@ -53,6 +53,9 @@ _LANES = 16
 
 _SCALE_ZERO, _SCALE_STEPS, _SCALE_TOP = 3072, 128, 4095
 _REFINEMENTS = 200
+_COMPARED_BITS = 3
+"""Up to so many bits, comparing with every edge is the fastest."""
+_CELLS, _REACH = 4096, 6.0
 
 
 @cache
@@ -97,6 +100,33 @@ def edges(bits: int) -> NDArray[np.float32]:
     """Halfway between each two :func:`levels`: the bounds of their cells, ``(2^bits - 1,)``."""
     found = levels(bits)
     return (found[1:] + found[:-1]) / np.float32(2)
+
+
+def nearest(values: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+    """Codes of the levels that values are nearest to; of two, the lower one.
+
+    Example:
+        >>> nearest(np.array([-9.0, 0.1, 1.2], np.float32), 2).tolist()
+        [0, 2, 3]
+    """
+    if bits > _COMPARED_BITS:
+        low, above = _cells(bits)
+        cell = np.clip(values * np.float32(_CELLS / (2 * _REACH)) + np.float32(_CELLS / 2), 0, _CELLS - 1)
+        codes = low[cell.astype(np.intp)]
+        return codes + (values > above[codes])
+    codes = np.zeros(values.shape, np.uint8)
+    for edge in edges(bits):
+        codes += values > edge
+    return codes
+
+
+@cache
+def _cells(bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Least code in each of many even cells, each of which holds one edge at most; and the edge above each code."""
+    lower = (np.arange(_CELLS) / _CELLS * 2 - 1) * _REACH - 1e-4
+    above = np.append(edges(bits), np.float32(np.inf))
+    low = np.where(np.arange(_CELLS) > 0, np.searchsorted(edges(bits), lower), 0)
+    return low.astype(np.uint8), above
 
 
 @cache
@@ -159,10 +189,10 @@ class Section:
 
     def quantise(self, coefficients: NDArray[np.float32], which: int) -> NDArray[np.uint8]:
         """Codes of rows of one class, the nearest for each coefficient: ``(m, k) -> (m, k)``."""
-        codes = np.zeros(coefficients.shape, np.uint8)
+        codes = np.zeros(coefficients.shape, np.uint8, order="F")
         for j, (bits, scale) in enumerate(zip(self.bits[which], self.scales[which], strict=True)):
             if bits:
-                codes[:, j] = np.searchsorted(edges(int(bits)), coefficients[:, j] / scale)
+                codes[:, j] = nearest(coefficients[:, j] / scale, int(bits))
         return codes
 
     def coefficients(self, codes: NDArray[np.uint8], which: int) -> NDArray[np.float32]:
