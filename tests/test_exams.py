@@ -19,6 +19,9 @@ from pocketrec.source import Batch, Column, Scan, Source
 from pocketrec.testing import ExamFailed, Lab, backbone, method, plugin, source
 from pocketrec.train import Training
 
+FEW = {"population": 4, "generations": 3, "children": 2}
+"""Settings of an evolution that make it short: no law depends on how good the candidates are."""
+
 
 def numbers(rows: int, columns: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, 6, (rows, columns)).tolist()
@@ -79,7 +82,8 @@ def test_backbone(name, check, lab):
 def test_method(name, check, lab):
     examinee = registry.load("methods", name)()
     if examinee.trains and check.__module__ == method.__name__:
-        examinee = replace(examinee, training=(Training(epochs=2),))
+        small = {name: size for name, size in FEW.items() if hasattr(examinee, name)}
+        examinee = replace(examinee, training=(Training(epochs=2),), **small)
     check(examinee, lab)
 
 
