@@ -334,11 +334,11 @@ def test_no_other_classes_lose_less_in_as_many_bits():
     coder = GainShape(user, item, cost, 0)
     plan = coder.plan(coder.least().size_bytes(16) + 60)
     rates, bits = np.array(plan.shape.rates), np.array([trellis.rate_bits(r, 16) for r in plan.shape.rates])
-    weight, leave = coder._weights(plan.shape.shapes), coder._items_leave(plan.shape.shapes)
-    spent, own = bits[plan.classes].sum(), (weight * leave[rates[plan.classes]]).sum()
+    weight = coder._weights(plan.shape.shapes)
+    spent, own = bits[plan.classes].sum(), (weight * DISTORTION[rates[plan.classes]]).sum()
     for classes in itertools.product(range(len(rates)), repeat=6):
         if bits[list(classes)].sum() <= spent:
-            assert own <= (weight * leave[rates[list(classes)]]).sum() * 1.1
+            assert own <= (weight * DISTORTION[rates[list(classes)]]).sum() * 1.1
 
 
 @pytest.mark.parametrize("budget", ["8%", "20%", "5000 B"])

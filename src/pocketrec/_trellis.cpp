@@ -111,8 +111,13 @@ struct TrellisReader {
       if (table.candidate_count == 0) continue;
       const int64_t number = bits(table.stream, place, table.places);
       read_item(table.candidates[std::min(number, table.candidate_count - 1)]);
+      Floats squares{};  // zeros stand behind the last column
+      for (int64_t c = 0; c < table.width; c += LANES) {
+        const Floats part = load_floats(shape.data() + c);
+        squares += part * part;
+      }
       float square = 0;
-      for (int64_t c = 0; c < table.width; ++c) square += shape[c] * shape[c];
+      for (int lane = 0; lane < LANES; ++lane) square += squares[lane];
       const float factor = table.coefficients[k] / std::max(std::sqrt(square), 1e-20f);
       for (int64_t c = 0; c < table.width; ++c) out[c] += factor * shape[c];
     }

@@ -208,17 +208,16 @@ class GainShape:
     def plan(self, size_bytes: int) -> Plan:
         """The block of least expected loss among those of at most ``size_bytes``, of which :meth:`least` is one."""
         shapes = self._shape_bits(size_bytes)
-        market = _Market(self._weights(shapes), self._blur(shapes), self._items_leave(shapes), self.width)
-        places = min(PLACE_BITS, _bits(len(self.items)))
-        best = self.least()
+        market = _Market(self._weights(shapes), self._blur(shapes), self.width)
+        best, places = self.least(), None
         for _ in range(_ATTEMPTS):
-            shape = self._users(market, shapes, places, size_bytes)
+            shape = self._users(market, shapes, places or min(PLACE_BITS, _bits(len(self.items))), size_bytes)
             if shape is None:
                 break
-            found = self._classes(market, shape, size_bytes)
-            if best.size_bytes(self.width) < (size := found.size_bytes(self.width)) <= size_bytes:
+            found = self._classes(market, shape, size_bytes, free=places is None)
+            if best.size_bytes(self.width) < found.size_bytes(self.width) <= size_bytes:
                 best = found
-            if found.shape.places == places or size_bytes - size in range(size_bytes // 200):
+            if found.shape.places == places:
                 break
             places = found.shape.places
         return best
@@ -257,8 +256,8 @@ class GainShape:
                     best, found = total, shape
         return found
 
-    def _classes(self, market: _Market, base: Shape, size_bytes: int) -> Plan:
-        """Classes of items for least loss in what users leave."""
+    def _classes(self, market: _Market, base: Shape, size_bytes: int, *, free: bool) -> Plan:
+        """Classes of items for least loss in what users leave, whose ``places`` are as they are unless ``free``."""
         best: tuple[float, Plan] | None = None
         for planes in range(MOST_PLANES + 1):
             shape = replace(base, rates=(0,) * (1 << planes))
@@ -270,7 +269,7 @@ class GainShape:
             rates, classes, loss = market.spend(room, 1 << planes)
             if best is None or loss < best[0]:
                 counts = np.bincount(classes, minlength=len(rates))
-                first, places = _threshold(counts)
+                first, places = _threshold(counts, None if free else base.places)
                 best = loss, Plan(replace(shape, rates=rates, first=first, places=places), classes)
         return Plan(base, np.zeros(len(self.items), np.uint8)) if best is None else best[1]
 
@@ -298,15 +297,6 @@ class GainShape:
             found.append((blurred, losses * (total / max(len(upper), 1))))
         return found
 
-    def _items_leave(self, shapes: int) -> NDArray[np.float64]:
-        """Share of the loss of items without a code that each code leaves, as found in some of them that matter."""
-        shared = self._shared_vectors(shapes)
-        heavy = np.argsort(-self._weights(shapes), kind="stable")[: max(len(self.items) // 2, 1)]
-        rows = np.sort(heavy[:: -(-len(heavy) // _SAMPLE_CODED)])
-        upper, own = factors(self.margin.item_metrics(rows))
-        losses = [float(lost.sum()) for lost in _losses(shared.rest[rows], upper, own)]
-        return np.minimum.accumulate(np.array(losses) / max(losses[0], 1e-30))
-
     # ---- coding ------------------------------------------------------------------------------------------------------
 
     def encode(self, plan: Plan) -> Records:
@@ -318,16 +308,13 @@ class GainShape:
         steps = max((CODES[r - 1].steps(self.width) for r in shape.rates if r), default=0)
         codes = np.zeros((len(self.items), steps), np.uint8)
         decoded = shared.vectors[shared.chosen]
-        best = np.zeros(len(self.items), np.float32)
         for rows, rate in self._batches(plan):
             upper, weights = factors(self.margin.item_metrics(rows))
-            if rate:
-                own = scales.values[chosen_scales[rows]]
-                found = search(CODES[rate - 1], shared.rest[rows], own, upper, weights, BEAMS)
-                codes[rows, : found.shape[1]] = found
-                decoded[rows] += code_values(rate, found, self.width) * own[:, None]
-            wanted, read = (np.einsum("md,mdc->mc", side[rows], upper) for side in (self.items, decoded))
-            best[rows] = (weights * wanted * read).sum(axis=1) / np.maximum((weights * read * read).sum(axis=1), _TINY)
+            own = scales.values[chosen_scales[rows]]
+            found = search(CODES[rate - 1], shared.rest[rows], own, upper, weights, BEAMS)
+            codes[rows, : found.shape[1]] = found
+            decoded[rows] += code_values(rate, found, self.width) * own[:, None]
+        best = (self.items * decoded).sum(axis=1) / np.maximum(np.square(decoded).sum(axis=1), _TINY)
         atoms, coefficients, user_scales, user_codes, grid = self._encode_users(plan, decoded)
         numbers = [self.gains.least, self.gains.ratio, scales.least, scales.ratio, self.length * grid.least, grid.ratio]
         return Records(
@@ -344,9 +331,9 @@ class GainShape:
         )
 
     def _batches(self, plan: Plan) -> Iterator[tuple[Ints, int]]:
-        """Items of one code at a time, not too many at once."""
+        """Items with one code at a time, not too many at once."""
         for which, rate in enumerate(plan.shape.rates):
-            rows = np.flatnonzero(plan.classes == which)
+            rows = np.flatnonzero(plan.classes == which) if rate else np.empty(0, np.int64)
             for begin in range(0, len(rows), _METRICS_AT_ONCE):
                 yield rows[begin : begin + _METRICS_AT_ONCE], rate
 
@@ -407,27 +394,23 @@ class _Market:
     Args:
         weights: loss of each item without a code, ``(I,)``.
         blur: of each item, as :meth:`GainShape._blur` says, ``(I,)``.
-        leave: share of the loss that each code leaves, none first.
         width: columns.
     """
 
-    def __init__(
-        self, weights: NDArray[np.float64], blur: NDArray[np.float64], leave: NDArray[np.float64], width: int
-    ) -> None:
+    def __init__(self, weights: NDArray[np.float64], blur: NDArray[np.float64], width: int) -> None:
         self.weights = weights
-        self.leave = leave
-        self.bits = np.array([rate_bits(rate, width) for rate in range(len(leave))], np.int64)
+        self.bits = np.array([rate_bits(rate, width) for rate in range(len(DISTORTION))], np.int64)
         top = max(float(weights.max(initial=0)), 1e-30)
         points = []
         for price in top * 2.0 ** -np.arange(0, 40):
             taken = self._take(price, np.arange(len(self.bits)))
-            loss = float((weights * leave[taken]).sum())
+            loss = float((weights * DISTORTION[taken]).sum())
             points.append((int(self.bits[taken].sum()), loss, float(blur @ DISTORTION[taken])))
         self.points = np.array(points, np.float64)
 
     def _take(self, price: float, rates: Ints) -> Ints:
         """The rate of least loss and price for each item, among ``rates``."""
-        costs = self.weights[:, None] * self.leave[rates] + price * self.bits[rates]
+        costs = self.weights[:, None] * DISTORTION[rates] + price * self.bits[rates]
         return rates[costs.argmin(axis=1)]
 
     def expected(self, room: float) -> tuple[float, float]:
@@ -442,12 +425,12 @@ class _Market:
             rates = rates[self.bits * len(self.weights) <= room][-1:]
         while len(rates) > most:
             price = self._price(room, rates)
-            costs = self.weights[:, None] * self.leave[rates] + price * self.bits[rates]
+            costs = self.weights[:, None] * DISTORTION[rates] + price * self.bits[rates]
             without = [np.delete(costs, i, axis=1).min(axis=1).sum() for i in range(1, len(rates))]
             rates = np.delete(rates, 1 + int(np.argmin(without)))
         taken = self._fill(room, rates, self._price(room, rates))
         classes = np.searchsorted(rates, taken).astype(np.uint8)
-        return tuple(rates.tolist()), classes, float((self.weights * self.leave[taken]).sum())
+        return tuple(rates.tolist()), classes, float((self.weights * DISTORTION[taken]).sum())
 
     def _price(self, room: int, rates: Ints) -> float:
         """The least price at which ``room`` is enough."""
@@ -470,7 +453,7 @@ class _Market:
         place = np.searchsorted(rates, taken)
         better = rates[np.minimum(place + 1, len(rates) - 1)]
         extra = self.bits[better] - self.bits[taken]
-        gain = self.weights * (self.leave[taken] - self.leave[better]) / np.maximum(extra, 1)
+        gain = self.weights * (DISTORTION[taken] - DISTORTION[better]) / np.maximum(extra, 1)
         step = int(np.diff(self.bits[rates]).min(initial=1 << 30))
         for item in np.argsort(-gain, kind="stable").tolist():
             if room < step:
@@ -546,8 +529,15 @@ def _bits(count: int) -> int:
     return max(count - 1, 0).bit_length()
 
 
-def _threshold(counts: Ints) -> tuple[int, int]:
-    """The first class whose items users are sums of, about ``2^PLACE_BITS`` of them, and the bits of their numbers."""
+def _threshold(counts: Ints, places: int | None) -> tuple[int, int]:
+    """The first class whose items users are sums of, and the bits of their numbers, more than ``places`` if need be.
+
+    They are about ``2^PLACE_BITS``, or at most ``2^places``.
+    """
     above = np.cumsum(counts[::-1])[::-1]
-    first = int(np.abs(np.log2(np.maximum(above, 0.5)) - PLACE_BITS).argmin())
-    return first, _bits(int(above[first]))
+    if places is None:
+        first = int(np.abs(np.log2(np.maximum(above, 0.5)) - PLACE_BITS).argmin())
+        return first, _bits(int(above[first]))
+    fitting = np.flatnonzero((above <= 1 << places) & (above > 0))
+    first = int(fitting[0]) if len(fitting) else int(np.flatnonzero(above)[-1])
+    return first, max(places, _bits(int(above[first])))

@@ -1,0 +1,79 @@
+"""What a user would pick instead: faiss OPQ of the final vectors of LightGCN, at the bytes of the plan ``bytes-cf``.
+
+Run from the repository's root, with the store of the study's trained models:
+``python bench/opq.py STORE --seeds 0 1 2`` (needs ``faiss-cpu`` and POCKETREC_DATA). Users are coded at one length, as
+lists do not depend on it, so that one codebook serves users and items. Bytes are those of codes, codebooks and
+rotation. Each file is judged on validation, and once on test, by the measurement that judges every method. Writes
+``bench/results/opq.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pocketrec.baked import BakedModel
+from pocketrec.measure import measure
+from pocketrec.study.cell import Bench, dense
+from pocketrec.study.job import Job
+from pocketrec.study.plan import ORIGINAL, Plan
+from pocketrec.table import DenseTable
+
+RESULTS = Path(__file__).parent / "results"
+CODES = {"10%": (24, 72), "5%": (11, 66), "2%": (4, 64)}
+"""Bytes of a row, and columns after the rotation, for about each share of the dense bytes."""
+SAMPLE = 20_000
+
+
+def coded(vectors: NDArray[np.float32], size: int, width: int, seed: int) -> tuple[NDArray[np.float32], int]:
+    """Vectors as OPQ decodes them, and the bytes of all that it stores."""
+    sample = vectors[np.random.default_rng(seed).choice(len(vectors), SAMPLE, replace=False)]
+    rotation = faiss.OPQMatrix(vectors.shape[1], size, width)
+    rotation.niter, rotation.niter_pq = 6, 3
+    rotation.train(sample)
+    quantiser = faiss.ProductQuantizer(width, size, 8)
+    quantiser.train(np.ascontiguousarray(rotation.apply(sample)))
+    found = rotation.reverse_transform(quantiser.decode(quantiser.compute_codes(rotation.apply(vectors))))
+    return found, len(vectors) * size + 4 * 256 * width + 4 * vectors.shape[1] * width
+
+
+def main() -> None:
+    """Code, measure, write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    lines = ["| seed | budget | bytes | share | NDCG@20 valid | kept | NDCG@20 test | kept |", "|" + "---|" * 8]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Plan.read("bytes-cf"), Path(folder), options.store)
+        for seed in options.seeds:
+            job = Job("cell", "gowalla", "lightgcn", ORIGINAL, "dense", seed)
+            data, model = bench.data(job), BakedModel.of(dense(bench, job, {}))
+            vectors = model.table.weight().detach().numpy()
+            users = data.schema.fields[0].size
+            scaled = vectors.copy()
+            length = np.sqrt(np.square(vectors[users:]).sum(axis=1).mean())
+            scaled[:users] *= length / np.linalg.norm(vectors[:users], axis=1, keepdims=True)
+            whole = [measure(model, split, latency=False).quality["ndcg@20"] for split in (data.valid, data.test)]
+            for budget, (size, width) in CODES.items():
+                found, stored = coded(scaled, size, width, seed)
+                small = model.with_table(DenseTable(model.schema, model.table.blocks, torch.from_numpy(found)))
+                own = [measure(small, split, latency=False).quality["ndcg@20"] for split in (data.valid, data.test)]
+                figures = [f"{o:.4f} | {o / w:.3f}" for o, w in zip(own, whole, strict=True)]
+                row = f"| {seed} | {budget} | {stored:,} | {stored / vectors.nbytes:.2%} | {' | '.join(figures)} |"
+                print(row, flush=True)
+                lines.append(row)
+    text = (__doc__ or "").split("\n")[0]
+    (RESULTS / "opq.md").write_text(f"# OPQ\n\n{text}\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
