@@ -97,28 +97,29 @@ def spent(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def score(folder: Path) -> dict[str, float]:
     """One pass over all samples."""
-    data = Shape(folder)
+    data: Any = Shape(folder)
     model = data.model()
-    found, wall, cpu = spent(lambda: sensitivity(model, data, samples=None, probes=1, seed=0))  # pyright: ignore[reportArgumentType]
+    found, wall, cpu = spent(lambda: sensitivity(model, data, samples=None, probes=1, seed=0))
     np.savez(folder / "sensitivity.npz", **found.arrays())
     return {"wall": wall, "cpu": cpu, "peak": peak()}
 
 
 def stored(folder: Path) -> None:
     """Keep the finished scoring run as a run keeps it, so that no budget scores again."""
-    data, method = Shape(folder), RateDistortion()
+    data: Any = Shape(folder)
+    method = RateDistortion()
     with np.load(folder / "sensitivity.npz") as arrays, Run(folder / "run") as run:
         found = Sensitivity.from_arrays(dict(arrays))
-        run.once("fisher", method.key(data.model(), data), lambda checkpoint: found.arrays())  # pyright: ignore[reportArgumentType]
+        run.once("fisher", method.key(data.model(), data), lambda checkpoint: found.arrays())
 
 
 def budget(folder: Path, name: str) -> dict[str, float]:
     """One new budget."""
-    data = Shape(folder)
+    data: Any = Shape(folder)
     model = data.model()
 
     def work() -> dict[str, int]:
-        small = compress(model, data, RateDistortion(), name, run=folder / "run")  # pyright: ignore[reportArgumentType]
+        small = compress(model, data, RateDistortion(), name, run=folder / "run")
         return small.save(folder / "small.safetensors")
 
     sizes, wall, cpu = spent(work)
@@ -132,7 +133,8 @@ def peak() -> int:
 
 def lookups(folder: Path, rounds: int) -> dict[str, NDArray[np.float64]]:
     """Microseconds of one look-up, ``(rounds * timed, 2)`` by reader: processor time and wall time."""
-    data, shape = Shape(folder), CriteoShape()
+    data: Any = Shape(folder)
+    shape = CriteoShape()
     model = data.model()
     embedding = torch.nn.Embedding.from_pretrained(model.table.weight().detach().clone())
     out = np.empty((BATCH, FIELDS, WIDTH + 1), np.float32)
@@ -140,7 +142,7 @@ def lookups(folder: Path, rounds: int) -> dict[str, NDArray[np.float64]]:
         "nn.Embedding, dense": (lambda rows: embedding(torch.from_numpy(rows)), kernel.LEVELS[-1])
     }
     for share in SHARES:
-        small = compress(model, data, RateDistortion(), share, run=folder / "run")  # pyright: ignore[reportArgumentType]
+        small = compress(model, data, RateDistortion(), share, run=folder / "run")
         packed = small.table.pack()
         for level in ("portable", "avx512"):
             readers[f"{share}, kernel, {level}"] = (lambda rows, p=packed: kernel_lookup(p, rows, out)), level
