@@ -224,18 +224,23 @@ def test_a_signal_ends_the_command_cleanly_and_the_study_goes_on(serial, tmp_pat
     command = [sys.executable, "-m", "pocketrec.cli", "bench", str(tmp_path / "small.toml"), "--out", str(out)]
     out.mkdir()
     context = Bench(PLAN, out, out / "store")
-    with claim(context, context.grid.jobs[-1]):  # so that the study cannot end before the signal
-        process = subprocess.Popen(
+    with (
+        claim(context, context.grid.jobs[-1]),  # so that the study cannot end before the signal
+        subprocess.Popen(
             [*command, "--cluster", "local:2", "--no-report"], start_new_session=True, stderr=subprocess.PIPE, text=True
-        )
+        ) as process,
+    ):
         while process.poll() is None and not list((out / "store").glob("*.safetensors")):
             time.sleep(0.05)
         children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            _, said = process.communicate(timeout=150)
+        finally:
+            process.kill()
     assert process.returncode == 130, said
     assert said == "pocketrec: interrupted; run the same command again to go on.\n"
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     before = Journal(out / "journal").read()
     assert len(before) < len(records(serial))
