@@ -300,9 +300,10 @@ def _fit_file(ladder: Ladder, dense: Small, limit: int) -> Small:
     room = goal - found.sizes["header"] - _HEADER_DIGITS
     for _ in range(_HEADS):
         other = _fit_beside(ladder, replace(dense, model=ladder.headed(dense.model, room)), limit, goal, room)
-        if found.sizes["file"] < other.sizes["file"] <= goal:
-            found = other
         waste = goal - other.sizes["file"]
+        if waste >= 0 and other.sizes["file"] <= found.sizes["file"]:
+            break
+        found = other if waste >= 0 else found
         if 0 <= waste <= goal // 1000:
             break
         room += waste
