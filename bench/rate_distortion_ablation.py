@@ -43,7 +43,7 @@ SHARES = ("5%", "2%")
 SEEDS = (0, 1, 2)
 TOUCH_UP = 2
 TOUCHED = "all of it, touched up"
-STEPS = 7
+STEPS = 5
 """Halvings of the interval in which the smallest file as good is looked for."""
 
 Floats = NDArray[np.floating]
