@@ -34,10 +34,15 @@ CODES = {"10%": (24, 72), "5%": (11, 66), "2%": (4, 64)}
 SAMPLE = 20_000
 
 
+def _faiss() -> Any:
+    """The library, of the extra ``compare``."""
+    return import_module("faiss")
+
+
 def coded(vectors: NDArray[np.float32], size: int, width: int, seed: int) -> tuple[NDArray[np.float32], int]:
     """Vectors as OPQ decodes them, and the bytes of all that it stores."""
-    faiss: Any = import_module("faiss")
     sample = vectors[np.random.default_rng(seed).choice(len(vectors), SAMPLE, replace=False)]
+    faiss = _faiss()
     rotation = faiss.OPQMatrix(vectors.shape[1], size, width)
     rotation.niter, rotation.niter_pq = 6, 3
     rotation.train(sample)
@@ -62,7 +67,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
+    _faiss().omp_set_num_threads(1)
     lines = ["| seed | budget | bytes | share | NDCG@20 valid | kept | NDCG@20 test | kept |", "|" + "---|" * 8]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Plan.read("bytes-cf"), Path(folder), options.store)
