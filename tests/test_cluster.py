@@ -218,6 +218,15 @@ def test_nobody_at_an_address_is_said_at_once(scheme, tmp_path):
     assert time.monotonic() - started < 10
 
 
+@pytest.fixture
+def heard():
+    """Children hear SIGINT even where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_a_signal_ends_the_command_cleanly_and_the_study_goes_on(serial, tmp_path):
     (tmp_path / "small.toml").write_text(TOML)
     out = tmp_path / "study"
