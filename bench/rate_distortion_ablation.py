@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketrec import allocation
 from pocketrec.attribution.fisher import Sensitivity
 from pocketrec.backbone import Model
+from pocketrec.coding import allocation
 from pocketrec.dataset import Dataset
 from pocketrec.layouts import transform
 from pocketrec.method import Small, compress

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import ndtri
 
-from pocketrec import beam, kernel
+from pocketrec import kernel
 from pocketrec.artifact import Artifact
 from pocketrec.attribution.margin import Margin, lists, margin, ranks_by_products
 from pocketrec.backbones.gmf import GMF
@@ -21,8 +21,10 @@ from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.backbones.mf import MF
 from pocketrec.backbones.neumf import NeuMF
 from pocketrec.baked import BakedModel
+from pocketrec.coding import beam
+from pocketrec.coding.gainshape import DISTORTION, GainShape, Plan, sums
+from pocketrec.coding.trellised import TrellisTable
 from pocketrec.errors import ArtifactError, BudgetError
-from pocketrec.gainshape import DISTORTION, GainShape, Plan, sums
 from pocketrec.layouts import trellis
 from pocketrec.layouts.trellis import CODES, Code, Records, Shape, TrellisBlock, code_values, encode, geometric
 from pocketrec.method import compress
@@ -30,7 +32,6 @@ from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.metrics import to_csr
 from pocketrec.packed import Packed
 from pocketrec.run import Run
-from pocketrec.trellised import TrellisTable
 
 
 @st.composite
@@ -176,7 +177,7 @@ SMALL = (Code(1, 1, 3, 1), Code(2, 1, 4, 1), Code(1, 2, 4, 2), Code(2, 3, 5, 3),
 @pytest.mark.parametrize("code", SMALL, ids=str)
 def test_a_full_beam_is_exhaustive_search(code, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(kernel, "library", lambda: None)
+        monkeypatch.setattr(kernel, "compiled", lambda: None)
     monkeypatch.setattr(beam, "_CANDIDATES", 1 << 20)
     rng = np.random.default_rng(3)
     width = 5 if code.bits < 2 or code.span > 1 else 4
@@ -207,7 +208,7 @@ def test_numpy_searches_as_the_compiled_code(code, monkeypatch):
     rows, mix = rng.normal(size=(6, 17)).astype(np.float32), rng.normal(size=(6, 17, 20))
     upper, weights = beam.factors((mix @ mix.transpose(0, 2, 1)).astype(np.float32))
     fast = beam.search(code, rows, np.ones(6), upper, weights, 5)
-    monkeypatch.setattr(kernel, "library", lambda: None)
+    monkeypatch.setattr(kernel, "compiled", lambda: None)
     assert_array_equal(beam.search(code, rows, np.ones(6), upper, weights, 5), fast)
 
 

@@ -17,8 +17,8 @@ from pocketrec.attribution.gradient import Head
 from pocketrec.backbones.dcn_mix import DCNMix
 from pocketrec.backbones.dcnv2 import DCNv2
 from pocketrec.backbones.deepfm import DeepFM
+from pocketrec.coding.head import CodedHead, HeadMarket, Rows, moments
 from pocketrec.errors import ArtifactError, BudgetError, UnsupportedOp
-from pocketrec.headcode import CodedHead, HeadMarket, Rows, moments
 from pocketrec.layouts.matrix import CodedMatrix, row_bytes
 from pocketrec.layouts.transform import levels
 from pocketrec.measure import measure

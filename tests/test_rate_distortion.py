@@ -14,12 +14,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch.nn import functional
 
 from pocketrec import kernel
-from pocketrec.allocation import Source, allocate, distortion, principal_axes, water_bits
 from pocketrec.attribution.fisher import sensitivity
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.backbones.mf import MF
 from pocketrec.baked import BakedModel
+from pocketrec.coding.allocation import Source, allocate, distortion, principal_axes, water_bits
 from pocketrec.errors import ArtifactError, BudgetError
 from pocketrec.layouts import transform
 from pocketrec.layouts.transform import Section, TransformBlock, coder, coder_scales, encode, fixed_bytes, levels

@@ -12,13 +12,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pocketrec.backbones.dcn_mix import DCNMix
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
+from pocketrec.coding.head import CodedHead
+from pocketrec.coding.touchup import Distilled, LooseTable
 from pocketrec.errors import ConfigError, UnsupportedOp
-from pocketrec.headcode import CodedHead
 from pocketrec.measure import measure
 from pocketrec.method import compress
 from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.testing.lab import fingerprint
-from pocketrec.touchup import Distilled, LooseTable
 from pocketrec.train import logits, validate
 
 BACKBONES = [DeepFM(hidden=(48, 48)), DCNMix(layers=2, experts=2, rank=8, hidden=(32,))]

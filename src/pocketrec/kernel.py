@@ -102,7 +102,7 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled library for modules that bring their own inner loops, or ``None``."""
     return _library()
 
@@ -371,10 +371,12 @@ def beam(
     beams: int,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Beam search by the compiled library, which must be available; :mod:`pocketrec.beam` has the public form."""
+    """Beam search by the compiled library, which must be available; the public form is :mod:`pocketrec.coding.beam`."""
     library = _library()
     if library is None:
-        raise ConfigError("The compiled kernel is not available; use `pocketrec.beam`, which falls back to numpy.")
+        raise ConfigError(
+            "The compiled kernel is not available; use `pocketrec.coding.beam`, which falls back to numpy."
+        )
     count, width = rows.shape
     status = library.pocketrec_beam(
         _pointer(table), bits, table.shape[1], memory, _pointer(rows), _pointer(scales), _pointer(upper),

@@ -70,7 +70,7 @@ class RowAdam:
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self._curves = Curves.upto(4096)
-        self._library = kernel.library() if table.weight.device.type == "cpu" else None
+        self._library = kernel.compiled() if table.weight.device.type == "cpu" else None
         self._mark = torch.full_like(table.updated, -1)
 
     def distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:

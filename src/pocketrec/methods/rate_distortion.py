@@ -10,22 +10,22 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.allocation import Assignment, Rate, Source, allocate, going_price
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
 from pocketrec.attribution.margin import lists, margin, ranks_by_products
 from pocketrec.backbone import ClickModel, Model
-from pocketrec.coded import CodedTable, spans
+from pocketrec.coding.allocation import Assignment, Rate, Source, allocate, going_price
+from pocketrec.coding.coded import CodedTable, spans
+from pocketrec.coding.head import CodedHead, HeadMarket, Moments, moments
+from pocketrec.coding.listladder import ListLadder
+from pocketrec.coding.touchup import touch_up
 from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError, UnsupportedOp
-from pocketrec.headcode import CodedHead, HeadMarket, Moments, moments
 from pocketrec.layouts.transform import Section, fixed_bytes
-from pocketrec.listladder import ListLadder
 from pocketrec.method import Ladder, Method
 from pocketrec.packed import Index, Storage
 from pocketrec.run import Run
 from pocketrec.schema import Schema
 from pocketrec.table import Table
-from pocketrec.touchup import touch_up
 from pocketrec.train import fingerprint
 from pocketrec.vocabulary import size_for as vocabulary_size_for
 

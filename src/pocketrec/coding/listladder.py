@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 
 from pocketrec.attribution.margin import Margin
 from pocketrec.backbone import Model
+from pocketrec.coding.gainshape import GainShape, Plan
+from pocketrec.coding.trellised import TrellisTable
 from pocketrec.errors import BudgetError
-from pocketrec.gainshape import GainShape, Plan
 from pocketrec.layouts.trellis import Records, Shape
 from pocketrec.method import Ladder
 from pocketrec.packed import Index, Storage
 from pocketrec.table import Table
-from pocketrec.trellised import TrellisTable
 from pocketrec.vocabulary import size_for as vocabulary_size_for
 
 
 @dataclass(frozen=True)
 class ListLadder(Ladder):
-    """Tables of users as sums of items, see :mod:`pocketrec.gainshape`.
+    """Tables of users as sums of items, see :mod:`pocketrec.coding.gainshape`.
 
     Args:
         model: The dense model.

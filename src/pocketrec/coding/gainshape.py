@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from pocketrec.attribution.margin import Margin
-from pocketrec.beam import factors, search
+from pocketrec.coding.beam import factors, search
 from pocketrec.layouts.quantised import code_bytes
 from pocketrec.layouts.trellis import (
     CENTROID_BITS,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec.backbone import ClickModel
-from pocketrec.coded import CodedTable
+from pocketrec.coding.coded import CodedTable
 from pocketrec.dataset import Dataset
 from pocketrec.errors import UnsupportedOp
 from pocketrec.layouts.transform import MOST_PLANES, Section, coder
@@ -158,7 +158,7 @@ def touch_up(model: ClickModel, dense: ClickModel, data: Dataset, run: Run, epoc
     """The model after training against the dense one, or as it was where validation says that this is better.
 
     Args:
-        model: around a :class:`~pocketrec.coded.CodedTable`.
+        model: around a :class:`~pocketrec.coding.coded.CodedTable`.
         dense: the teacher.
         data: its training and validation rows are read.
         run: keeps the result.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketrec.allocation import Assignment, Source
+from pocketrec.coding.allocation import Assignment, Source
 from pocketrec.layouts.transform import Section, TransformBlock, accumulate, encode
 from pocketrec.packed import Index, Packed, PackedRange, Storage, file_range
 from pocketrec.schema import Schema

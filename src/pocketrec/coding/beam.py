@@ -61,7 +61,7 @@ def search(code: Code, rows: Floats, scales: Floats, upper: Floats, weights: Flo
         ``(m, steps)``.
     """
     found = np.empty((len(rows), code.steps(rows.shape[1])), np.uint8)
-    library = kernel.library()
+    library = kernel.compiled()
     beams = min(beams, max(2, _CANDIDATES >> code.bits))
     for begin in range(0, len(rows), _CHUNK_ROWS):
         part = slice(begin, begin + _CHUNK_ROWS)
