@@ -55,6 +55,26 @@ def rows(folder, name):
         return list(csv.DictReader(lines))
 
 
+def test_budgets_of_one_seed_are_compared_on_it(tmp_path):
+    folder = write_study(tmp_path / "brief", gaps=False)
+    document = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    document["jobs"] = [j for j in document["jobs"] if j["budget"] != BUDGETS[2] or j["seed"] == SEEDS[0]]
+    (folder / "plan.json").write_text(json.dumps(document), encoding="utf-8")
+    study = Study.read(folder)
+    found = evidence(study, Pair("criteo", "deepfm"), replicates=100)["auc"]
+    assert {c.place.budget: c.how for c in found.comparisons} == {
+        BUDGETS[0]: "seeds and rows",
+        BUDGETS[1]: "seeds and rows",
+        BUDGETS[2]: "rows",
+    }
+    place = Place(Pair("criteo", "deepfm"), "shaver", BUDGETS[2])
+    dense = Place(Pair("criteo", "deepfm"), "original", "dense")
+    first = study.values(place, "auc")[SEEDS[0]] - study.values(dense, "auc")[SEEDS[0]]
+    assert found.against[place].estimate == pytest.approx(first)
+    page = report.write(folder, replicates=100).page.read_text(encoding="utf-8")
+    assert page.count("(1 of 3 seeds)") == len(HARM) * 3
+
+
 def stored(folder, data, backbone, method, budget, seed):
     key = f"{data}-{backbone}-{method}-{budget}-{seed}".replace("=", "-")
     return open_arrays(folder / "predictions" / f"{key}.safetensors")[0]

@@ -65,6 +65,8 @@ def finished(tmp_path_factory):
         ({"backbone": {"lightgcn": {}}}, ["backbone", "task"]),
         ({"efficiency": ["phone"]}, ["efficiency", "server"]),
         ({"method.random.only": ["click"]}, ["method.random.only", "clicks"]),
+        ({"method.random.budgets": ["7%"]}, ["method.random.budgets", "sparsity=0.5"]),
+        ({"brief": ["7%"]}, ["brief", "sparsity=0.5"]),
     ],
 )
 def test_a_wrong_plan_is_refused_with_its_key(changes, words):
@@ -109,6 +111,17 @@ def test_a_method_can_be_for_some_data_sets_only():
     jobs = Grid(plan({"data.other": other, "method.random.only": ["other"]})).jobs
     assert {j.method for j in jobs if j.data == "clicks"} == {"original", "mag_prune"}
     assert {j.method for j in jobs if j.data == "other"} == {"original", "mag_prune", "random"}
+
+
+def test_budgets_can_be_those_of_a_method_or_of_the_first_seed():
+    budgets = ["sparsity=0.5", "sparsity=0.8"]
+    jobs = Grid(plan({"method.random.budgets": budgets[1:]}, budgets=budgets, brief=budgets[:1], seeds=[3, 4])).jobs
+    cells = {(j.method, j.budget, j.seed) for j in jobs if j.kind == "cell"}
+    assert cells == {
+        *(("original", "dense", seed) for seed in (3, 4)),
+        *((method, budgets[1], seed) for method in ("random", "mag_prune") for seed in (3, 4)),
+        ("mag_prune", budgets[0], 3),
+    }
 
 
 def test_every_job_comes_after_what_it_needs():

@@ -77,7 +77,11 @@ class Evidence:
     against: Mapping[Place, Interval] = field(default_factory=dict)
     marks: Mapping[Place, Mark] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
-    how: How | None = None
+
+    @property
+    def how(self) -> list[How]:
+        """By what the comparisons were made."""
+        return sorted({c.how for c in self.comparisons})
 
     def no_worse(self, place: Place, original: float) -> bool:
         """Whether a place is shown to lose less than the margin against the original."""
@@ -88,17 +92,35 @@ class Evidence:
 def evidence(study: Study, pair: Pair, *, replicates: int = REPLICATES, seed: int = 0) -> dict[str, Evidence]:
     """Everything that can be said on a pair, by metric.
 
-    Only places with a result for every planned seed take part: a mean over other seeds is another figure.
+    Only places with a result for every planned seed take part, each among those of the same seeds: a mean over other
+    seeds is another figure.
     """
     task = study.task(pair)
     if task is None:
         return {}
-    seeds = study.seeds(pair.data)
-    places = [p for p in study.places(pair) if set(study.cells.get(p, {})) >= set(seeds)]
-    stored = _stored(study, places, seeds)
-    return {
-        metric.name: _evidence(study, pair, metric, places, seeds, stored, replicates, seed) for metric in METRICS[task]
-    }
+    found = {metric.name: Evidence(metric) for metric in METRICS[task]}
+    for seeds in dict.fromkeys(study.planned[p] for p in study.places(pair)):
+        places = [
+            p
+            for p in study.places(pair)
+            if (p.method == ORIGINAL or study.planned[p] == seeds) and set(study.cells.get(p, {})) >= set(seeds)
+        ]
+        stored = _stored(study, places, seeds)
+        for metric in METRICS[task]:
+            fresh = _evidence(study, pair, metric, places, seeds, stored, replicates, seed)
+            found[metric.name] = _joined(found[metric.name], fresh)
+    return found
+
+
+def _joined(first: Evidence, other: Evidence) -> Evidence:
+    """What two groups of places say; on a place that is in both, the first one speaks."""
+    return Evidence(
+        first.metric,
+        {**other.intervals, **first.intervals},
+        {**other.against, **first.against},
+        {**other.marks, **first.marks},
+        first.comparisons + other.comparisons,
+    )
 
 
 def _evidence(
@@ -145,7 +167,6 @@ def _evidence(
         {p: difference(p, dense) for p in known if p != dense} if dense in known else {},
         marks,
         tuple(found),
-        how,
     )
 
 

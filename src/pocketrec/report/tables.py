@@ -83,9 +83,11 @@ class _View:
 
     @property
     def part(self) -> str:
-        """How many seeds a mean is of, where some are missing."""
-        planned = len(self.study.seeds(self.place.pair.data))
-        return "" if self.done == planned else f" ({self.done} of {planned} seeds)"
+        """How many seeds a mean is of, where they are not all."""
+        every, planned = len(self.study.seeds(self.place.pair.data)), len(self.study.planned[self.place])
+        if self.done < planned:
+            return f" ({self.done} of {planned} seeds)"
+        return "" if planned == every else f" ({planned} of {every} seeds)"
 
 
 def quality(study: Study, known: Known, data: str) -> Sheet:
@@ -101,13 +103,13 @@ def quality(study: Study, known: Known, data: str) -> Sheet:
             here = Place(pair, place.method, place.budget)
             entries += _quality_entries(study, here, known.get(pair, {}), METRICS[study.task(pair) or "ctr"])
         rows.append(Row(tuple(entries), formats.budget(place.budget)))
-    how = sorted({_WORDS[e.how] for p in pairs for e in known.get(p, {}).values() if e.how})
+    how = sorted({_WORDS[h] for p in pairs for e in known.get(p, {}).values() for h in e.how})
     notes = [
         "Mean ± standard deviation over seeds of the test split. Bold is best and underlined second best at a budget, "
         "only where better than every one below it at 5 % after Holm's correction"
         + (f" ({'; '.join(how)})." if how else "; nothing could be tested."),
-        "Only methods with all seeds are compared. “vs original” is the paired difference with its 95 % interval. "
-        "Table and file are bytes that lie on the disk.",
+        "Only methods with all their seeds are compared, each with those of the same seeds. “vs original” is the "
+        "paired difference with its 95 % interval. Table and file are bytes that lie on the disk.",
     ]
     title = f"Quality and size on {data}"
     return Sheet(f"quality-{data}", title, tuple(columns), tuple(rows), tuple(notes), "budget")

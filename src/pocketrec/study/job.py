@@ -61,7 +61,7 @@ class Grid:
         for data, backbone in self.plan.pairs_of():
             yield from self._cells(data, backbone.label, ORIGINAL, (DENSE,))
             for method in self.plan.methods_of(data):
-                yield from self._cells(data, backbone.label, method, self.plan.budgets_of(data))
+                yield from self._cells(data, backbone.label, method, self.plan.budgets_of(data, method))
             if self.plan.anatomy:
                 for seed in self.plan.seeds_of(data):
                     yield Job("anatomy", data.label, backbone.label, ORIGINAL, DENSE, seed)
@@ -77,7 +77,8 @@ class Grid:
         searches = [Job("choice", data.label, backbone, method, budget, seeds[0]) for budget in budgets]
         yield from (job for job in searches if self.plan.trials_of(data) > 0 and self.space(job))
         for seed in seeds:
-            yield from (Job("cell", data.label, backbone, method, budget, seed) for budget in budgets)
+            here = [budget for budget in budgets if seed in self.plan.seeds_of(data, budget)]
+            yield from (Job("cell", data.label, backbone, method, budget, seed) for budget in here)
 
     def needs(self, job: Job) -> tuple[Job, ...]:
         """What has to be done before."""

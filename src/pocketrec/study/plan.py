@@ -195,6 +195,7 @@ class Plan:
         methods: by label.
         budgets: as :class:`~pocketrec.method.Budget` reads them.
         seeds: each is a training, and a split where a data set says so; the first one is searched on.
+        brief: budgets that get the first seed alone.
         trials: of each search; 0 takes every space at its plug-in's default.
         at_once: trials that are drawn together, so that they can run side by side; more of them learn less each.
         device: where models are trained.
@@ -204,6 +205,7 @@ class Plan:
         efficiency_budget: the budget at which they are taken.
         anatomy: whether frequency and magnitude of the original's rows are compared.
         around: changes of backbones where a method trains them, by labels of both.
+        within: budgets of the methods that do not get all, by label.
     """
 
     name: str
@@ -212,6 +214,7 @@ class Plan:
     methods: Mapping[str, Recipe]
     budgets: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
+    brief: tuple[str, ...] = ()
     trials: int = 30
     at_once: int = 1
     device: str = "cpu"
@@ -221,6 +224,7 @@ class Plan:
     efficiency_budget: str = "sparsity=0.8"
     anatomy: bool = False
     around: Mapping[str, Mapping[str, Recipe]] = field(default_factory=dict)
+    within: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -262,13 +266,16 @@ class Plan:
         """Labels of the methods for a data set."""
         return [label for label, method in self.methods.items() if method.fits(data.label)]
 
-    def budgets_of(self, data: Data) -> tuple[str, ...]:
-        """Budgets of the cells of a data set."""
-        return data.budgets or self.budgets
+    def budgets_of(self, data: Data, method: str | None = None) -> tuple[str, ...]:
+        """Budgets of the cells of a data set, or of one method there."""
+        budgets = data.budgets or self.budgets
+        own = self.within.get(method, ()) if method is not None else ()
+        return tuple(b for b in budgets if not own or b in own)
 
-    def seeds_of(self, data: Data) -> tuple[int, ...]:
-        """Seeds of the cells of a data set."""
-        return data.seeds or self.seeds
+    def seeds_of(self, data: Data, budget: str | None = None) -> tuple[int, ...]:
+        """Seeds of the cells of a data set, or of one budget there."""
+        seeds = data.seeds or self.seeds
+        return seeds[:1] if budget in self.brief else seeds
 
     def trials_of(self, data: Data) -> int:
         """Trials of each search on a data set."""
@@ -316,7 +323,7 @@ def build_training(task: Literal["ctr", "cf"], stages: Sequence[Settings]) -> tu
 def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
     """A plan from its TOML document, every key of it checked."""
     tables = {"data": "data", "backbone": "backbones", "method": "methods"}
-    plain = [f.name for f in dataclasses.fields(Plan) if f.name not in (*tables.values(), "around")]
+    plain = [f.name for f in dataclasses.fields(Plan) if f.name not in (*tables.values(), "around", "within")]
     _known("", document, [*tables, *plain])
     for table in tables:
         if not isinstance(document.get(table), dict) or not document[table]:
@@ -331,6 +338,11 @@ def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
         backbones=backbones,
         methods={label: _recipe("method", label, _plain(e), labels) for label, e in document["method"].items()},
         around={label: _around(f"method.{label}", label, e, backbones) for label, e in document["method"].items()},
+        within={
+            label: _checked(f"method.{label}.budgets", e["budgets"], tuple[str, ...])
+            for label, e in document["method"].items()
+            if isinstance(e, dict) and "budgets" in e
+        },
     )
     _sound(plan)
     return plan
@@ -345,6 +357,10 @@ def _sound(plan: Plan) -> None:
             Budget.parse(budget)
         if not (seeds := plan.seeds_of(data)) or len(set(seeds)) < len(seeds):
             raise ConfigError(f"`seeds` must be different integers, at least one, but got {list(seeds)}.")
+    every = dict.fromkeys(b for data in plan.data.values() for b in plan.budgets_of(data))
+    _known("brief", dict.fromkeys(plan.brief), list(every))
+    for label, budgets in plan.within.items():
+        _known(f"method.{label}.budgets", dict.fromkeys(budgets), list(every))
     Budget.parse(plan.efficiency_budget)
     if plan.trials < 0 or plan.at_once < 1 or plan.threads < 1:
         raise ConfigError(
@@ -400,8 +416,8 @@ def _recipe(axis: Literal["backbone", "method"], label: str, entry: Any, data: S
 
 
 def _plain(entry: Any) -> Any:
-    """A method's table without its changes of backbones."""
-    return {n: v for n, v in entry.items() if n != "backbone"} if isinstance(entry, dict) else entry
+    """A method's table without its budgets and its changes of backbones."""
+    return {n: v for n, v in entry.items() if n not in ("backbone", "budgets")} if isinstance(entry, dict) else entry
 
 
 def _around(where: str, label: str, entry: Mapping[str, Any], backbones: Mapping[str, Recipe]) -> dict[str, Recipe]:
