@@ -134,7 +134,7 @@ def poster(title: str, names: Sequence[tuple[int | None, str]], figures: Sequenc
     width = (WIDTH + GAP) * len(figures) - GAP + 2 * GAP
     x, y, keys = float(GAP), 42.0, []
     for style, name in names:
-        step = 34 + 6.2 * len(name)
+        step = 40 + 6.8 * len(name)
         if x + step > width - GAP and keys:
             x, y = float(GAP), y + 18
         key = swatch(style).replace("<svg ", f'<svg x="{x:.1f}" y="{y - 10:.1f}" width="28" height="14" ', 1)
