@@ -5,7 +5,8 @@ row's weight, by whitening with the metric of the gradients and then taking prin
 There, reverse water-filling tells the bits of a coordinate of variance ``v_j`` at the water level ``theta``: the next
 bit is bought as long as it lowers ``w_j v_j D(b)`` by ``theta``, where ``D(b)`` is the error of the best quantiser of
 ``b`` bits. Each level of a grid is an *option* for the rows of a field; up to seven of them become its classes, and
-each row takes the class of least ``distortion + lambda * bits``, or none. ``lambda`` follows from the budget.
+each row takes the class of least ``distortion + lambda * bits``, or none. ``lambda`` follows from the budget. The
+finest option codes every direction twice, in 8 bits and 8 bits of what they leave.
 
 Reference: Cover and Thomas, "Elements of Information Theory", 2006, theorem 10.3.3 (reverse water-filling); Shoham and
 Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988 (the Lagrangian).
@@ -21,7 +22,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.layouts.transform import GROUP, MOST_BITS, MOST_PLANES, Section, coder, edges, levels, nearest
+from pocketrec.layouts.transform import (
+    GROUP,
+    MOST_BITS,
+    MOST_DIRECTIONS,
+    MOST_PLANES,
+    Section,
+    coder,
+    edges,
+    levels,
+    nearest,
+)
 
 Rate = Literal["bits", "values"]
 """What is paid for: bits of the file, or coded scalars."""
@@ -58,6 +69,8 @@ def distortion(bits: int) -> float:
 
 
 _DISTORTION = np.array([distortion(b) for b in range(MOST_BITS + 1)])
+_LEFT = np.float32(np.sqrt(_DISTORTION[-1]))
+"""What the most bits leave of a coordinate's root mean square."""
 
 
 def water_bits(energy: NDArray[np.floating], theta: float) -> NDArray[np.int64]:
@@ -116,15 +129,20 @@ class Source:
         return self.weight * (np.square(self.coefficients) @ self.gain)
 
     def options(self, rate: Rate) -> NDArray[np.int64]:
-        """Bits of the coordinates at each water level, ``(O, D)``; for values, the first ones at full precision."""
+        """Bits of the coordinates, and of what these bits leave, at each water level, ``(O, 2 D)``.
+
+        For values, the first coordinates have 8 bits.
+        """
         width = len(self.gain)
         if rate == "values":
             counts = np.unique(np.rint(np.linspace(1, width, min(width, _WATER_LEVELS))).astype(int))
-            return np.where(np.arange(width) < counts[:, None], MOST_BITS, 0)
+            return np.where(np.arange(2 * width) < counts[:, None], MOST_BITS, 0)
         energy = self.gain * np.square(self.spread)
         thetas = energy.max() * 2.0 ** -np.arange(1, _WATER_LEVELS)
         found = [water_bits(energy, theta) for theta in thetas if theta > 0]
-        return np.unique([b for b in found if b.any()] + [np.full(width, MOST_BITS)], axis=0)
+        single = np.unique([b for b in found if b.any()] + [np.full(width, MOST_BITS)], axis=0)
+        twice = np.full((int(2 * width <= MOST_DIRECTIONS), 2 * width), MOST_BITS)
+        return np.concatenate([np.pad(single, ((0, 0), (0, width))), twice])
 
     def market(self, rate: Rate, row_bits: float) -> _Market:
         """What each option costs a sample of the rows; worked out once."""
@@ -186,11 +204,12 @@ class _Market:
         self.share = len(source.rows) / max(len(part.rows), 1)
         self.bits = part.options(rate)
         self.spread = source.spread
-        errors = np.empty((MOST_BITS + 1, *part.coefficients.shape), np.float32)
-        for bits in range(MOST_BITS + 1):
-            errors[bits] = np.square(part.coefficients - _rounded(part.coefficients, self.spread, bits)) * part.gain
+        rests = [part.coefficients - _rounded(part.coefficients, self.spread, b) for b in range(MOST_BITS + 1)]
+        rests.append(rests[-1] - _rounded(rests[-1], self.spread * _LEFT, MOST_BITS))
+        errors = np.square(np.stack(rests)) * part.gain
         columns = np.arange(part.coefficients.shape[1])
-        self.loss = np.stack([part.weight * errors[b, :, columns].sum(axis=0) for b in self.bits])
+        finest = self.bits[:, : len(columns)] + (self.bits[:, len(columns) :] > 0)
+        self.loss = np.stack([part.weight * errors[b, :, columns].sum(axis=0) for b in finest])
         self.lost = part.lost
         self.price = self.bits.sum(axis=1) if rate == "bits" else np.count_nonzero(self.bits, axis=1)
         self.row_bits = row_bits if source.hashed and rate == "bits" else 0.0
@@ -263,26 +282,19 @@ class _Market:
         bits = self.bits[sorted(chosen, key=lambda o: (self.price[o], o))]
         directions = int(np.flatnonzero(bits.any(axis=0))[-1]) + 1
         bits = bits[:, :directions]
-        scales = np.broadcast_to(self.spread[:directions], bits.shape).astype(np.float64)
-        part = self.part
+        spread = np.concatenate([self.spread, self.spread * _LEFT])
+        scales = np.broadcast_to(spread[:directions], bits.shape).astype(np.float64)
+        basis = np.concatenate([self.source.basis, self.source.basis])[:directions]
         for _ in range(_REFITS):
-            coding = _Coding(part, Section(planes, coder(bits, scales), self.source.basis[:directions]))
+            coding = _Coding(self.part, Section(planes, coder(bits, scales), basis))
             taken = coding.classes(price, self.rate, self.row_bits)
-            scales = scales * [_stretch(part, v, taken == c) for c, v in enumerate(coding.values)]
-        return Section(planes, coder(bits, scales), self.source.basis[:directions])
+            scales = scales * [coding.stretch(c, taken == c) for c in range(len(scales))]
+        return Section(planes, coder(bits, scales), basis)
 
 
 def _rounded(values: Floats, scales: Floats, bits: int) -> Floats:
     """Values ``(m, k)`` at the levels of so many bits, with a scale for each column."""
     return levels(bits)[nearest(values / scales, bits)] * scales
-
-
-def _stretch(part: Source, values: Floats, rows: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """By what the levels ``values (m, k)`` of a class's rows must be multiplied for least error, ``(k,)``."""
-    weight = part.weight[rows, None]
-    found, wanted = values[rows], part.coefficients[rows, : values.shape[1]]
-    cross, square = (weight * found * wanted).sum(axis=0), (weight * found * found).sum(axis=0)
-    return np.clip(np.where(square > 0, cross / np.maximum(square, 1e-30), 1.0), 0.5, 2.0)
 
 
 class _Coding:
@@ -298,17 +310,21 @@ class _Coding:
     def _saved(self, which: int) -> Floats:
         """Loss of each row, at a weight of 1, that a class saves against nothing: ``sum_j g_j v_j (2 u_j - v_j)``."""
         section, source = self.section, self.source
-        saved = np.zeros(len(source.rows), np.float32)
-        for j, (bits, scale) in enumerate(zip(section.bits[which].tolist(), section.scales[which], strict=True)):
+        saved, codes = np.zeros(len(source.rows), np.float32), self.codes[which]
+        for j, (bits, scale, rest) in enumerate(section.walk(source.coefficients, codes, which)):
             if bits:
-                values = (levels(bits) * scale)[self.codes[which][:, j]]
-                saved += source.gain[j] * values * (2 * source.coefficients[:, j] - values)
+                values = (levels(bits) * scale)[codes[:, j]]
+                saved += source.gain[j % len(source.gain)] * values * (2 * rest - values)
         return saved
 
-    @cached_property
-    def values(self) -> list[Floats]:
-        """What the codes mean, by class ``(m, k)``."""
-        return [self.section.coefficients(code, c) for c, code in enumerate(self.codes)]
+    def stretch(self, which: int, rows: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """By what the levels of a class must be multiplied for least error of its ``rows (m,)``: ``(k,)``."""
+        section, codes = self.section, self.codes[which][rows]
+        found = section.coefficients(codes, which)
+        wanted = np.stack([rest for _, _, rest in section.walk(self.source.coefficients[rows], codes, which)], axis=1)
+        weight = self.source.weight[rows, None]
+        cross, square = (weight * found * wanted).sum(axis=0), (weight * found * found).sum(axis=0)
+        return np.clip(np.where(square > 0, cross / np.maximum(square, 1e-30), 1.0), 0.5, 2.0)
 
     def costs(self, rate: Rate) -> NDArray[np.float64]:
         """What a row of each class takes, nothing first: ``(K + 1,)``."""

@@ -93,7 +93,7 @@ class CodedTable(Table):
         kinds = self.classes.numpy()
         total = 0
         for field, section in zip(self.schema.fields, self.sections, strict=True):
-            coded = np.count_nonzero(section.bits, axis=1)
+            coded = np.count_nonzero(section.bits[:, : self.width], axis=1)
             own = kinds[field.offset : field.stop]
             total += int(coded[own[own >= 0]].sum())
         return total

@@ -30,7 +30,7 @@ that the place of a row follows from the classes of the rows before it. Arrays, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -43,6 +43,7 @@ from pocketrec.errors import ArtifactError, BudgetError
 from pocketrec.packed import FileBlock
 
 MOST_BITS = 8
+MOST_DIRECTIONS = 255
 MOST_PLANES = 3
 GROUP = 256
 """Rows between two offsets."""
@@ -160,6 +161,9 @@ def coder_scales(coders: NDArray[np.uint16]) -> NDArray[np.float32]:
 class Section:
     """How the rows of one field are coded.
 
+    A basis of more than ``width`` directions has the first ones twice: what is coded along the second one is what the
+    first one's code leaves.
+
     Attributes:
         planes: bits of a row's class number, 0 to 3.
         coders: one for each class and direction, uint16 ``(K, k)``; ``K`` at most ``2^planes``.
@@ -188,12 +192,28 @@ class Section:
         return found
 
     def quantise(self, coefficients: NDArray[np.float32], which: int) -> NDArray[np.uint8]:
-        """Codes of rows of one class, the nearest for each coefficient: ``(m, k) -> (m, k)``."""
-        codes = np.zeros(coefficients.shape, np.uint8, order="F")
-        for j, (bits, scale) in enumerate(zip(self.bits[which], self.scales[which], strict=True)):
-            if bits:
-                codes[:, j] = nearest(coefficients[:, j] / scale, int(bits))
+        """Codes of rows of one class, the nearest for each coefficient: ``(m, min(k, width)) -> (m, k)``."""
+        codes = np.zeros((len(coefficients), len(self.basis)), np.uint8, order="F")
+        for j, (bits, scale, rest) in enumerate(self.walk(coefficients, codes, which)):
+            codes[:, j] = nearest(rest / scale, bits) if bits else 0
         return codes
+
+    def walk(
+        self, coefficients: NDArray[np.float32], codes: NDArray[np.uint8], which: int
+    ) -> Iterator[tuple[int, np.float32, NDArray[np.float32]]]:
+        """Bits and scale of each direction in a class, and what is left to code along it, by the codes before it.
+
+        Args:
+            coefficients: ``(m, min(k, width))``.
+            codes: ``(m, k)``; only those of directions that are done are read.
+            which: the class.
+        """
+        width = self.basis.shape[1]
+        for j, (bits, scale) in enumerate(zip(self.bits[which].tolist(), self.scales[which], strict=True)):
+            rest = coefficients[:, j % width]
+            if j >= width and (first := int(self.bits[which][j - width])):
+                rest = rest - levels(first)[codes[:, j - width]] * self.scales[which][j - width]
+            yield bits, scale, rest
 
     def coefficients(self, codes: NDArray[np.uint8], which: int) -> NDArray[np.float32]:
         """What codes of rows of one class mean: ``(m, k) -> (m, k)``."""

@@ -40,7 +40,7 @@ class RateDistortion(Method):
 
     Rows are coded around their field's mean, in the principal axes of what the loss sees of them: the residuals,
     whitened by the second moment of the loss's gradient. Embedding and linear weights are coded together. Each row
-    takes one of a few classes, from nothing to 8 bits for every direction, by the Lagrangian ``loss + lambda * bits``;
+    takes one of a few classes, from nothing to 16 bits for every direction, by the Lagrangian ``loss + lambda * bits``;
     everything that the file holds is paid for. ``storage`` and ``index`` have no say; a sparsity keeps the leading
     directions of rows, in 8 bits each.
 
