@@ -94,6 +94,36 @@ def test_final_model_starts_from_the_trained_one(clicks, visits, method, task, m
         assert torch.equal(value, before[name])
 
 
+@torch.no_grad()
+def final_error(model, table, target):
+    final, goal = model.propagate(table.weight()), model.propagate(target)
+    return float((final - goal).square().mean() / goal.square().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_final_vectors_are_nearer_when_they_are_the_goal(visits, method):
+    backbone, training = LightGCN(dim=4, layers=2), Training(epochs=2, batch_size=128, learning_rate=1e-2)
+    teacher = train(backbone, visits, Run(None), training)
+    target = teacher.table.weight().detach()
+    start = draft(method(), teacher, visits, Run(None))
+    left = {}
+    for goal, epochs in (("rows", 200), ("final", 12)):
+        stages = Lesson(epochs, 0.02, goal).stages(SHORT, "cf")
+        fitted = imitated(method.name, start, target, visits, Run(None), stages, goal)
+        left[goal] = final_error(teacher, fitted.table, target)
+    assert left["final"] < min(left["rows"], final_error(teacher, start.table, target))
+
+
+def test_final_vectors_that_can_be_computed_are_learned_exactly(visits):
+    run = Run(None)
+    model = LightGCN(dim=4, layers=2).build(visits, 0)
+    goal = draft(QR(init="uniform"), model, visits, Run(None, seed=5)).table.weight().detach()
+    start = draft(QR(init="uniform"), model, visits, run)
+    stages = Lesson(40, 0.03, "final").stages((Training(epochs=1, batch_size=256),), "cf")
+    fitted = imitated("qr", start, goal, visits, run, stages, "final")
+    assert final_error(model, fitted.table, goal) < 0.02 < final_error(model, start.table, goal)
+
+
 def test_there_must_be_a_trained_table(visits):
     model = LightGCN(dim=4, layers=1).build(visits, 0)
     with pytest.raises(UnsupportedOp, match="leave `bake` out"):
@@ -104,6 +134,8 @@ def test_there_must_be_a_trained_table(visits):
     for settings in ({"imitation": -1}, {"imitation_rate": 0.0}):
         with pytest.raises(ConfigError, match="`imitation` must be at least 0"):
             DHE(**settings)
+    with pytest.raises(ConfigError, match="must be one of rows, final, but got 'heads'"):
+        DHE(imitated="heads")
 
 
 def test_a_study_hands_over_the_original(tmp_path):

@@ -428,7 +428,7 @@ class ComposedLadder(Ladder):
     ) -> ComposedLadder:
         """The ladder of a method; by default it trains in the stages of ``training``.
 
-        With a ``lesson`` the table learns the rows of the given model's table first, and the head starts as trained.
+        With a ``lesson`` the table learns from the given model's table first, and the head starts as trained.
         """
         after = train or (lambda draft: run.fit(name, draft, data, training or None))
         if lesson is None or not lesson.epochs:
@@ -438,7 +438,7 @@ class ComposedLadder(Ladder):
         target, stages = dense.matrix.detach(), lesson.stages(training, data.schema.task)
 
         def learn(draft: Model) -> Model:
-            return after(imitated(name, draft, target, data, run, stages))
+            return after(imitated(name, draft, target, data, run, stages, lesson.goal))
 
         return cls(name, start, data, run, scope, order, plan, least, learn)
 

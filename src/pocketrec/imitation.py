@@ -2,6 +2,10 @@
 
 A network that computes vectors needs hundreds of passes before they are any good, and each pass of a ranking model
 computes all of them. To fit given vectors needs those of a batch only, so that this start costs a fraction.
+
+A model that propagates may imitate what comes of the rows instead, ``P e``: many tables have nearly the same final
+vectors, and a small one comes closer to these than to any table in particular. That reads the whole table in each step,
+but a few hundred such steps are worth several epochs of training.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +32,12 @@ if TYPE_CHECKING:
 COOLING = 5
 """By how much the learning rate falls for the last quarter of the epochs."""
 
+STEPS = 50
+"""Steps of an epoch in which final vectors are imitated; each reads the whole table."""
+
+Imitated = Literal["rows", "final"]
+"""What is learned: the rows of the trained table, or what the model makes of them before it scores."""
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -36,10 +46,13 @@ class Lesson:
     Args:
         epochs: passes over the training rows, at least 0.
         learning_rate: of the first three quarters.
+        goal: the ``rows`` of the trained table, or the ``final`` vectors, in epochs of 50 steps over all of them; to a
+            model that does not propagate both are the rows, and click models always learn these.
     """
 
     epochs: int
     learning_rate: float
+    goal: Imitated = "rows"
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or not self.learning_rate > 0:
@@ -47,6 +60,8 @@ class Lesson:
                 "`imitation` must be at least 0 and `imitation_rate` above 0, but got "
                 f"imitation={self.epochs}, imitation_rate={self.learning_rate}."
             )
+        if self.goal not in get_args(Imitated):
+            raise ConfigError(f"`imitated` must be one of {', '.join(get_args(Imitated))}, but got {self.goal!r}.")
 
     def stages(self, training: Sequence[Training], task: Task) -> tuple[Training, ...]:
         """The stages, with batches and precision as in the first one of the ``training`` that follows."""
@@ -62,10 +77,23 @@ class Lesson:
         )
 
 
-def imitated(name: str, draft: Model, target: Tensor, data: Dataset, run: Run, stages: tuple[Training, ...]) -> Model:
-    """``draft`` with the table that has learned ``target (n, D)``; its head as it is."""
-    kind = ImitatedClicks if isinstance(draft, ClickModel) else ImitatedRanks
-    return draft.with_table(run.fit(f"{name}-imitation", kind(draft, target), data, stages).table)
+def imitated(
+    name: str,
+    draft: Model,
+    target: Tensor,
+    data: Dataset,
+    run: Run,
+    stages: tuple[Training, ...],
+    goal: Imitated = "rows",
+) -> Model:
+    """``draft`` with the table that has learned ``target (n, D)``, or its final vectors; its head as it is."""
+    if isinstance(draft, ClickModel):
+        student: Imitation = ImitatedClicks(draft, target)
+    elif goal == "final":
+        student = ImitatedFinals(draft, cast("RankingModel", draft).propagate(target))
+    else:
+        student = ImitatedRanks(draft, target)
+    return draft.with_table(run.fit(f"{name}-imitation", student, data, stages).table)
 
 
 class Imitation(Model):
@@ -129,3 +157,18 @@ class ImitatedRanks(Imitation, RankingModel):
     def scores(self, users: Tensor, items: Tensor) -> Tensor:
         """The student's scores."""
         return cast("RankingModel", self.student).scores(users, items)
+
+
+class ImitatedFinals(ImitatedRanks):
+    """A ranking model's imitation of final vectors: ``mean (P e - z)^2 / mean z^2`` over all rows in each step."""
+
+    def batches(
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Nothing to look up, ``STEPS`` times."""
+        nothing = torch.empty(0, 0, dtype=torch.int64)
+        return ((nothing,) for _ in range(STEPS))
+
+    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+        """The error as a share of the target's mean square; no rows are drawn."""
+        return (self.propagate(self.table.weight()) - self.target).square().mean() / self.target.square().mean()

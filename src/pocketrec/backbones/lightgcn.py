@@ -130,8 +130,8 @@ class LightGCNModel(RankingModel):
         return _Contrast.apply(vectors, self.config.temperature, self.workspace, _storage(vectors.device))  # pyright: ignore
 
     def propagate(self, weight: Tensor) -> Tensor:
-        """``z = 1/(L+1) sum_{l<=L} Ahat^l weight``, float32."""
-        return self.graph.propagate(weight, self.config.layers)
+        """``z = 1/(L+1) sum_{l<=L} Ahat^l weight``, float32; under autocast, layers are held in its type."""
+        return self.graph.propagate(weight, self.config.layers, storage=_storage(weight.device))
 
     def scores(self, users: Tensor, items: Tensor) -> Tensor:
         """Inner products ``(B, d), (I, d) -> (B, I)``."""

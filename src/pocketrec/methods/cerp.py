@@ -18,6 +18,7 @@ from pocketrec.backbone import Model, noise
 from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.imitation import Imitated, Lesson
 from pocketrec.initial import xavier
 from pocketrec.layouts.pruned_sum import (
     OPERATIONS,
@@ -77,6 +78,11 @@ class CERP(Method):
             for; or at the values and the head that the search ``found``.
         scope: ``block`` has a pair of codebooks for each counted block, ``joint`` one for all rows.
         order: which ids share rows: by their place in the ``file`` (free there), or by ``id`` (order of appearance).
+        imitation: epochs in which the codebooks learn from the given, trained model before the search; 0 to start from
+            random numbers, as published.
+        imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
+        imitated: what is learned then: the ``rows`` of the trained table, or the ``final`` vectors that a ranking model
+            makes of them, 50 steps an epoch.
         training: stages of training; the search takes its settings from the first; none for the task's default.
 
     Example:
@@ -110,9 +116,13 @@ class CERP(Method):
     restart: Restart = "first"
     scope: Scope = "block"
     order: Order = "file"
+    imitation: int = 0
+    imitation_rate: float = 0.01
+    imitated: Imitated = "rows"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
+        self._lesson()
         for name, known in (("operation", OPERATIONS), ("spread", get_args(Spread))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
@@ -132,8 +142,11 @@ class CERP(Method):
         return ComposedLadder.of(
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, plan=self.plan, least=lambda region: 0,
-            train=lambda draft: self._train(draft, data, run),
+            train=lambda draft: self._train(draft, data, run), lesson=self._lesson(),
         )  # fmt: skip
+
+    def _lesson(self) -> Lesson:
+        return Lesson(self.imitation, self.imitation_rate, self.imitated)
 
     def plan(self, region: Region, values: int) -> CERPPlan:
         """The codebooks of a region, and how many of their entries are kept."""

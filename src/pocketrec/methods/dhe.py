@@ -18,7 +18,7 @@ from pocketrec.backbone import Model
 from pocketrec.composition import ComposedLadder, Composition, Frequent, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.imitation import Lesson
+from pocketrec.imitation import Imitated, Lesson
 from pocketrec.layouts.factors import encode_factor
 from pocketrec.layouts.hash_mlp import CODES, HashMlpBlock, codes, network_bytes
 from pocketrec.method import Method
@@ -66,6 +66,8 @@ class DHE(Method):
         imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
             numbers and a fresh head, as published.
         imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
+        imitated: what is learned then: the ``rows`` of the trained table, or the ``final`` vectors that a ranking model
+            makes of them, 50 steps an epoch.
         training: stages of training; none for the defaults of the task.
 
     Example:
@@ -93,10 +95,11 @@ class DHE(Method):
     order: Order = "file"
     imitation: int = 0
     imitation_rate: float = 0.002
+    imitated: Imitated = "rows"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
-        Lesson(self.imitation, self.imitation_rate)
+        Lesson(self.imitation, self.imitation_rate, self.imitated)
         object.__setattr__(self, "hidden", tuple(self.hidden))
         if self.hidden and min(self.hidden) < 1:
             raise ConfigError(f"`hidden` must have widths of at least 1, but got hidden={self.hidden}.")
@@ -126,7 +129,7 @@ class DHE(Method):
         return ComposedLadder.of(
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, plan=plan, least=self.least,
-            lesson=Lesson(self.imitation, self.imitation_rate),
+            lesson=Lesson(self.imitation, self.imitation_rate, self.imitated),
         )  # fmt: skip
 
     def plan(self, region: Region, values: int, hot: NDArray[np.int64] = NOTHING) -> DHEPlan | None:

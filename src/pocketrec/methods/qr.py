@@ -15,7 +15,7 @@ from pocketrec.backbone import Model
 from pocketrec.composition import ComposedLadder, Composition, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.imitation import Lesson
+from pocketrec.imitation import Imitated, Lesson
 from pocketrec.layouts.factors import encode_factor, factor_bytes
 from pocketrec.layouts.product import OPERATIONS, ProductBlock
 from pocketrec.method import Method
@@ -49,6 +49,8 @@ class QR(Method):
         imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
             numbers and a fresh head, as published.
         imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
+        imitated: what is learned then: the ``rows`` of the trained table, or the ``final`` vectors that a ranking model
+            makes of them, 50 steps an epoch.
         training: stages of training; none for the defaults of the task.
 
     Example:
@@ -71,10 +73,11 @@ class QR(Method):
     order: Order = "file"
     imitation: int = 0
     imitation_rate: float = 0.01
+    imitated: Imitated = "rows"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
-        Lesson(self.imitation, self.imitation_rate)
+        Lesson(self.imitation, self.imitation_rate, self.imitated)
         for name, known in (
             ("operation", OPERATIONS),
             ("init", ("normal", "uniform")),
@@ -90,7 +93,7 @@ class QR(Method):
         return ComposedLadder.of(
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, plan=self.plan, least=self.least,
-            lesson=Lesson(self.imitation, self.imitation_rate),
+            lesson=Lesson(self.imitation, self.imitation_rate, self.imitated),
         )  # fmt: skip
 
     def plan(self, region: Region, values: int) -> QRPlan | None:

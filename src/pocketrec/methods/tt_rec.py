@@ -17,7 +17,7 @@ from pocketrec.backbone import Model
 from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Frequent, Order, Region, Scope
 from pocketrec.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.imitation import Lesson
+from pocketrec.imitation import Imitated, Lesson
 from pocketrec.layouts.factors import encode_factor
 from pocketrec.layouts.tensor_train import TensorTrainBlock, core_shapes, row_factors, train_bytes, width_factors
 from pocketrec.method import Method
@@ -57,6 +57,8 @@ class TTRec(Method):
         imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
             numbers and a fresh head, as published.
         imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
+        imitated: what is learned then: the ``rows`` of the trained table, or the ``final`` vectors that a ranking model
+            makes of them, 50 steps an epoch.
         training: stages of training; none for the defaults of the task.
 
     Example:
@@ -81,10 +83,11 @@ class TTRec(Method):
     order: Order = "file"
     imitation: int = 0
     imitation_rate: float = 0.01
+    imitated: Imitated = "rows"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
-        Lesson(self.imitation, self.imitation_rate)
+        Lesson(self.imitation, self.imitation_rate, self.imitated)
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if not 2 <= self.cores <= 4:
             raise ConfigError(f"`cores` must lie in [2, 4], but got cores={self.cores}.")
@@ -110,7 +113,7 @@ class TTRec(Method):
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, least=self.least,
             plan=lambda region, values: self.plan(region, values, frequent.of(region)),
-            lesson=Lesson(self.imitation, self.imitation_rate),
+            lesson=Lesson(self.imitation, self.imitation_rate, self.imitated),
             train=lambda draft: self._train(draft, data, run),
         )  # fmt: skip
 
