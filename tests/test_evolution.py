@@ -23,6 +23,7 @@ from pocketrec.evolution import (
     Supernet,
     Units,
     alpha_for,
+    even_lengths,
     fitted,
     judge,
     length_odds,
@@ -210,6 +211,37 @@ def test_the_original_search_forgets_all_but_the_best():
     assert Evolution().to_json() == {k: v for k, v in evolution.to_json().items() if k != "kind"} | {
         "generations": 30, "patience": 8, "mutation": 0.1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [30, 47, 61, 90])
+def test_even_lengths_are_level_and_as_long_as_the_budget_allows(most):
+    units = Units.of(PAIRS, FOUR, "row")
+    on = units.unit >= 0
+    sizes = units.sizes(on)
+    candidates = even_lengths(units, FOUR, on, most)
+    assert len(candidates) == 1 + len(FOUR)
+    for genes, long in zip(
+        candidates, [range(30), *(units.unit[b.start : b.stop, b.left // 3] for b in FOUR)], strict=True
+    ):
+        inside = np.isin(np.arange(30), list(long))
+        (level,) = set(genes[inside])
+        assert set(genes[~inside]) <= {1}
+        assert genes @ sizes <= most
+        assert level == 3 or genes @ sizes + sizes[inside].sum() > most
+
+
+def test_given_candidates_join_the_first_generation_and_may_win():
+    evolution = Evolution(population=4, generations=2, children=2)
+    longest, sizes = np.full(40, 8), np.ones(40, np.int64)
+    given = np.where(np.arange(40) < 5, 8, 1)
+
+    def judged(young):
+        return [float((genes[:5] == 8).all()) for genes in young]
+
+    found = evolution.search(longest, sizes, 75, judged, 0, Kept(), [given])
+    assert (found["genes"][:5] == 8).all()
+    assert found["figures"].tolist() == [1.0, 1.0]
+    assert evolution.search(longest, sizes, 75, judged, 0, Kept())["figures"][0] == 0
 
 
 @pytest.mark.parametrize("kind", ["elitist", "original"])

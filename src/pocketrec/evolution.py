@@ -39,6 +39,8 @@ By = Literal["field", "row"]
 Rows = Literal["field", "feature"]
 Sampling = Literal["alpha", "uniform"]
 Search = Literal["elitist", "original"]
+Beginning = Literal["drawn", "even"]
+"""The first generation: lengths drawn at random, or even ones beside them."""
 
 
 def mean_length(alpha: float, longest: int) -> float:
@@ -371,6 +373,7 @@ class Evolution:
         judged: Callable[[list[Genes]], list[float]],
         seed: int,
         checkpoint: Checkpoint,
+        given: Sequence[Genes] = (),
     ) -> dict[str, NDArray[Any]]:
         """The best lengths ``genes (U,)`` with ``genes @ sizes <= most``, and the best ``figures`` by generation.
 
@@ -381,6 +384,7 @@ class Evolution:
             judged: figures of candidates.
             seed: of the run.
             checkpoint: keeps every generation.
+            given: candidates of the first generation beside those drawn.
         """
         odds = {int(h): self._odds(int(h), most / max(1, int(sizes.sum()))) for h in np.unique(longest)}
         state = checkpoint.load() or {}
@@ -389,7 +393,9 @@ class Evolution:
         champion = state.get("champion", best[:1])
         while len(figures) < self.generations and not self._stale(figures):
             random = generator(seed, "evolution", len(figures))
-            drawn = self._children(best, longest, odds, random) if len(best) else self._first(longest, odds, random)
+            first = not len(best)
+            drawn = self._first(longest, odds, random) if first else self._children(best, longest, odds, random)
+            drawn = [*(given if first else ()), *drawn]
             young = [fitted(genes, longest, sizes, most, random) for genes in drawn]
             memory = len(best) if self.kind == "elitist" else 0
             pool = np.concatenate([best[:memory], young])
@@ -461,6 +467,41 @@ def fitted(genes: Genes, longest: Genes, sizes: Genes, most: int, random: np.ran
         genes[order[np.cumsum(sizes[order]) <= room]] += 1
 
 
+def even_lengths(units: Units, blocks: Sequence[Block], on: NDArray[np.bool_], most: int) -> list[Genes]:
+    """Lengths as even as the budget allows: over all units, and over those of each counted block alone.
+
+    In the latter the other blocks keep one column of each unit, or nothing remains for this one.
+
+    Args:
+        units: Which entries share a length.
+        blocks: Of the table.
+        on: Rows that are kept, ``(n, G)``.
+        most: The budget, at least one column of each unit.
+    """
+    sizes = units.sizes(on)
+    every = np.ones(len(units.longest), dtype=bool)
+    chosen = [every]
+    for block in (b for b in blocks if b.counted):
+        inside = np.zeros_like(every)
+        group = units.groups.index((block.left, block.right))
+        inside[units.unit[block.start : block.stop, group]] = True
+        if not inside.all():
+            chosen.append(inside)
+    return [_level(np.where(inside, units.longest, 1), sizes, most) for inside in chosen]
+
+
+def _level(longest: Genes, sizes: Genes, most: int) -> Genes:
+    """The greatest common length within ``most``, or the longest where that is shorter."""
+    low, high = 1, int(longest.max())
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int(np.minimum(middle, longest) @ sizes) <= most:
+            low = middle
+        else:
+            high = middle - 1
+    return np.minimum(low, longest)
+
+
 def check_epochs(epochs: int | None) -> None:
     """Raise :class:`~pocketrec.errors.ConfigError` for a number of epochs that is none."""
     if epochs is not None and epochs < 1:
@@ -482,6 +523,7 @@ class EvolvedLadder(Ladder):
         training: stages of the retraining.
         data: training and validation rows.
         run: keeps every search and every retrained model.
+        beginning: whether even lengths are among the first candidates.
     """
 
     net: Model
@@ -494,6 +536,7 @@ class EvolvedLadder(Ladder):
     training: tuple[Training, ...]
     data: Dataset
     run: Run
+    beginning: Beginning = "drawn"
 
     def at_values(self, values: int) -> PrunedTable:
         """Exactly ``values`` entries: the best lengths, and what they leave free by rising column.
@@ -536,11 +579,12 @@ class EvolvedLadder(Ladder):
             "values": values,
             "evolution": self.evolution.to_json(),
             "drops": self.drops,
-        }
+        } | ({} if self.beginning == "drawn" else {"beginning": self.beginning})
         sizes = self.units.sizes(on)
         if int(sizes.sum()) == 0:
             return np.zeros(self.dense.matrix.shape, dtype=bool)
         weight = self._supernet().base.detach()
+        given = even_lengths(self.units, self.dense.blocks, on, values) if self.beginning == "even" else ()
         found = self.run.once(
             "evolution",
             {**key, "data": self.data.digest},
@@ -554,6 +598,7 @@ class EvolvedLadder(Ladder):
                 ),
                 self.run.seed,
                 checkpoint,
+                given,
             ),
         )  # fmt: skip
         return self.units.mask(self.units.lengths(found["genes"], on), self.dense.width)

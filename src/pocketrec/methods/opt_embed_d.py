@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from pocketrec.active import Rule
 from pocketrec.backbone import Model
 from pocketrec.dataset import Dataset
-from pocketrec.evolution import Evolution, EvolvedLadder, Sampling, Supernet, Units, check_epochs
+from pocketrec.errors import ConfigError
+from pocketrec.evolution import Beginning, Evolution, EvolvedLadder, Sampling, Supernet, Units, check_epochs
 from pocketrec.masked import Head, Origin, Restart, initial_model, search_training
 from pocketrec.method import Method
 from pocketrec.run import Run
@@ -26,6 +27,9 @@ class OptEmbedD(Method):
         search_epochs: most epochs of the supernet, at least 1; by default half of those of the first training stage.
         sampling: lengths of candidates: ``alpha`` draws short ones as often as the budget asks, ``uniform`` all alike.
         population: candidates of the first generation, at least 1.
+        beginning: candidates are ``drawn``, as published, or there are ``even`` lengths among the first: one for all,
+            and one for each block alone, the others at one column. Millions of random lengths are all alike: no search
+            of a few hundred of them finds that users deserve more columns than items.
         generations: most generations, at least 1.
         parents: best candidates that have children, at least 1.
         children: by crossover, and as many by mutation, at least 1.
@@ -52,6 +56,7 @@ class OptEmbedD(Method):
     search_epochs: int | None = None
     sampling: Sampling = "alpha"
     population: int = 20
+    beginning: Beginning = "drawn"
     generations: int = 30
     parents: int = 15
     children: int = 10
@@ -65,6 +70,8 @@ class OptEmbedD(Method):
     def __post_init__(self) -> None:
         check_epochs(self.search_epochs)
         self.evolution()
+        if self.beginning not in get_args(Beginning):
+            raise ConfigError(f"`beginning` must be one of drawn, even, but got {self.beginning!r}.")
 
     def evolution(self) -> Evolution:
         """Settings of the search among lengths."""
@@ -79,5 +86,7 @@ class OptEmbedD(Method):
         search = search_training(self.training, data.schema.task, self.search_epochs)
         supernet = Supernet(dense, units, None, Rule(1.0, kind="sgd"), 0.0)
         net = run.fit("supernet", start.with_table(supernet), data, search)
-        ladder = EvolvedLadder(net, start, dense, units, False, self.evolution(), self.head, self.training, data, run)
+        ladder = EvolvedLadder(
+            net, start, dense, units, False, self.evolution(), self.head, self.training, data, run, self.beginning
+        )
         return ladder if self.restart == "first" else ladder.found()
