@@ -15,6 +15,7 @@ from scipy import stats
 import pocketrec as pr
 from pocketrec.active import Rule
 from pocketrec.backbones.deepfm import DeepFM
+from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.backbones.neumf import NeuMF
 from pocketrec.composition import Region
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError
@@ -23,7 +24,7 @@ from pocketrec.method import compress
 from pocketrec.methods.cerp import CERP, CERPPlan, PrunedCodebooks, SoftCodebooks, _Count
 from pocketrec.packed import PackedRange
 from pocketrec.run import Run
-from pocketrec.train import Training, logits
+from pocketrec.train import Training, logits, train
 
 TRAINING = Training(epochs=4, batch_size=64, learning_rate=1e-2)
 
@@ -300,6 +301,21 @@ def test_the_published_rule_overshoots_or_fails(clicks, model):
         compress(model, clicks, slow, "sparsity=0.8")
     small = compress(model, clicks, CERP(training=(TRAINING,), stop="published", gamma=0.0), "sparsity=0.4")
     assert 0 < small.values <= clicks.schema.rows * 4 - int(clicks.schema.rows * 4 * 0.4)
+
+
+def test_codebooks_imitate_whole_and_the_search_prunes_them_to_size(visits):
+    part = books()
+    whole = part.whole()
+    assert whole.keep.all()
+    assert whole.most == part.values() < whole.values()
+    assert torch.equal(whole.books, part.books)
+    backbone = LightGCN(dim=4, layers=2)
+    teacher = train(backbone, visits, None, Training(epochs=2, batch_size=64, learning_rate=1e-2))
+    run = Run(None)
+    method = CERP(imitation=4, imitated="final", restart="found", training=(TRAINING,))
+    small = compress(teacher, visits, method, "sparsity=0.6", run=run)
+    assert small.values == teacher.table.values() - math.ceil(0.6 * teacher.table.values())
+    assert {entry["stage"] for entry in run.logged()} >= {"cerp-imitation", "search", "retrain"}
 
 
 class Cut(Exception):

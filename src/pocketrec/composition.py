@@ -152,6 +152,10 @@ class Composition(nn.Module, ABC):
         """The composition of a training step, on the same weights."""
         return self
 
+    def whole(self) -> Composition:
+        """What imitates a trained table before a search prunes it: all that the composition may ever read."""
+        return self
+
     def form(self, name: str) -> Self:
         """The same vectors in another of the ``forms``."""
         return self
@@ -249,6 +253,10 @@ class ComposedTable(ActiveTable):
     def drawn(self, noise: torch.Generator) -> ComposedTable:
         """The table of a training step: its compositions as they train, on the same weights."""
         return self._holding(part.drawn() for part in self.compositions)
+
+    def whole(self) -> ComposedTable:
+        """The table with nothing pruned."""
+        return self._holding(part.whole() for part in self.compositions)
 
     def form(self, name: str) -> ComposedTable:
         """The same compositions in another of their ``forms``."""
@@ -438,7 +446,8 @@ class ComposedLadder(Ladder):
         target, stages = dense.matrix.detach(), lesson.stages(training, data.schema.task)
 
         def learn(draft: Model) -> Model:
-            return after(imitated(name, draft, target, data, run, stages, lesson.goal))
+            pupil = draft.with_table(cast("ComposedTable", draft.table).whole())
+            return after(imitated(name, pupil, target, data, run, stages, lesson.goal))
 
         return cls(name, start, data, run, scope, order, plan, least, learn)
 

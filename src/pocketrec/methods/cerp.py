@@ -178,7 +178,7 @@ class CERP(Method):
         found = cast("ComposedTable", net.table)
         searched = [cast("SoftCodebooks", part) for part in found.compositions]
         chosen = [
-            part.with_keep(soft.choose(part.values(), self.stop), soft.books if self.restart == "found" else None)
+            part.with_keep(soft.choose(part.most, self.stop), soft.books if self.restart == "found" else None)
             for part, soft in zip(drafts, searched, strict=True)
         ]
         if self.restart == "found":
@@ -310,13 +310,18 @@ class Codebooks(Composition):
 
 
 class PrunedCodebooks(Codebooks):
-    """Codebooks of which only the entries in ``keep`` are read, and learned."""
+    """Codebooks of which only the entries in ``keep`` are read, and learned.
+
+    Attributes:
+        most: entries that a search leaves.
+    """
 
     keep: Tensor
 
     def __init__(self, rows: int, bucket: int, books: Tensor, keep: Tensor, operation: Operation = "add") -> None:
         super().__init__(rows, bucket, books, operation)
         self.register_buffer("keep", keep)
+        self.most = int(keep.sum())
 
     def extra_repr(self) -> str:
         """What the shapes do not say."""
@@ -325,6 +330,13 @@ class PrunedCodebooks(Codebooks):
     def read(self, rows: Tensor | slice) -> Tensor:
         """Kept entries; the others are zero."""
         return torch.where(self.keep[rows], self.books[rows], 0)
+
+    def whole(self) -> PrunedCodebooks:
+        """All entries, of which as many as here are to be left."""
+        every = torch.ones_like(self.keep)
+        full = PrunedCodebooks(self.rows, self.bucket, self.books.detach(), every, self.operation)
+        full.most = self.most
+        return full
 
     def pruned(self) -> PrunedCodebooks:
         """Itself."""
