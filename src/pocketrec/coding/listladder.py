@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 from pocketrec.attribution.margin import Margin
 from pocketrec.backbone import Model
+from pocketrec.coding.distilledlists import touch_up_lists
 from pocketrec.coding.gainshape import GainShape, Plan
 from pocketrec.coding.trellised import TrellisTable
-from pocketrec.errors import BudgetError
+from pocketrec.dataset import Dataset
+from pocketrec.errors import BudgetError, UnsupportedOp
 from pocketrec.layouts.trellis import Records, Shape
 from pocketrec.method import Ladder
 from pocketrec.packed import Index, Storage
+from pocketrec.run import Run
 from pocketrec.table import Table
 from pocketrec.vocabulary import size_for as vocabulary_size_for
 
@@ -28,16 +31,28 @@ class ListLadder(Ladder):
         model: The dense model.
         margin: What errors cost.
         values: Meets budgets in values.
-        seed: Of the samples that shared vectors are learned on.
+        data: Its validation rows judge a touch-up.
+        run: Keeps touch-ups; its seed is that of the samples that shared vectors are learned on.
+        touch_up: Most epochs at each rate of :func:`~pocketrec.coding.distilledlists.touch_up_lists`; 0 does not train.
     """
 
     model: Model
     margin: Margin
     values: Ladder
-    seed: int
+    data: Dataset
+    run: Run
+    touch_up: int
 
     def at_values(self, values: int) -> Table:
-        """Keep at most ``values`` scalars."""
+        """Keep at most ``values`` scalars.
+
+        Raises:
+            UnsupportedOp: The lists shall be touched up.
+        """
+        if self.touch_up:
+            raise UnsupportedOp(
+                "Rankers can be touched up at budgets in bytes only, but this one is in values; leave `touch_up` at 0."
+            )
         return self.values.at_values(values)
 
     def at_bytes(
@@ -65,12 +80,15 @@ class ListLadder(Ladder):
         return self._table(plan.shape, plan.blank(width))
 
     def finish(self, model: Model) -> Model:
-        """The model with the codes of its rows."""
+        """The model with the codes of its rows, touched up where it shall be."""
         draft = model.table
         if not isinstance(draft, TrellisTable):
             return model
-        records = self._coder.encode(Plan(draft.shape, draft.records.classes))
-        return model.with_table(self._table(draft.shape, records))
+        plan = Plan(draft.shape, draft.records.classes)
+        coded = model.with_table(self._table(plan.shape, self._coder.encode(plan)))
+        if not self.touch_up:
+            return coded
+        return touch_up_lists(coded, self.model, self.margin, self.data, self.run, self.touch_up)
 
     def _table(self, shape: Shape, records: Records) -> TrellisTable:
         return TrellisTable(self.model.schema, self.model.table.blocks, self._mean, shape, records)
@@ -89,4 +107,4 @@ class ListLadder(Ladder):
 
     @cached_property
     def _coder(self) -> GainShape:
-        return GainShape(*self._sides, self.margin, self.seed)
+        return GainShape(*self._sides, self.margin, self.run.seed)

@@ -6,8 +6,9 @@ that the file keeps its size to the byte.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pocketrec.backbone import ClickModel
+from pocketrec.backbone import ClickModel, Model
 from pocketrec.coding.coded import CodedTable
 from pocketrec.dataset import Dataset
 from pocketrec.errors import UnsupportedOp
@@ -25,6 +26,8 @@ from pocketrec.program import Program
 from pocketrec.run import Run
 from pocketrec.table import Table
 from pocketrec.train import Training, validate
+
+M = TypeVar("M", bound=Model)
 
 RATES = (1e-3, 2e-4)
 """Learning rates of the stages."""
@@ -168,10 +171,20 @@ def touch_up(model: ClickModel, dense: ClickModel, data: Dataset, run: Run, epoc
         A model of the same codes: its file has the same size.
     """
     coded = cast("CodedTable", model.table)
-    stages = [
-        Training(epochs=epochs, batch_size=BATCH, learning_rate=rate, weight_decay=0.0, patience=2) for rate in RATES
+    student = Distilled(model, LooseTable(coded), dense)
+    fitted = cast("Distilled", run.fit("touch-up", student, data, stages(epochs, BATCH, RATES)))
+    return better(model, fitted.student.with_table(cast("LooseTable", fitted.table).settled(coded)), data)
+
+
+def stages(epochs: int, batch_size: int, rates: Sequence[float]) -> list[Training]:
+    """At most ``epochs`` at each of the learning rates."""
+    return [
+        Training(epochs=epochs, batch_size=batch_size, learning_rate=rate, weight_decay=0.0, patience=2)
+        for rate in rates
     ]
-    fitted = cast("Distilled", run.fit("touch-up", Distilled(model, LooseTable(coded), dense), data, stages))
-    touched = fitted.student.with_table(cast("LooseTable", fitted.table).settled(coded))
+
+
+def better(model: M, touched: M, data: Dataset) -> M:
+    """The touched model where validation says that it is better, or has nothing to say."""
     before, after = validate(model, data.valid), validate(touched, data.valid)
     return model if before is not None and after is not None and before >= after else touched

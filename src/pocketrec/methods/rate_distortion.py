@@ -56,8 +56,9 @@ class RateDistortion(Method):
         samples: Training rows to read, at most; by default all.
         probes: Random projections of the gradient, for ranking models that propagate their table, at least 1.
         code_head: Whether a budget for the whole file may code the head of a click model, too.
-        touch_up: Most epochs of training means, scales, directions and head of a click model against the dense model's
-            probabilities; 0 does not train.
+        touch_up: Most epochs, at each of two learning rates, of training what rows share against the dense model's
+            outputs; 0 does not train. For click models means, scales, directions and head against probabilities; for
+            rankers shared vectors, gains and scales against the scores in their lists.
 
     Example:
         >>> RateDistortion(samples=100_000).probes
@@ -87,15 +88,19 @@ class RateDistortion(Method):
         """Gather what errors cost; the run keeps it.
 
         Raises:
-            UnsupportedOp: a ranking model shall be touched up.
+            UnsupportedOp: a ranking model shall be touched up whose scores are no inner products of its table's rows.
         """
-        if self.touch_up and not isinstance(model, ClickModel):
-            raise UnsupportedOp("Only click models can be touched up, but this one ranks; leave `touch_up` at 0.")
-        if ranks_by_products(model):
+        by_products = ranks_by_products(model)
+        if self.touch_up and not (by_products or isinstance(model, ClickModel)):
+            raise UnsupportedOp(
+                "Only click models, and rankers whose scores are inner products of final vectors, can be touched up, "
+                f"but got {type(model).__name__}; bake a model with a graph, or leave `touch_up` at 0."
+            )
+        if by_products:
             known = {"model": fingerprint(model), "data": data.digest}
             found = margin(model, run.once("margin", known, lambda checkpoint: lists(model, data)))
             whole = RateDistortionLadder(self, model, data, run, found.sensitivity(model.schema.fields))
-            return ListLadder(model, found, whole, run.seed)
+            return ListLadder(model, found, whole, data, run, self.touch_up)
         stored = run.once(
             "fisher",
             self.key(model, data),
