@@ -104,25 +104,24 @@ struct Lookup {
   float *out;                  // (count, width)
 };
 
-// The rows of one field in a table of layout `transform`; tables of each class have `padded` entries.
+// The rows of one field in a table of layout `transform`; its small tables are padded to an even number of directions.
 struct Part {
   int64_t first, rows;            // file rows
   int64_t code_start, code_bytes; // first bit of its codes, and bytes of all codes
-  int64_t padded, stride;         // entries of a class, and of a direction of the basis: multiples of 16
+  int64_t stride;                 // entries of a direction of the basis: a multiple of 16
+  int64_t directions;             // one past the last one with a code
   int32_t planes, classes;
   const uint8_t *class_planes;
   const uint8_t *offsets;         // uint32
   const uint8_t *codes;
   const int32_t *weights;         // (8): of sets of planes
   const int32_t *record;          // (8): bits of a row
-  const int32_t *widest;          // (8): bits of the longest code
-  const int32_t *before;          // (8, padded): bits before a code in its row
-  const uint32_t *mask;           // (8, padded)
-  const int32_t *base;            // (8, padded): first of its levels in the table
-  const float *scale;             // (8, padded)
+  const int32_t *widest;          // (padded): bits of a direction's longest code
+  const uint32_t *bits;           // (padded, 8): of a code, by direction and class
+  const uint32_t *mask;           // (padded, 8)
+  const uint32_t *scale;          // (padded, 8): a float
   const float *basis;             // (padded, stride)
   const float *last;              // (padded): its last column
-  const int32_t *used;            // (8): one past the last direction with a code
 };
 
 struct Transform {
@@ -139,7 +138,7 @@ struct Transform {
 
 // One trellis code, its windows step by step; `padded` entries each.
 struct TrellisCode {
-  const float *table;             // (2 ** memory, span)
+  const float *table;             // (2 ** memory, 1, 2 or 4), the first `span` of which count
   const int32_t *first;           // (padded): first bit of the window
   const int32_t *mask, *shift;    // (padded): window -> row of the table
   int64_t steps, span;            // no steps: nothing is coded
@@ -268,6 +267,16 @@ Level detect() {
 
 std::atomic<int> level{detect()};
 
+template <class Task>
+Task asked(Task task, const int64_t *rows, const int32_t *fields, int64_t count, int64_t columns, float *out) {
+  task.rows = rows;
+  task.fields = fields;
+  task.count = count;
+  task.columns = columns;
+  task.out = out;
+  return task;
+}
+
 }  // namespace
 
 #if POCKETREC_X86
@@ -295,24 +304,22 @@ POCKETREC_EXPORT int pocketrec_spmm(const int64_t *indptr, const int32_t *indice
   POCKETREC_DISPATCH(spmm, task, x_number, out_number, threads)
 }
 
-// Packed look-up: out (count, width). Rows out of range are absent; a field out of range is an error.
-POCKETREC_EXPORT int pocketrec_lookup(const Block *blocks, int64_t block_count, const float *fill, const float *absent,
-                                      int64_t field_count, int64_t width, const int64_t *rows, const int32_t *fields,
-                                      int64_t count, int64_t columns, float *out, int threads) {
-  const Lookup task{blocks, block_count, fill, absent, field_count, width, rows, fields, count, columns, out};
+// Look-ups write out (count, width); rows out of range are absent, a field out of range is an error. The tables' members
+// that say what is asked for are not read.
+POCKETREC_EXPORT int pocketrec_lookup(const Lookup *table, const int64_t *rows, const int32_t *fields, int64_t count,
+                                      int64_t columns, float *out, int threads) {
+  const Lookup task = asked(*table, rows, fields, count, columns, out);
   POCKETREC_DISPATCH(lookup, task, threads)
 }
 
-// Look-up in a table of layout `transform`: out (count, width). Rows out of range are absent.
-POCKETREC_EXPORT int pocketrec_transform(const Part *parts, int64_t part_count, const float *levels, const float *fill,
-                                         const float *absent, int64_t field_count, int64_t width, const int64_t *rows,
-                                         const int32_t *fields, int64_t count, int64_t columns, float *out,
-                                         int threads) {
-  const Transform task{parts, part_count, levels, fill, absent, field_count, width, rows, fields, count, columns, out};
+// In a table of layout `transform`.
+POCKETREC_EXPORT int pocketrec_transform(const Transform *table, const int64_t *rows, const int32_t *fields,
+                                         int64_t count, int64_t columns, float *out, int threads) {
+  const Transform task = asked(*table, rows, fields, count, columns, out);
   POCKETREC_DISPATCH(transform, task, threads)
 }
 
-// Look-up in a table of layout `trellis`: out (count, width). Rows out of range are absent.
+// In a table of layout `trellis`.
 POCKETREC_EXPORT int pocketrec_trellis(const Trellis *table, const int64_t *rows, const int32_t *fields, int64_t count,
                                        int64_t columns, float *out, int threads) {
   const TrellisTask task{table, rows, fields, count, columns, out};

@@ -55,83 +55,198 @@ inline int64_t bits_before(const Part &part, const uint8_t *planes, int64_t size
 #endif
 }
 
+
+// The first `count` of LANES floats; the others are zeros, or are left alone.
+inline Floats load_some(const float *from, int64_t count) {
 #if POCKETREC_LANES == 16
-
-// Codes of the sixteen directions from entry `at` of the tables on, of a row whose codes begin at bit `place`.
-inline __m512i read_codes(const Part &part, int64_t at, int64_t place) {
-  const int32_t skipped = part.before[at];
-  place += skipped;
-  const int64_t left = part.code_bytes - place / 8;
-  const __mmask64 there = _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(std::min<int64_t>(left, 64)));
-  const __m512i bytes = _mm512_maskz_loadu_epi8(there, part.codes + place / 8);
-  const __m512i bit = _mm512_add_epi32(_mm512_loadu_si512(part.before + at), _mm512_set1_epi32(static_cast<int32_t>(place % 8) - skipped));
-  const __m512i word = _mm512_mullo_epi32(_mm512_srli_epi32(bit, 4), _mm512_set1_epi32(0x10001));
-  const __m512i pair = _mm512_permutexvar_epi16(_mm512_add_epi32(word, _mm512_set1_epi32(0x10000)), bytes);
-  const __m512i shifted = _mm512_srlv_epi32(pair, _mm512_and_si512(bit, _mm512_set1_epi32(15)));
-  return _mm512_and_si512(shifted, _mm512_loadu_si512(part.mask + at));
-}
-
-// Levels by their place in the table; those of at most four bits are the first 31.
-inline __m512 read_levels(const float *table, __m512i place, bool few) {
-  if (few) return _mm512_permutex2var_ps(_mm512_loadu_ps(table), place, _mm512_loadu_ps(table + 16));
-  return _mm512_i32gather_ps(place, table, 4);
-}
-
-inline void decode(const Transform &task, const Part &part, int64_t number, int64_t place, const float *base, float *out) {
-  const int64_t row = number * part.padded, width = task.width;
-  float values[16];
-  for (int64_t first = 0; first < part.used[number]; first += 16) {
-    const int64_t at = row + first;
-    const __m512i codes = read_codes(part, at, place);
-    const __m512i level = _mm512_add_epi32(codes, _mm512_loadu_si512(part.base + at));
-    const __m512 found = read_levels(task.levels, level, part.widest[number] <= 4);
-    _mm512_storeu_ps(values, _mm512_mul_ps(found, _mm512_loadu_ps(part.scale + at)));
-    const int64_t count = std::min<int64_t>(16, part.used[number] - first);
-    const float *basis = part.basis + first * part.stride;
-    for (int64_t column = 0; column < width; column += 16, basis += 16) {
-      if (column + 1 == width) {
-        const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(values), _mm512_loadu_ps(part.last + first));
-        out[column] = (first == 0 ? base : out)[column] + _mm512_reduce_add_ps(products);
-        break;
-      }
-      const __mmask16 lanes = static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<unsigned>(width - column)));
-      const auto add = [&](int64_t j, __m512 sum) {
-        return _mm512_fmadd_ps(_mm512_set1_ps(values[j]), _mm512_loadu_ps(basis + j * part.stride), sum);
-      };
-      __m512 sums[4] = {_mm512_maskz_loadu_ps(lanes, (first == 0 ? base : out) + column)};
-      for (int64_t j = 0; j < count; j += 4)
-        for (int64_t i = 0; i < 4; ++i) sums[i] = add(j + i, sums[i]);
-      const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-      _mm512_mask_storeu_ps(out + column, lanes, sum);
-    }
-  }
-}
-
+  const __m512 found = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1u), from);
+  return load<Floats>(&found);
 #else
-
-inline void decode(const Transform &task, const Part &part, int64_t number, int64_t place, const float *base, float *out) {
-  const int64_t row = number * part.padded, width = task.width;
-  std::memcpy(out, base, width * sizeof(float));
-  for (int64_t j = 0; j < part.used[number]; ++j) {
-    const int64_t bit = place + part.before[row + j];
-    const uint32_t code = load<uint32_t>(part.codes + bit / 8) >> (bit % 8) & part.mask[row + j];
-    const float value = task.levels[part.base[row + j] + code] * part.scale[row + j];
-    const float *basis = part.basis + j * part.stride;
-    for (int64_t c = 0; c < width; ++c) out[c] += value * basis[c];
-  }
+  if (count >= LANES) return load_floats(from);
+  Floats values{};
+  for (int64_t lane = 0; lane < count; ++lane) values[lane] = from[lane];
+  return values;
+#endif
 }
 
+inline void store_some(float *to, Floats values, int64_t count) {
+#if POCKETREC_LANES == 16
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << std::min<int64_t>(count, 16)) - 1u), load<__m512>(&values));
+#else
+  if (count >= LANES) return store_floats(to, values);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = values[lane];
 #endif
+}
 
-// Rows of one column of the samples, whose small tables so stay in cache.
+inline float sum_lanes(Floats values) {
+#if POCKETREC_LANES == 16
+  return _mm512_reduce_add_ps(load<__m512>(&values));
+#else
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += values[lane];
+  return sum;
+#endif
+}
+
+inline void copy_floats(const float *from, int64_t count, float *to) {
+  for (int64_t c = 0; c < count; c += LANES) store_some(to + c, load_some(from + c, count - c), count - c);
+}
+
+// Entries of a table of eight.
+inline Words select(const uint32_t *table, Words which) {
+#if POCKETREC_LANES == 16
+  const __m512i eight = _mm512_castsi256_si512(load<__m256i>(table));
+  const __m512i found = _mm512_permutexvar_epi32(load<__m512i>(&which), eight);
+  return load<Words>(&found);
+#elif POCKETREC_LANES == 8
+  const __m256i found = _mm256_permutevar8x32_epi32(load<__m256i>(table), load<__m256i>(&which));
+  return load<Words>(&found);
+#else
+  Words found;
+  for (int lane = 0; lane < LANES; ++lane) found[lane] = table[which[lane]];
+  return found;
+#endif
+}
+
+// The four bytes from each place on.
+inline Words gather(const uint8_t *bytes, Words places) {
+#if POCKETREC_LANES == 16
+  const __m512i found = _mm512_i32gather_epi32(load<__m512i>(&places), bytes, 1);
+  return load<Words>(&found);
+#elif POCKETREC_LANES == 8
+  const __m256i found = _mm256_i32gather_epi32(reinterpret_cast<const int *>(bytes), load<__m256i>(&places), 1);
+  return load<Words>(&found);
+#else
+  Words found;
+  for (int lane = 0; lane < LANES; ++lane) found[lane] = load<uint32_t>(bytes + places[lane]);
+  return found;
+#endif
+}
+
+// Entries of a table of 2 ** BITS.
+template <int BITS>
+inline Floats read_levels(const float *levels, Words places) {
+#if POCKETREC_LANES == 16
+  const __m512i wanted = load<__m512i>(&places);
+  if constexpr (BITS == 5) {
+    const __m512 found = _mm512_permutex2var_ps(_mm512_loadu_ps(levels), wanted, _mm512_loadu_ps(levels + 16));
+    return load<Floats>(&found);
+  } else {
+    const Floats low = read_levels<BITS - 1>(levels, places), high = read_levels<BITS - 1>(levels + (1 << (BITS - 1)), places);
+    const __mmask16 upper = _mm512_test_epi32_mask(wanted, _mm512_set1_epi32(1 << (BITS - 1)));
+    const __m512 found = _mm512_mask_blend_ps(upper, load<__m512>(&low), load<__m512>(&high));
+    return load<Floats>(&found);
+  }
+#else
+  const Words found = gather(reinterpret_cast<const uint8_t *>(levels), places * 4);
+  return load<Floats>(&found);
+#endif
+}
+
+inline Floats read_levels(const float *levels, Words places, int bits) {
+  if (bits <= 5) return read_levels<5>(levels, places);
+  if (bits == 6) return read_levels<6>(levels, places);
+  if (bits == 7) return read_levels<7>(levels, places);
+  return read_levels<8>(levels, places);
+}
+
+// At most LANES rows of one part, a row in a lane.
+struct TransformGroup {
+  static constexpr int64_t TOGETHER = 4;           // rows that share a pass over the basis
+  static constexpr int64_t MOST_DIRECTIONS = 256;  // rounded up
+  static constexpr int WHOLE = 25;                 // bits that four bytes surely hold from any of the first eight on
+
+  const Transform &task;
+  const Part *part = nullptr;
+  const float *base = nullptr;
+  int64_t count = 0;
+  uint32_t numbers[LANES], places[LANES];  // classes, and first bits in the section
+  float *out[LANES];
+  float values[MOST_DIRECTIONS * LANES];   // coefficients, by direction
+
+  void add(int64_t number, int64_t place, float *to) {
+    numbers[count] = static_cast<uint32_t>(number);
+    places[count] = static_cast<uint32_t>(place);
+    out[count++] = to;
+  }
+
+  void write() {
+    if (count == 0) return;
+    read();
+    multiply();
+    count = 0;
+  }
+
+  // A level of `b` bits is the one of its code, or, for codes whose first bit is 0, that of the inverted code negated.
+  void read() {
+    std::fill(numbers + count, numbers + LANES, 0);
+    std::fill(places + count, places + LANES, 0);
+    const Words number = load<Words>(numbers);
+    Words place = load<Words>(places), word{};
+    const uint8_t *codes = part->codes + part->code_start / 8;
+    int known = 0;
+    for (int64_t j = 0; j < part->directions; ++j) {
+      const int widest = part->widest[j];
+      if (known < widest) {
+        word = gather(codes, place >> 3) >> (place & 7);
+        known = WHOLE;
+      }
+      known -= widest;
+      const Words mask = select(part->mask + 8 * j, number), bits = select(part->bits + 8 * j, number);
+      const Words scale = select(part->scale + 8 * j, number);
+      const Words code = word & mask;
+      word >>= bits;
+      place += bits;
+      const Words negative = (Words)(code <= mask >> 1);
+      const Words signed_scale = scale ^ (negative & 0x80000000u);
+      store_floats(values + j * LANES, load<Floats>(&signed_scale) * read_levels(task.levels, code ^ (mask & negative), widest));
+    }
+    store_floats(values + part->directions * LANES, Floats{});
+  }
+
+  void multiply() const {
+    const int64_t width = task.width, directions = part->directions;
+    int64_t column = 0;
+    for (; column + 1 < width; column += LANES) {
+      const Floats first = load_some(base + column, width - column);
+      for (int64_t row = 0; row < count; row += TOGETHER) {
+        Floats sums[TOGETHER][2];
+        for (int64_t r = 0; r < TOGETHER; ++r) sums[r][0] = first, sums[r][1] = Floats{};
+        const float *basis = part->basis + column, *value = values + row;
+        for (int64_t j = 0; j < directions; j += 2)
+          for (int64_t odd = 0; odd < 2; ++odd, basis += part->stride, value += LANES) {
+            const Floats direction = load_floats(basis);
+            for (int64_t r = 0; r < TOGETHER; ++r) sums[r][odd] += value[r] * direction;
+          }
+        for (int64_t r = 0; r < TOGETHER && row + r < count; ++r)
+          store_some(out[row + r] + column, sums[r][0] + sums[r][1], width - column);
+      }
+    }
+    if (column >= width) return;
+    Floats alone = Floats{} + base[column];
+    for (int64_t j = 0; j < directions; ++j) alone += load_floats(values + j * LANES) * part->last[j];
+    for (int64_t row = 0; row < count; ++row) out[row][column] = alone[row];
+  }
+};
+
+// Rows of one column of the samples, whose small tables so stay in cache. A row that several samples ask for is decoded
+// once.
 struct TransformChunk {
+  static constexpr int64_t SLOTS = 256;
+
   const Transform task;
   int64_t begin = 0, count = 0, column = 0;
-  const Part *parts[CHUNK];
+  int64_t distinct = 0, repeated = 0;
+  uint8_t slots[SLOTS] = {};                  // the last sample that asked for a row of this remainder, perhaps of another one
+  uint8_t origins[CHUNK];                     // the first sample that asked for the same row
+  uint8_t chosen[CHUNK], copies[CHUNK];       // samples to decode, and samples to copy
+  int64_t rows[CHUNK];
+  const Part *parts[CHUNK];                   // of chosen samples, from here on
   int64_t inner[CHUNK], sizes[CHUNK], numbers[CHUNK], places[CHUNK];
   const uint8_t *planes[CHUNK];
+  TransformGroup group{task};
 
-  int64_t at(int64_t i) const { return (begin + i) * task.columns + column; }
+  float *out(int64_t sample) const { return task.out + ((begin + sample) * task.columns + column) * task.width; }
 
   const Part *part_of(int64_t row, const Part *likely) const {
     const auto holds = [row](const Part *p) { return row >= p->first && row < p->first + p->rows; };
@@ -145,10 +260,24 @@ struct TransformChunk {
     return low < task.part_count && holds(task.parts + low) ? task.parts + low : nullptr;
   }
 
+  void choose() {
+    distinct = repeated = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = rows[i] = task.rows[(begin + i) * task.columns + column];
+      uint8_t &slot = slots[row & (SLOTS - 1)];
+      const uint8_t sample = static_cast<uint8_t>(i), last = slot;
+      const uint8_t known = (last < sample) & (rows[last] == row);
+      origins[i] = static_cast<uint8_t>(sample ^ ((sample ^ origins[last]) & -known));  // no branch to mispredict
+      chosen[distinct] = copies[repeated] = slot = sample;
+      distinct += 1 - known;
+      repeated += known;
+    }
+  }
+
   void find() {
     const Part *likely = nullptr;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = task.rows[at(i)];
+    for (int64_t i = 0; i < distinct; ++i) {
+      const int64_t row = rows[chosen[i]];
       const Part *part = parts[i] = part_of(row, likely);
       if (part == nullptr) continue;
       likely = part;
@@ -166,7 +295,7 @@ struct TransformChunk {
   }
 
   void locate_codes() {
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < distinct; ++i) {
       const Part *part = parts[i];
       if (part == nullptr) continue;
       const int64_t local = places[i];
@@ -193,15 +322,19 @@ struct TransformChunk {
 
   void write() {
     const int64_t shift = task.fields[column] * task.width;
-    for (int64_t i = 0; i < count; ++i) {
-      float *out = task.out + at(i) * task.width;
-      const bool stored = parts[i] != nullptr && numbers[i] != MISSING;
-      const float *base = (stored ? task.fill : task.absent) + shift;
-      if (stored && numbers[i] >= 0 && parts[i]->used[numbers[i]] > 0)
-        decode(task, *parts[i], numbers[i], places[i], base, out);
-      else
-        std::memcpy(out, base, task.width * sizeof(float));
+    group.base = task.fill + shift;
+    for (int64_t i = 0; i < distinct; ++i) {
+      float *to = out(chosen[i]);
+      if (parts[i] == nullptr || numbers[i] < 0) {
+        copy_floats(parts[i] != nullptr && numbers[i] == OUTSIDE ? group.base : task.absent + shift, task.width, to);
+        continue;
+      }
+      if (parts[i] != group.part || group.count == LANES) group.write();
+      group.part = parts[i];
+      group.add(numbers[i], places[i] - parts[i]->code_start, to);
     }
+    group.write();
+    for (int64_t i = 0; i < repeated; ++i) copy_floats(out(origins[copies[i]]), task.width, out(copies[i]));
   }
 };
 
@@ -213,7 +346,9 @@ int transform(const Transform &task, int threads) {
     TransformChunk chunk{task};
     chunk.begin = begin;
     chunk.count = end - begin;
+    for (int64_t i = begin * task.columns; i < end * task.columns; i += 8) __builtin_prefetch(task.rows + i);
     for (; chunk.column < task.columns; ++chunk.column) {
+      chunk.choose();
       chunk.find();
       chunk.locate_codes();
       chunk.write();

@@ -11,9 +11,9 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -31,18 +31,18 @@ _NUMBERS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8):
 _BAD_INDEX, _NO_MEMORY = 1, 2
 _CHUNK_ENTRIES = 1 << 16
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_address: Callable[[Any], int] = ctypes.addressof
+_first_byte: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
 _SIGNATURES: dict[str, list[Any]] = {
-    "pocketrec_lookup": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER,
-                         _INT],
-    "pocketrec_transform": [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG,
-                            _LONG, _POINTER, _INT],
+    "pocketrec_lookup": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
+    "pocketrec_transform": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
+    "pocketrec_trellis": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
     "pocketrec_spmm": [_POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER,
                        _POINTER, _POINTER, _LONG, _LONG, _INT],
     "pocketrec_topk": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER,
                        _INT],
     "pocketrec_tower": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER,
                         _LONG, _POINTER, _INT],
-    "pocketrec_trellis": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT],
     "pocketrec_beam": [_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG,
                        _POINTER],
     "pocketrec_adam_distinct": [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER],
@@ -68,11 +68,10 @@ class PartView(ctypes.Structure):
     """The rows of one field in a table of layout ``transform`` as the library sees them."""
 
     _fields_ = (
-        ("first", _LONG), ("rows", _LONG), ("code_start", _LONG), ("code_bytes", _LONG), ("padded", _LONG),
-        ("stride", _LONG), ("planes", ctypes.c_int32), ("classes", ctypes.c_int32), ("class_planes", _POINTER),
+        ("first", _LONG), ("rows", _LONG), ("code_start", _LONG), ("code_bytes", _LONG), ("stride", _LONG),
+        ("directions", _LONG), ("planes", ctypes.c_int32), ("classes", ctypes.c_int32), ("class_planes", _POINTER),
         ("offsets", _POINTER), ("codes", _POINTER), ("weights", _POINTER), ("record", _POINTER), ("widest", _POINTER),
-        ("before", _POINTER), ("mask", _POINTER), ("base", _POINTER), ("scale", _POINTER), ("basis", _POINTER),
-        ("last", _POINTER), ("used", _POINTER),
+        ("bits", _POINTER), ("mask", _POINTER), ("scale", _POINTER), ("basis", _POINTER), ("last", _POINTER),
     )  # fmt: skip
 
 
@@ -126,12 +125,13 @@ def limit(most: Level) -> None:
 
 
 def _pointer(array: NDArray[Any] | None) -> int | None:
-    """Address of a contiguous array's data; the buffer is the fastest way to it, but none that may not be written."""
+    """Address of a contiguous array's data; the buffer is the fastest way, but to none that is empty or read-only."""
     if array is None:
         return None
-    if array.size and array.flags.writeable:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # pyright: ignore[reportArgumentType]
-    return array.ctypes.data
+    try:
+        return _address(_first_byte(array))
+    except (TypeError, ValueError):
+        return array.ctypes.data
 
 
 def _check_status(status: int, what: str) -> None:
@@ -179,15 +179,14 @@ class Part:
         offsets: its offsets, uint32, perhaps none.
         weights: bits of the rows in all planes of a set, less those of its subsets, int32 ``(8,)``.
         record: bits of a row by class, int32 ``(8,)``.
-        widest: bits of the longest code by class, int32 ``(8,)``.
-        before: bits before each code, int32 ``(8, p)`` with ``p`` a multiple of 16.
-        mask: bits of each code, uint32 ``(8, p)``.
-        base: place of its first level, int32 ``(8, p)``.
-        scale: float32 ``(8, p)``.
-        levels: of 0 bits, of 1 bit, and so on; the same for all parts, float32.
+        directions: one past the last direction with a code.
+        widest: bits of the longest code by direction, int32 ``(p,)`` with ``p`` even.
+        bits: of a code by direction and class, uint32 ``(p, 8)``.
+        mask: uint32 ``(p, 8)``.
+        scale: float32 ``(p, 8)``.
+        levels: zero, then the positive levels of 1 bit, of 2 bits, and so on; the same for all parts, float32.
         basis: float32 ``(p, s)`` with ``s`` a multiple of 16.
-        last: its last column that means anything, float32 ``(p,)``.
-        used: one past the last direction with a code, by class, int32 ``(8,)``.
+        last: its last column, float32 ``(p,)``.
     """
 
     first: int
@@ -200,24 +199,41 @@ class Part:
     offsets: NDArray[np.uint32]
     weights: NDArray[np.int32]
     record: NDArray[np.int32]
+    directions: int
     widest: NDArray[np.int32]
-    before: NDArray[np.int32]
+    bits: NDArray[np.uint32]
     mask: NDArray[np.uint32]
-    base: NDArray[np.int32]
     scale: NDArray[np.float32]
     levels: NDArray[np.float32]
     basis: NDArray[np.float32]
     last: NDArray[np.float32]
-    used: NDArray[np.int32]
 
     def view(self) -> PartView:
         """The part for the library; the caller keeps it alive."""
-        names = ("class_planes", "offsets", "codes", "weights", "record", "widest", "before", "mask", "base", "scale",
-                 "basis", "last", "used")  # fmt: skip
+        names = ("class_planes", "offsets", "codes", "weights", "record", "widest", "bits", "mask", "scale", "basis",
+                 "last")  # fmt: skip
         return PartView(
-            self.first, self.rows, self.code_start, self.codes.size, self.before.shape[1], self.basis.shape[1],
-            self.planes, self.classes, *(_pointer(getattr(self, name)) for name in names),
+            self.first, self.rows, self.code_start, self.codes.size, self.basis.shape[1], self.directions, self.planes,
+            self.classes, *(_pointer(getattr(self, name)) for name in names),
         )  # fmt: skip
+
+
+def _bound(function: str, table: ctypes.Structure) -> Callable[..., int]:
+    """A look-up of the library, bound to a table, which lives as long."""
+    return partial(getattr(_library(), function), ctypes.byref(table))
+
+
+_ASKED = (("rows", _POINTER), ("fields", _POINTER), ("count", _LONG), ("columns", _LONG), ("out", _POINTER))
+"""What the library itself fills in."""
+
+
+class TransformTable(ctypes.Structure):
+    """A table of layout ``transform``."""
+
+    _fields_ = (
+        ("parts", _POINTER), ("part_count", _LONG), ("levels", _POINTER), ("fill", _POINTER), ("absent", _POINTER),
+        ("field_count", _LONG), ("width", _LONG), *_ASKED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,10 +245,11 @@ class TransformView:
     absent: NDArray[np.float32]
 
     @cached_property
-    def fixed(self) -> tuple[int | None, ...]:
-        """Parts, levels, fill, absent, number of fields, width."""
+    def call(self) -> Callable[..., int]:
+        """The look-up in this table."""
         pointers = (_pointer(a) for a in (self.parts[0].levels, self.fill, self.absent))
-        return ctypes.addressof(self._views), len(self.parts), *pointers, *self.fill.shape
+        table = TransformTable(ctypes.addressof(self._views), len(self.parts), *pointers, *self.fill.shape)
+        return _bound("pocketrec_transform", table)
 
     @cached_property
     def _views(self) -> ctypes.Array[PartView]:
@@ -266,7 +283,8 @@ class CodePart:
     """One trellis code, step by step; arrays are padded to a multiple of 16 entries.
 
     Attributes:
-        table: float32 ``(2^memory, span)``.
+        table: float32 ``(2^memory, w)`` with ``w`` the power of two from ``span`` on.
+        span: coordinates of a step, 1 to 4.
         first: first bit of each step's window, int32.
         mask: of the window, int32.
         shift: by which the window becomes a row of the table, int32.
@@ -274,6 +292,7 @@ class CodePart:
     """
 
     table: NDArray[np.float32]
+    span: int
     first: NDArray[np.int32]
     mask: NDArray[np.int32]
     shift: NDArray[np.int32]
@@ -282,7 +301,7 @@ class CodePart:
     def view(self) -> CodeView:
         """The code for the library; the caller keeps it alive."""
         pointers = (_pointer(a) for a in (self.table, self.first, self.mask, self.shift))
-        return CodeView(*pointers, self.steps, self.table.shape[1])
+        return CodeView(*pointers, self.steps, self.span)
 
 
 @dataclass(frozen=True)
@@ -307,9 +326,9 @@ class TrellisView:
         return self.arrays["fill"]
 
     @cached_property
-    def fixed(self) -> tuple[int | None, ...]:
-        """Address of the table."""
-        return (ctypes.addressof(self._views[0]),)
+    def call(self) -> Callable[..., int]:
+        """The look-up in this table."""
+        return _bound("pocketrec_trellis", self._views[0])
 
     @cached_property
     def _views(self) -> tuple[TableView, PartView, ctypes.Array[CodeView]]:
@@ -319,23 +338,36 @@ class TrellisView:
         return TableView(**self.numbers, **pointers, **parts), index, codes
 
 
+class PackedTable(ctypes.Structure):
+    """A table of blocks."""
+
+    _fields_ = (
+        ("blocks", _POINTER), ("block_count", _LONG), ("fill", _POINTER), ("absent", _POINTER), ("field_count", _LONG),
+        ("width", _LONG), *_ASKED,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PackedView:
-    """A packed table as the library sees it; ``fixed`` holds the arguments that no look-up changes."""
+    """A table of blocks as the library sees it."""
 
     blocks: ctypes.Array[BlockView]
     fill: NDArray[np.float32]
     absent: NDArray[np.float32]
 
     @cached_property
-    def fixed(self) -> tuple[int | None, ...]:
-        """Blocks, fill, absent, number of fields, width."""
-        address = ctypes.addressof(self.blocks)
-        return address, len(self.blocks), _pointer(self.fill), _pointer(self.absent), *self.fill.shape
+    def call(self) -> Callable[..., int]:
+        """The look-up in this table."""
+        pointers = _pointer(self.fill), _pointer(self.absent)
+        table = PackedTable(ctypes.addressof(self.blocks), len(self.blocks), *pointers, *self.fill.shape)
+        return _bound("pocketrec_lookup", table)
+
+
+View = PackedView | TransformView | TrellisView
 
 
 def lookup(
-    table: PackedView | TransformView | TrellisView,
+    table: View,
     rows: NDArray[np.int64],
     fields: NDArray[np.int32],
     out: NDArray[np.float32],
@@ -345,16 +377,9 @@ def lookup(
 
     :meth:`pocketrec.packed.Packed.lookup` is the public form, and its ``lookup_numpy`` the reference.
     """
-    library = _library()
-    if library is None:
+    if not available():
         raise ConfigError("The compiled kernel is not available; use `Packed.lookup`, which falls back to numpy.")
-    functions = {
-        PackedView: library.pocketrec_lookup,
-        TransformView: library.pocketrec_transform,
-        TrellisView: library.pocketrec_trellis,
-    }
-    function = functions[type(table)]
-    status = function(*table.fixed, _pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads)
+    status = table.call(_pointer(rows), _pointer(fields), rows.size, len(fields), _pointer(out), threads)
     if status == _BAD_INDEX:
         raise ConfigError(f"`fields` must lie in [0, {len(table.fill)}), but got {np.unique(fields).tolist()}.")
     _check_status(status, "`rows`")

@@ -427,7 +427,7 @@ class Packed:
         return out
 
     @cached_property
-    def _view(self) -> kernel.PackedView | kernel.TransformView | kernel.TrellisView | None:
+    def _view(self) -> kernel.View | None:
         """The table as the compiled kernel sees it, or ``None`` where it has a block that the kernel cannot read."""
         fill, absent = (np.ascontiguousarray(a, np.float32) for a in (self.fill, self.absent))
         entries = [b for b in self.blocks if isinstance(b, PackedBlock)]

@@ -131,6 +131,12 @@ def _cells(bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
 
 
 @cache
+def _positive_levels() -> NDArray[np.float32]:
+    """Zero, and the positive levels of ``b`` bits from ``2^(b - 1)`` on, so that a code is the place of its level."""
+    return np.concatenate([levels(bits)[len(levels(bits)) // 2 :] for bits in range(MOST_BITS + 1)])
+
+
+@cache
 def _level_table() -> NDArray[np.float32]:
     """All levels: those of ``b`` bits from ``2^b - 1`` on."""
     return np.concatenate([levels(bits) for bits in range(MOST_BITS + 1)])
@@ -492,10 +498,10 @@ class TransformBlock(FileBlock):
             if not rows:
                 continue
             classes, directions = section.coders.shape
-            shape = (1 << MOST_PLANES, max(-(-directions // _LANES), 1) * _LANES)
-            bits, scale = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-            bits[:classes, :directions], scale[:classes, :directions] = section.bits, section.scales
-            basis = np.zeros((shape[1], -(-self.width // _LANES) * _LANES), np.float32)
+            even = -(-directions // 2) * 2
+            bits, scale = np.zeros((even, 1 << MOST_PLANES), np.uint32), np.zeros((even, 1 << MOST_PLANES), np.float32)
+            bits[:directions, :classes], scale[:directions, :classes] = section.bits.T, section.scales.T
+            basis = np.zeros((even, -(-self.width // _LANES) * _LANES), np.float32)
             basis[:directions, : self.width] = section.basis
             part = kernel.Part(
                 first=int(starts[s]),
@@ -508,15 +514,14 @@ class TransformBlock(FileBlock):
                 offsets=self.arrays["offsets"][self._offset_starts[s] : self._offset_starts[s + 1]],
                 weights=per_set(section.record_bits),
                 record=section.record_bits.astype(np.int32),
+                directions=int(np.flatnonzero(bits.any(axis=1)).max(initial=-1)) + 1,
                 widest=bits.max(axis=1).astype(np.int32),
-                before=(np.cumsum(bits, axis=1) - bits).astype(np.int32),
-                mask=((1 << bits) - 1).astype(np.uint32),
-                base=((1 << bits) - 1).astype(np.int32),
+                bits=bits,
+                mask=(np.uint32(1) << bits) - np.uint32(1),
                 scale=scale,
-                levels=_level_table(),
+                levels=_positive_levels(),
                 basis=basis,
                 last=np.ascontiguousarray(basis[:, self.width - 1]),
-                used=np.where(bits > 0, np.arange(1, shape[1] + 1), 0).max(axis=1).astype(np.int32),
             )
             found.append(part)
         return found

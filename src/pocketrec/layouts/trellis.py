@@ -53,6 +53,8 @@ _PAIRS = 3
 """Least and ratio of gains, items' scales and users' scales."""
 _READ_ROWS = 4096
 _LANES = 16
+_PAIRED_MEMORY = 13
+"""Bits that name a row of the largest table of pairs of steps, 64 KiB."""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -507,13 +509,12 @@ class TrellisBlock(FileBlock):
         shape, arrays = self.shape, self.arrays
         sizes = np.zeros(1 << MOST_PLANES, np.int64)
         sizes[: len(self._item_bits)] = self._item_bits
-        empty = np.zeros((1 << MOST_PLANES, 16), np.int32)
+        small, large = np.zeros((0, 1 << MOST_PLANES), np.uint32), np.zeros((0, 1 << MOST_PLANES), np.float32)
         index = kernel.Part(
             first=0, rows=shape.items, code_start=0, planes=shape.planes, classes=len(shape.rates),
             codes=arrays["codes"], class_planes=arrays["planes"], offsets=arrays["offsets"],
-            weights=per_set(sizes), record=sizes.astype(np.int32), widest=empty[:, 0].copy(), before=empty,
-            mask=empty.astype(np.uint32), base=empty, scale=empty.astype(np.float32), levels=self._gains,
-            basis=empty.astype(np.float32), last=empty.astype(np.float32), used=empty[:, 0].copy(),
+            weights=per_set(sizes), record=sizes.astype(np.int32), directions=0, widest=np.zeros(0, np.int32),
+            bits=small, mask=small, scale=large, levels=self._gains, basis=large, last=large[:, 0].copy(),
         )  # fmt: skip
         numbers = {
             "first": self.start, "users": shape.users, "items": shape.items, "user_start": 8 * self._user_start,
@@ -560,14 +561,20 @@ class TrellisBlock(FileBlock):
 
 @cache
 def _part(rate: int, width: int) -> kernel.CodePart:
-    """A code for the compiled kernel, by its number."""
+    """A code for the compiled kernel, by its number; where the table stays small, it reads two steps at a time."""
     if not rate:
         nothing = np.zeros(_LANES, np.int32)
-        return kernel.CodePart(np.zeros((1, 1), np.float32), nothing, nothing, nothing, 0)
+        return kernel.CodePart(np.zeros((1, 1), np.float32), 1, nothing, nothing, nothing, 0)
     code = CODES[rate - 1]
+    table = code.table
+    if code.span == 1 and code.memory + code.bits <= _PAIRED_MEMORY:
+        windows = np.arange(1 << (code.memory + code.bits))
+        table = np.hstack([table[windows & ((1 << code.memory) - 1)], table[windows >> code.bits]])
+        code = Code(2 * code.bits, 2, code.memory + code.bits)
     steps = code.steps(width)
     first, mask, shift = (np.pad(a, (0, -steps % _LANES), "edge").astype(np.int32) for a in code.windows(width))
-    return kernel.CodePart(np.ascontiguousarray(code.table), first, mask, shift, steps)
+    table = np.pad(table, ((0, 0), (0, (1 << (code.span - 1).bit_length()) - code.span)))
+    return kernel.CodePart(np.ascontiguousarray(table), code.span, first, mask, shift, steps)
 
 
 def direction(vectors: Floats) -> Floats:
