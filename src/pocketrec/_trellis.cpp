@@ -8,7 +8,7 @@ constexpr int64_t LONGEST_RECORD = 32;  // bytes, and another one for each colum
 
 // What rows are sums of, ROWS of them at a time, in passes that each ask for what the next one reads.
 struct TrellisChunk {
-  static constexpr int64_t ROWS = 16;
+  static constexpr int64_t ROWS = 64;
   static constexpr int64_t CODES = 9;  // of the items' classes, and of users
 
   // An item's vector, or what a user has beside items.
