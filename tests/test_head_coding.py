@@ -130,7 +130,7 @@ def test_products_are_inputs_and_gradients_of_the_matrices(lab, backbone):
 
 def test_expected_loss_is_the_measured_one(lab):
     model, data = lab.model(DeepFM(hidden=(64, 64))), lab.data("ctr")
-    market = HeadMarket(model.lower(), moments(model, data, 0))
+    market = HeadMarket.of(model.lower(), moments(model, data, 0))
     vectors = model.table(torch.from_numpy(np.array(data.train.ids[:4000]))).detach().double().numpy()
     dense = market.program(vectors)
     p = 1 / (1 + np.exp(-dense))
@@ -143,7 +143,7 @@ def test_expected_loss_is_the_measured_one(lab):
 
 def test_bits_fall_with_the_price_and_sizes_are_exact(lab):
     model = lab.model(BACKBONES[1])
-    market = HeadMarket(model.lower(), moments(model, lab.data("ctr"), 0))
+    market = HeadMarket.of(model.lower(), moments(model, lab.data("ctr"), 0))
     before = np.inf
     for exponent in range(-40, 1, 8):
         bits = market.bits(2.0**exponent)

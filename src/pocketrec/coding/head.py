@@ -103,10 +103,27 @@ class HeadMarket:
     Args:
         program: the head.
         moments: of its matrices.
+        loss: of all rows by their bits, ``(R, 9)``.
     """
 
     program: Program
     moments: Moments
+    loss: Floats
+
+    @classmethod
+    def of(cls, program: Program, moments: Moments) -> HeadMarket:
+        """Round every row to every number of bits."""
+        blank = cls(program, moments, np.empty((0, MOST_BITS + 1), np.float32))
+        return replace(blank, loss=np.concatenate([blank.loss, *blank._losses()]))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a run stores: everything but the program."""
+        return {"loss": self.loss, **self.moments.arrays()}
+
+    @classmethod
+    def from_arrays(cls, program: Program, arrays: Mapping[str, NDArray[Any]]) -> HeadMarket:
+        """Read what ``arrays`` wrote."""
+        return cls(program, Moments.from_arrays(arrays), arrays["loss"])
 
     @cached_property
     def matrices(self) -> list[tuple[int, str]]:
@@ -118,18 +135,15 @@ class HeadMarket:
             if tensor.ndim > 1 and tensor.size >= LEAST_ENTRIES and f"{i}.{name}" in self.moments.inputs
         ]
 
-    @cached_property
-    def loss(self) -> Floats:
-        """Of all rows by their bits, ``(R, 9)``."""
-        found = []
+    def _losses(self) -> Iterator[Floats]:
+        """Of the rows of each matrix by their bits; more of them never lose more."""
         for i, name in self.matrices:
             for part, metric, slope in self._parts(self.program, i, name):
                 errors = np.empty((len(part), MOST_BITS + 1), np.float32)
                 for bits in range(MOST_BITS + 1):
                     error = part - Rows.of(part, metric, np.full(len(part), bits, np.uint8)).values
                     errors[:, bits] = slope * np.einsum("oi,oi->o", error @ metric, error)
-                found.append(errors)
-        return np.minimum.accumulate(np.concatenate([np.empty((0, MOST_BITS + 1), np.float32), *found]), axis=1)
+                yield np.minimum.accumulate(errors, axis=1)
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from pocketrec.attribution.margin import lists, margin, ranks_by_products
 from pocketrec.backbone import ClickModel, Model
 from pocketrec.coding.allocation import Assignment, Rate, Source, allocate, going_price
 from pocketrec.coding.coded import CodedTable, spans
-from pocketrec.coding.head import CodedHead, HeadMarket, Moments, moments
+from pocketrec.coding.head import CodedHead, HeadMarket, moments
 from pocketrec.coding.listladder import ListLadder
 from pocketrec.coding.touchup import touch_up
 from pocketrec.dataset import Dataset
@@ -204,8 +204,13 @@ class RateDistortionLadder(Ladder):
         if not (self.method.code_head and isinstance(model, ClickModel)):
             return None
         key = {"model": fingerprint(model), "data": self.data.digest}
-        stored = self.run.once("head", key, lambda checkpoint: moments(model, self.data, self.run.seed).arrays())
-        return HeadMarket(model.lower(), Moments.from_arrays(stored))
+        head = model.lower()
+        market = self.run.once(
+            "head-loss",
+            key,
+            lambda checkpoint: HeadMarket.of(head, moments(model, self.data, self.run.seed)).arrays(),
+        )
+        return HeadMarket.from_arrays(head, market)
 
     def _least_bytes(self, *, vocabulary: bool) -> int:
         """Bytes of a table of nothing but field means."""
