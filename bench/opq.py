@@ -1,10 +1,10 @@
 """What a user would pick instead: faiss OPQ of the final vectors of LightGCN, at the bytes of the plan ``bytes-cf``.
 
 Run from the repository's root, with the store of the study's trained models:
-``python bench/opq.py STORE --seeds 0 1 2`` (needs ``faiss-cpu`` and POCKETREC_DATA). Users are coded at one length, as
+``python bench/opq.py STORE gowalla`` (needs ``faiss-cpu`` and POCKETREC_DATA). Users are coded at one length, as
 lists do not depend on it, so that one codebook serves users and items. Bytes are those of codes, codebooks and
-rotation. Each file is judged on validation, and once on test, by the measurement that judges every method. Writes
-``bench/results/opq.md``.
+rotation. Each file is judged on validation, and once on test, by the measurement that judges every method. All seeds
+of the plan are taken. Writes ``bench/results/opq-DATA.md``.
 """
 
 from __future__ import annotations
@@ -64,15 +64,16 @@ def main() -> None:
     """Code, measure, write."""
     parser = argparse.ArgumentParser()
     parser.add_argument("store", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("data", help="label of the plan")
     options = parser.parse_args()
     torch.set_num_threads(1)
     _faiss().omp_set_num_threads(1)
     lines = ["| seed | budget | bytes | share | NDCG@20 valid | kept | NDCG@20 test | kept |", "|" + "---|" * 8]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Plan.read("bytes-cf"), Path(folder), options.store)
-        for seed in options.seeds:
-            job = Job("cell", "gowalla", "lightgcn", ORIGINAL, "dense", seed)
+        plan = Plan.read("bytes-cf")
+        bench = Bench(plan, Path(folder), options.store)
+        for seed in plan.seeds_of(plan.data[options.data]):
+            job = Job("cell", options.data, "lightgcn", ORIGINAL, "dense", seed)
             data, model = bench.data(job), BakedModel.of(dense(bench, job, {}))
             vectors = model.table.weight().detach().numpy()
             users = data.schema.fields[0].size
@@ -89,7 +90,7 @@ def main() -> None:
                 print(row, flush=True)
                 lines.append(row)
     text = (__doc__ or "").split("\n")[0]
-    (RESULTS / "opq.md").write_text(f"# OPQ\n\n{text}\n\n" + "\n".join(lines) + "\n")
+    (RESULTS / f"opq-{options.data}.md").write_text(f"# OPQ on {options.data}\n\n{text}\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
