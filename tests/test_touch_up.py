@@ -165,8 +165,11 @@ def test_users_have_the_length_of_least_divergence(seed, size):
         logs = log_softmax(np.exp(logarithm) * found[row] + counts[row])
         return -float(p[row][p[row] > 0] @ logs[p[row] > 0])
 
+    reach = 6 * np.log(2)
     for row in range(5):
-        best = minimize_scalar(loss, bounds=(-8, 5), args=(row,), method="bounded", options={"xatol": 1e-6})
+        start = -np.log(np.sqrt(p[row] @ (found[row] - p[row] @ found[row]) ** 2))
+        bounds = (start - reach, start + reach)
+        best = minimize_scalar(loss, bounds=bounds, args=(row,), method="bounded", options={"xatol": 1e-6})
         assert loss(np.log(grow[row, 0]), row) <= best.fun + 1e-2
 
 

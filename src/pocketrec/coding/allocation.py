@@ -6,7 +6,7 @@ There, reverse water-filling tells the bits of a coordinate of variance ``v_j`` 
 bit is bought as long as it lowers ``w_j v_j D(b)`` by ``theta``, where ``D(b)`` is the error of the best quantiser of
 ``b`` bits. Each level of a grid is an *option* for the rows of a field; up to seven of them become its classes, and
 each row takes the class of least ``distortion + lambda * bits``, or none. ``lambda`` follows from the budget. The
-finest option codes every direction twice, in 8 bits and 8 bits of what they leave.
+finest options code leading directions twice, in 8 bits and 8 bits of what they leave.
 
 Reference: Cover and Thomas, "Elements of Information Theory", 2006, theorem 10.3.3 (reverse water-filling); Shoham and
 Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988 (the Lagrangian).
@@ -134,15 +134,17 @@ class Source:
         For values, the first coordinates have 8 bits.
         """
         width = len(self.gain)
+        counts = np.unique(np.rint(np.linspace(1, width, min(width, _WATER_LEVELS))).astype(int))[:, None]
         if rate == "values":
-            counts = np.unique(np.rint(np.linspace(1, width, min(width, _WATER_LEVELS))).astype(int))
-            return np.where(np.arange(2 * width) < counts[:, None], MOST_BITS, 0)
+            return np.where(np.arange(2 * width) < counts, MOST_BITS, 0)
         energy = self.gain * np.square(self.spread)
         thetas = energy.max() * 2.0 ** -np.arange(1, _WATER_LEVELS)
         found = [water_bits(energy, theta) for theta in thetas if theta > 0]
         single = np.unique([b for b in found if b.any()] + [np.full(width, MOST_BITS)], axis=0)
-        twice = np.full((int(2 * width <= MOST_DIRECTIONS), 2 * width), MOST_BITS)
-        return np.concatenate([np.pad(single, ((0, 0), (0, width))), twice])
+        single = np.pad(single, ((0, 0), (0, width)))
+        if 2 * width > MOST_DIRECTIONS:
+            return single
+        return np.concatenate([single, np.where(np.arange(2 * width) < width + counts, MOST_BITS, 0)])
 
     def market(self, rate: Rate, row_bits: float) -> _Market:
         """What each option costs a sample of the rows; worked out once."""
