@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pocketrec.coding.touchup import Unsettled
 from pocketrec.coding.trellised import TrellisTable
-from pocketrec.errors import UnsupportedOp
 from pocketrec.layouts.trellis import (
     CENTROID_BITS,
     CODES,
@@ -21,13 +20,11 @@ from pocketrec.layouts.trellis import (
     code_values,
     geometric,
 )
-from pocketrec.packed import Index, Packed, Storage
-from pocketrec.table import Table
 
 _TINY = 1e-20
 
 
-class LooseTrellis(Table):
+class LooseTrellis(Unsettled):
     """A :class:`~pocketrec.coding.trellised.TrellisTable` to be trained: ``v_i = g_i x_i``, ``x_i = C_a + s q_i``.
 
     A user is ``sum_k c_k x_k / |x_k| + t r``. Look-ups round ``C`` and ``log g`` to what the file can hold, and
@@ -111,12 +108,6 @@ class LooseTrellis(Table):
         stored = torch.zeros(self.schema.rows, dtype=torch.bool)
         stored[self.places] = True
         return stored
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """Not what a file holds: raises :class:`~pocketrec.errors.UnsupportedOp`."""
-        raise UnsupportedOp("A table being touched up has no file form; settle it first.")
 
     @torch.no_grad()
     def settled(self, coded: TrellisTable) -> TrellisTable:

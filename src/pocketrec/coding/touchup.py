@@ -37,7 +37,17 @@ _UNIT = 127
 """What the largest entry of a direction is in the file."""
 
 
-class LooseTable(Table):
+class Unsettled(Table):
+    """A table being touched up, which has no file form."""
+
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
+        """Raises :class:`~pocketrec.errors.UnsupportedOp`."""
+        raise UnsupportedOp("A table being touched up has no file form; settle it first.")
+
+
+class LooseTable(Unsettled):
     """A coded table whose means, scales and directions can be trained: ``e_i = m_f + sum_j level_ij s_fcj b_fj``.
 
     Attributes:
@@ -96,12 +106,6 @@ class LooseTable(Table):
     def stored(self) -> Tensor:
         """Rows of some class."""
         return self.kinds >= 0
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """Not what a file holds: raises :class:`~pocketrec.errors.UnsupportedOp`."""
-        raise UnsupportedOp("A table being touched up has no file form; settle it first.")
 
     @torch.no_grad()
     def settled(self, coded: CodedTable) -> CodedTable:
