@@ -106,6 +106,13 @@ def test_changes_for_one_data_set():
     assert (there.stages({})[0]["epochs"], there.stages({})[0]["batch_size"]) == (1, 256)
 
 
+def test_changes_for_one_data_set_leave_the_keys_of_others():
+    other = {"data.other": {"source": "synthetic", "rows": 500}}
+    changed = {"backbone.deepfm.on": {"clicks": {"dim": 2}}, "method.random.on": {"clicks": {"scope": "block"}}}
+    before, after = Grid(plan(other)), Grid(plan({**other, **changed}))
+    assert {j.data for j in after.jobs if after.key(j) != before.key(j)} == {"clicks"}
+
+
 def test_a_method_can_be_for_some_data_sets_only():
     other = {"source": "synthetic", "rows": 500}
     jobs = Grid(plan({"data.other": other, "method.random.only": ["other"]})).jobs

@@ -99,8 +99,8 @@ class Recipe:
         return not self.only or data in self.only
 
     def at(self, data: str) -> Recipe:
-        """The recipe for one data set."""
-        return self.changed(self.on.get(data))
+        """The recipe for one data set, which the changes for others leave as it is."""
+        return dataclasses.replace(self, on={}).changed(self.on.get(data))
 
     def changed(self, other: Recipe | None) -> Recipe:
         """The recipe with the settings and training of another one, where there is one, above its own."""
