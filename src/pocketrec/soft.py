@@ -30,9 +30,11 @@ def first_threshold(values: Tensor) -> float:
 
 
 def rising_rate(first: float, reach: float, steps: int) -> float:
-    """The learning rate with which coupled weight decay lifts ``s`` from ``first`` to ``logit(reach)``.
+    """The learning rate with which coupled weight decay lifts ``s`` from ``first`` towards ``logit(reach)``.
 
-    Adam normalises the decay's size away: ``s`` rises by about one learning rate a step.
+    Adam normalises the decay's size away: ``s`` rises by one learning rate a step at first. The decay gets smaller as
+    ``s`` rises, but the second moment remembers, so that later steps are shorter: from ``-8`` towards ``logit(.3)``
+    the search ends at a threshold of about .08.
     """
     return max(1e-6, (math.log(reach / (1 - reach)) - first) / steps)
 
