@@ -43,7 +43,7 @@ class PEP(Method):
         start: first ``s``, below 0; by default the threshold starts at 1/20 of the mean first magnitude.
         reach: threshold that the default rate aims at, in (0, 0.5]; only where ``threshold_rate`` is left open. The
             search ends below it: at about .08 for .3, since Adam remembers the larger decay of its beginning.
-        threshold_rate: learning rate of ``s``, above 0; by default such that the threshold rises to ``reach``.
+        threshold_rate: learning rate of ``s``, above 0; by default such that the threshold rises towards ``reach``.
         threshold_decay: weight decay of ``s``, above 0: nothing is pruned without.
         search_epochs: epochs of the search, at least 1; by default half of those of the first training stage.
         checks: how often the search notes what is below its threshold, at least 1.
