@@ -86,7 +86,7 @@ class PEP(Method):
         if not 0 <= self.clip < math.inf:
             raise ConfigError(f"`clip` must be at least 0, but got clip={self.clip}.")
 
-    def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
+    def prepare(self, model: Model, data: Dataset, run: Run) -> PEPLadder:
         """Search once, for all budgets."""
         start, dense = initial_model(model, data, run)
         search = search_training(self.training, data.schema.task, self.search_epochs)
