@@ -3,10 +3,10 @@
     python bench/pep_searches.py STORE
 
 Each line is one search and the training after it, with the backbones of the plans ``gowalla`` and ``neumf``, seed 0 and
-one thread; the plans' own settings come first. ``threshold`` is the median at the end of the search, ``alive`` the share
-of entries above their own then, ``searched`` the NDCG@20 of the model as the search left it, where the training goes on
-from there, and ``trained`` that of the pruned and retrained one. Needs POCKETREC_DATA; trainings that the store has are
-read, and the others take about two hours. Writes ``bench/results/pep_searches.md``.
+one thread; the plans' own settings come first. ``threshold`` is the median at the end of the search, ``alive`` the
+share of entries above their own then, ``searched`` the NDCG@20 of the model as the search left it, where the training
+goes on from there, and ``trained`` that of the pruned and retrained one. Needs POCKETREC_DATA; trainings that the store
+has are read, and the others take about two hours. Writes ``bench/results/pep_searches.md``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-
 from configs import LIGHTGCN, LIGHTGCN_COOLING, LIGHTGCN_TRAINING, RESULTS, ranking_data
+
 from pocketrec.backbone import Backbone
 from pocketrec.backbones.neumf import NeuMF
 from pocketrec.dataset import Dataset
