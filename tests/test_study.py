@@ -54,6 +54,7 @@ def finished(tmp_path_factory):
         ({"backbone.deepfm.on.click": {"dim": 2}}, ["on.click", "clicks"]),
         ({"backbone.deepfm.training": [{}, {"learning_rate": {"low": 0.1, "high": 1}}]}, ["first stage"]),
         ({"method.mag_prune.training": {"epochs": 1}}, ["method.mag_prune.training"]),
+        ({"method.other": {"like": "shavr"}}, ["method.other.like", "mag_prune"]),
         ({"budgets": ["12"]}, ["budget", "12"]),
         ({"budgets": []}, ["budgets"]),
         ({"seeds": [1, 1]}, ["seeds"]),
@@ -97,6 +98,14 @@ def test_a_later_stage_is_as_the_first_but_for_what_it_says():
         {"epochs": 3, "learning_rate": 0.5},
         {"epochs": 2, "learning_rate": 0.5},
     )
+
+
+def test_a_method_like_another_differs_in_what_it_says():
+    both = {"method.pep": {"search_epochs": 2, "budgets": ["50%"], "backbone": {"deepfm": {"dropout": 0.3}}}}
+    own = {**both["method.pep"], "is": "pep", "restart": "found"}
+    said, alike = plan(both | {"method.found": own}), plan(both | {"method.found": {"like": "pep", "restart": "found"}})
+    assert said.to_json() == alike.to_json()
+    assert alike.methods["found"].plugin == "pep"
 
 
 def test_changes_for_one_data_set():

@@ -328,6 +328,7 @@ def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
     for table in tables:
         if not isinstance(document.get(table), dict) or not document[table]:
             raise ConfigError(f"A plan needs at least one table [{table}.NAME], but has none; add one.")
+    document = {**document, **{axis: _alike(axis, document[axis]) for axis in ("backbone", "method")}}
     labels = list(document["data"])
     values = {n: v for n, v in document.items() if n in plain}
     checked = {n: _checked(n, v, get_type_hints(Plan)[n]) for n, v in values.items()}
@@ -346,6 +347,22 @@ def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
     )
     _sound(plan)
     return plan
+
+
+def _alike(axis: str, tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of an axis; one that is ``like`` another has the keys of that one where it has none of its own."""
+    found = dict(tables)
+    for label, entry in tables.items():
+        if isinstance(entry, dict) and "like" in entry:
+            others = [name for name, other in tables.items() if isinstance(other, dict) and "like" not in other]
+            if entry["like"] not in others:
+                raise ConfigError(
+                    f"`{axis}.{label}.like` must name a table that stands on its own, one of {', '.join(others)}, but "
+                    f"got {entry['like']!r}."
+                )
+            own = {name: value for name, value in entry.items() if name != "like"}
+            found[label] = {"is": entry["like"], **tables[entry["like"]], **own}
+    return found
 
 
 def _sound(plan: Plan) -> None:
