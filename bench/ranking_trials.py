@@ -93,7 +93,7 @@ TRIALS: tuple[tuple[str, Backbone, str, Method], ...] = (
         "the same, high thresholds",
         ranker(contrast=0.1),
         "sparsity=0.95",
-        pep((FAST, 2), search_epochs=8, threshold_rate=0.0053),
+        pep((FAST, 2), (SLOW, 1), search_epochs=8, threshold_rate=0.0053),
     ),
     (
         "the same, 6 epochs at half the rate",
