@@ -171,6 +171,12 @@ TRIALS: tuple[tuple[str, Backbone, str, Method], ...] = (
         "sparsity=0.8",
         qr(FAST, 9, operation="concat", init="normal"),
     ),
+    (
+        "one pair of tables for users and items, 9 epochs",
+        LIGHTGCN,
+        "sparsity=0.8",
+        qr(LIGHTGCN_TRAINING, 9, scope="joint"),
+    ),
     ("product, 3 epochs", LIGHTGCN, "sparsity=0.8", qr(FAST, 3)),
     ("4 negatives, 3 epochs", ranker(negatives=4), "sparsity=0.8", qr(FAST, 3)),
     ("3 layers, 3 epochs", ranker(layers=3), "sparsity=0.8", qr(FAST, 3)),
