@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 from study_cases import CLICKS, pairs_file, plan, records
@@ -324,6 +326,40 @@ def test_trials_of_a_killed_search_are_drawn_again(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             points(folder, die_at)
     assert points(folder) == points(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("state", ["complete", "pruned", "failed"])
+@pytest.mark.parametrize("call", ["report", "set_user_attr", "tell"])
+def test_a_search_killed_while_it_stores_a_trial_draws_that_one_again(tmp_path, monkeypatch, call, state):
+    def found(folder):
+        def evaluate(named, bar):
+            value = -abs(named[0][1]["backbone.dropout"] - 0.3)
+            kind = state if named[0][0].endswith("-1") else "complete"
+            metric = None if kind == "failed" else value
+            return [Trial(kind, metric, (("original", 0, value),), 0.0, error=kind)]
+
+        folder.mkdir(exist_ok=True)
+        context = Bench(plan(trials=3), folder, folder / "store")
+        return search(context, context.grid.jobs[0], {}, evaluate)
+
+    whole = found(tmp_path / "whole")
+    owner = optuna.Study if call == "tell" else optuna.Trial
+    done = getattr(owner, call)
+    calls = len(fields(Trial)) if call == "set_user_attr" else 1  # of each trial
+    for die_at in range(calls, 2 * calls):  # in the second one
+        left = [die_at]
+
+        def dying(*args, left=left, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return done(*args, **named)
+
+        folder = tmp_path / str(die_at)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, call, dying)
+            found(folder)
+        assert found(folder) == whole
 
 
 def test_ranking_data_with_two_stages_and_baked_vectors(tmp_path):

@@ -45,6 +45,9 @@ STARTUP_TRIALS = 3
 WARMUP_EPOCHS = 2
 """Epochs that every trial gets."""
 
+STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+"""What Optuna calls the state of a trial."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -216,18 +219,17 @@ def _distribution(space: Space) -> BaseDistribution:
 
 
 def _finished(study: Study) -> list[FrozenTrial]:
-    """Trials that came to an end in our sense; those of dead processes do not count."""
-    return [t for t in study.get_trials(deepcopy=False) if "state" in t.user_attrs and t.state.is_finished()]
+    """Trials that came to an end in our sense; those that a dead process left half stored do not count."""
+    return [t for t in study.get_trials(deepcopy=False) if t.state == STATES.get(t.user_attrs.get("state", ""))]
 
 
 def _tell(study: Study, trial: optuna.Trial, outcome: Trial) -> None:
-    """Store the end of a trial, its curve first."""
+    """Store the end of a trial: its curve first, its state last."""
     for epoch, best in enumerate(outcome.curve()):
         trial.report(best, epoch)
-    for name, value in asdict(outcome).items():
+    for name, value in reversed(asdict(outcome).items()):
         trial.set_user_attr(name, value)
-    states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-    study.tell(trial, outcome.metric if outcome.state == "complete" else None, state=states[outcome.state])
+    study.tell(trial, outcome.metric if outcome.state == "complete" else None, state=STATES[outcome.state])
 
 
 def _bar(finished: Sequence[FrozenTrial]) -> list[float]:
