@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec import registry
-from pocketrec.backbone import Backbone, Model, noise
-from pocketrec.backbones.dcn_mix import DCNMix, Mixture
-from pocketrec.dataset import Dataset
-from pocketrec.optim import DenseAdam
+from pocketrec.backbones.dcn_mix import CrossMixture, DCNMix
+from pocketrec.data.dataset import Dataset
+from pocketrec.models.backbone import Backbone, Model, noise
 from pocketrec.schema import Field, Schema
+from pocketrec.training.optim import DenseAdam
 
 BATCH = 2048
 RESULTS = Path(__file__).parent / "results"
@@ -70,9 +70,9 @@ def named(schema: Schema, ids: np.ndarray, labels: np.ndarray | None) -> Dataset
 
 
 class Loop(nn.Module):
-    """A cross layer that computes one expert after the other, with the weights of a :class:`Mixture`."""
+    """A cross layer that computes one expert after the other, with the weights of a :class:`CrossMixture`."""
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: CrossMixture) -> None:
         super().__init__()
         self.mixture = mixture
 
@@ -94,7 +94,7 @@ class Loop(nn.Module):
 def looped(backbone: DCNMix, data: Dataset) -> Model:
     """DCN-Mix with its cross layers replaced by loops over the same weights."""
     model = backbone.build(data, 0)
-    model.crosses = nn.ModuleList(Loop(cast("Mixture", cross)) for cross in model.crosses)
+    model.crosses = nn.ModuleList(Loop(cast("CrossMixture", cross)) for cross in model.crosses)
     return model
 
 

@@ -36,18 +36,19 @@ from numpy.typing import NDArray
 from rate_distortion_speed import Shape
 
 from pocketrec import kernel
-from pocketrec.artifact import Artifact
-from pocketrec.backbone import Model
-from pocketrec.baked import BakedModel
-from pocketrec.dataset import Dataset
-from pocketrec.method import compress
+from pocketrec.compression.compress import compress
+from pocketrec.data.dataset import Dataset
+from pocketrec.format.artifact import Artifact
 from pocketrec.methods.rate_distortion import RateDistortion
+from pocketrec.models.backbone import Model
+from pocketrec.models.baked import BakedModel
 from pocketrec.packed import Packed
-from pocketrec.run import Run
-from pocketrec.study.bench import prepare
-from pocketrec.study.cell import dense
-from pocketrec.study.job import Job
-from pocketrec.study.plan import ORIGINAL, Plan
+from pocketrec.study.cells import dense
+from pocketrec.study.jobs import Job
+from pocketrec.study.plan import Plan
+from pocketrec.study.recipe import ORIGINAL
+from pocketrec.study.runner import prepare
+from pocketrec.training.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 STUDIED = {"ml-1m": ("bytes", "deepfm"), "criteo-80k": ("bytes", "deepfm"), "gowalla": ("bytes-cf", "lightgcn")}

@@ -30,13 +30,11 @@ from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from torch import Tensor
 from torch.nn import functional as F
 
-from pocketrec.active import ActiveTable
-from pocketrec.backbone import Model, noise
-from pocketrec.composition import Composition
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
+from pocketrec.families.compositional.table import Composition
+from pocketrec.families.retraining import MaskedTable
 from pocketrec.layouts.hash_mlp import constants
-from pocketrec.masked import MaskedTable
-from pocketrec.method import Method
 from pocketrec.methods.cerp import CERP
 from pocketrec.methods.dhe import DHE, DHEComposition, DHEPlan
 from pocketrec.methods.mag_prune import MagPrune
@@ -45,9 +43,11 @@ from pocketrec.methods.opt_embed_d import OptEmbedD
 from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR, QRPlan
 from pocketrec.methods.tt_rec import TTComposition, TTPlan, TTRec
-from pocketrec.optim import DenseAdam
+from pocketrec.models.backbone import Model, noise
 from pocketrec.packed import Packed, PackedRange
-from pocketrec.run import Run
+from pocketrec.training.hooks import ActiveTable
+from pocketrec.training.optim import DenseAdam
+from pocketrec.training.run import Run
 
 BATCHES = (64, 2048)
 PLAIN_IDS = 1024

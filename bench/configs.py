@@ -10,14 +10,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from pocketrec.backbone import Model
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
-from pocketrec.dataset import Dataset, encode
-from pocketrec.run import Run
+from pocketrec.data.dataset import Dataset
+from pocketrec.data.encode import encode
+from pocketrec.models.backbone import Model
 from pocketrec.sources.interactions import Interactions
 from pocketrec.sources.table import Table
-from pocketrec.train import Training, train
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
+from pocketrec.training.train import train
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / "cache"

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import polars as pl
 
-from pocketrec.dataset import encode
-from pocketrec.source import Source
+from pocketrec.data.encode import encode
+from pocketrec.data.source import Source
 from pocketrec.sources.synthetic import Synthetic
 from pocketrec.sources.table import Table
 

@@ -1,6 +1,6 @@
 """Full evaluation of Gowalla: every user, every item, NDCG@20 and Recall@20, d = 64.
 
-``ours`` is ``pocketrec.metrics.ranking``; ``reference`` is one matrix product, a scatter of ``-inf`` and ``topk`` per
+``ours`` is ``pocketrec.evaluation.metrics.ranking``; ``reference`` is one matrix product, a scatter of ``-inf`` and ``topk`` per
 block of 2,048 users in torch, with the same vectorised metrics behind it. Both run in one process, in turn, and must
 find the same figures. Vectors are those of a trained run (``--run``), or drawn: normal, item lengths growing with
 popularity.
@@ -25,7 +25,7 @@ from configs import RESULTS, raw
 from numpy.typing import NDArray
 
 from pocketrec import kernel
-from pocketrec.metrics import Csr, ranking, to_csr
+from pocketrec.evaluation.metrics import Csr, ranking, to_csr
 
 USERS, ITEMS, WIDTH, K, BLOCK = 29_858, 40_981, 64, 20, 2048
 Vectors = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -48,7 +48,7 @@ def drawn(seen: Csr) -> Vectors:
 
 def trained(run: Path) -> Vectors:
     """Final vectors of a trained run."""
-    from pocketrec.train import load
+    from pocketrec.training.train import load
 
     model, _ = load(run)
     with torch.inference_mode():

@@ -22,11 +22,13 @@ from typing import Any
 import psutil
 import torch
 
-from pocketrec.dataset import Dataset
-from pocketrec.run import Checkpoint, Run
-from pocketrec.study import cell
-from pocketrec.study.bench import Known, bench, here, prepare
-from pocketrec.study.plan import ORIGINAL, Plan, build_backbone, build_training, parse
+from pocketrec.data.dataset import Dataset
+from pocketrec.study import cells
+from pocketrec.study.plan import Plan, parse
+from pocketrec.study.recipe import ORIGINAL, build_backbone, build_training
+from pocketrec.study.runner import JournalState, in_process, prepare, run_study
+from pocketrec.training.run import Run
+from pocketrec.training.steps import Checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = {"training": {"epochs": 1}}
@@ -93,18 +95,18 @@ def total(costs: list[Cost]) -> Cost:
 def as_cell(study: Plan, folder: Path) -> tuple[Cost, Cost]:
     """The training as a cell, without its measuring; and what of this the harness takes, by the cell's own account."""
     context = prepare(study, folder, None)
-    known = Known.read(folder)
+    known = JournalState.read(folder)
     known.failed.update({context.grid.key(j): "left out" for j in context.grid.jobs if j.method != ORIGINAL})
     measuring: list[Cost] = []
     loops: list[Cost] = []
     kept: list[Cost] = []
     with (
-        noted(cell, "measure", measuring),
-        noted(import_module("pocketrec.train"), "_fit", loops),
+        noted(cells, "measure", measuring),
+        noted(import_module("pocketrec.training.loop"), "_fit", loops),
         noted(Checkpoint, "save", kept),
         noted(Run, "log", kept),
     ):
-        whole = timed(lambda: here(context, known, lambda stage, done, total, figures: None))
+        whole = timed(lambda: in_process(context, known, lambda stage, done, total, figures: None))
     if len(known.done) != 1 or len(measuring) != 2 or len(loops) != 1:
         raise SystemExit(f"expected one cell, trained once and measured twice, but got {len(known.done)}")
     measured, loop, beside = total(measuring), total(loops), total(kept)
@@ -123,7 +125,7 @@ def main() -> None:
     study = plan(arguments.epochs)
     pairs: list[tuple[Cost, tuple[Cost, Cost]]] = []
     with tempfile.TemporaryDirectory() as name:
-        bench(plan(1, {"deepfm": SMALL}), Path(name) / "warm")
+        run_study(plan(1, {"deepfm": SMALL}), Path(name) / "warm")
         encoded = Path(name) / "warm" / "data"
         data = study.data["clicks"].open(encoded, 0)
         for number in range(arguments.rounds):

@@ -32,7 +32,7 @@ import numpy as np
 from configs import RESULTS, raw
 
 COMMAND = (
-    "from pocketrec.run import Run; Run.__init__.__kwdefaults__['checkpoint_seconds'] = 1.0; "
+    "from pocketrec.training.run import Run; Run.__init__.__kwdefaults__['checkpoint_seconds'] = 1.0; "
     "from pocketrec.cli import main; main()"
 )
 TIMES = ("lock", "log.journal")

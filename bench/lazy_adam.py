@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from configs import ML_1M, ML_1M_TRAINING, RESULTS, ml_1m, use_cache
 
-from pocketrec.method import compress
+from pocketrec.compression.compress import compress
+from pocketrec.evaluation.statistics import paired_t
 from pocketrec.methods.mag_prune import MagPrune
-from pocketrec.run import Run
-from pocketrec.statistics import paired_t
-from pocketrec.train import train, validate
+from pocketrec.training.evaluate import validate
+from pocketrec.training.run import Run
+from pocketrec.training.train import train
 
 OPTIMIZERS = ("adam", "lazy_adam")
 SPARSITIES = (0.0, 0.5, 0.8, 0.95)

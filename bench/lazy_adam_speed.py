@@ -23,11 +23,11 @@ from configs import RESULTS, peak_mib
 from torch import Tensor
 
 from pocketrec import kernel
-from pocketrec.backbone import noise
 from pocketrec.backbones.deepfm import DeepFM
-from pocketrec.optim import DenseAdam, LazyAdam
+from pocketrec.models.backbone import noise
 from pocketrec.randomness import generator
 from pocketrec.schema import Field, Schema
+from pocketrec.training.optim import DenseAdam, LazyAdam
 
 ROWS, FIELDS, BATCH, BATCHES = 4_340_000, 39, 2048, 40
 BACKBONE = DeepFM(dim=16, hidden=(400, 400, 400))

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec import kernel
-from pocketrec.backbone import noise
 from pocketrec.backbones.lightgcn import LightGCN, LightGCNModel
+from pocketrec.models.backbone import noise
 
 BATCH = 2048
 BASES = ("reference coo", "reference csr")

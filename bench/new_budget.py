@@ -27,13 +27,14 @@ import torch
 from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
-from pocketrec.attribution.shapley import Checkpoint, Scores
-from pocketrec.backbone import Model
+from pocketrec.attribution.scores import Scores
 from pocketrec.backbones.deepfm import DeepFM
-from pocketrec.method import compress
+from pocketrec.compression.compress import compress
 from pocketrec.methods.shaver import Shaver
-from pocketrec.run import Run
+from pocketrec.models.backbone import Model
 from pocketrec.schema import Field, Schema
+from pocketrec.training.run import Run
+from pocketrec.training.steps import Checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = ("sparsity=0.5", "sparsity=0.8", "sparsity=0.95", "20%", "5%", "16MiB", "6MiB")

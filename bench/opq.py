@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketrec.backbone import Model
-from pocketrec.baked import BakedModel
-from pocketrec.dataset import Split
-from pocketrec.measure import measure
-from pocketrec.study.cell import Bench, dense
-from pocketrec.study.job import Job
-from pocketrec.study.plan import ORIGINAL, Plan
-from pocketrec.table import DenseTable
+from pocketrec.compression.measure import measure
+from pocketrec.data.dataset import Split
+from pocketrec.models.backbone import Model
+from pocketrec.models.baked import BakedModel
+from pocketrec.models.table import DenseTable
+from pocketrec.study.cells import Workspace, dense
+from pocketrec.study.jobs import Job
+from pocketrec.study.plan import Plan
+from pocketrec.study.recipe import ORIGINAL
 
 RESULTS = Path(__file__).parent / "results"
 CODES = {"10%": (24, 72), "5%": (11, 66), "2%": (4, 64)}
@@ -71,7 +72,7 @@ def main() -> None:
     lines = ["| seed | budget | bytes | share | NDCG@20 valid | kept | NDCG@20 test | kept |", "|" + "---|" * 8]
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan.read("bytes-cf")
-        bench = Bench(plan, Path(folder), options.store)
+        bench = Workspace(plan, Path(folder), options.store)
         for seed in plan.seeds_of(plan.data[options.data]):
             job = Job("cell", options.data, "lightgcn", ORIGINAL, "dense", seed)
             data, model = bench.data(job), BakedModel.of(dense(bench, job, {}))

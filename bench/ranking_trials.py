@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from configs import LIGHTGCN, LIGHTGCN_COOLING, LIGHTGCN_TRAINING, RESULTS, ranking_data
 
-from pocketrec.backbone import Backbone
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.backbones.neumf import NeuMF
-from pocketrec.dataset import Dataset
-from pocketrec.method import Method, compress
+from pocketrec.compression.compress import compress
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR
-from pocketrec.run import Run
-from pocketrec.train import Training, validate
+from pocketrec.models.backbone import Backbone
+from pocketrec.training.evaluate import validate
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
 FAST = replace(LIGHTGCN_TRAINING, patience=20)
 SLOW = replace(FAST, learning_rate=4e-3)

@@ -24,19 +24,20 @@ import torch
 from numpy.typing import NDArray
 
 from pocketrec.attribution.fisher import Sensitivity
-from pocketrec.backbone import Model
-from pocketrec.coding import allocation
-from pocketrec.dataset import Dataset
+from pocketrec.compression.compress import compress
+from pocketrec.compression.small import Small
+from pocketrec.data.dataset import Dataset
+from pocketrec.families.coding.clicks import allocation
 from pocketrec.layouts import transform
-from pocketrec.method import Small, compress
 from pocketrec.methods import rate_distortion
 from pocketrec.methods.rate_distortion import RateDistortion
-from pocketrec.run import Run
-from pocketrec.study.bench import prepare
-from pocketrec.study.cell import dense
-from pocketrec.study.job import Job
+from pocketrec.models.backbone import Model
+from pocketrec.study.cells import dense
+from pocketrec.study.jobs import Job
 from pocketrec.study.plan import Plan
-from pocketrec.train import validate
+from pocketrec.study.runner import prepare
+from pocketrec.training.evaluate import validate
+from pocketrec.training.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = ("5%", "2%")

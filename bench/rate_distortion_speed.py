@@ -29,15 +29,15 @@ from numpy.typing import NDArray
 
 from pocketrec import kernel
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
-from pocketrec.backbone import Model
 from pocketrec.backbones.deepfm import DeepFM
-from pocketrec.dataset import Split
-from pocketrec.method import compress
+from pocketrec.compression.compress import compress
+from pocketrec.data.dataset import Split
 from pocketrec.methods.rate_distortion import RateDistortion
+from pocketrec.models.backbone import Model
+from pocketrec.models.table import DenseTable
 from pocketrec.packed import Packed
-from pocketrec.run import Run
 from pocketrec.schema import Field, Schema
-from pocketrec.table import DenseTable
+from pocketrec.training.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = ("10%", "5%", "2%", "1%", "8MiB")

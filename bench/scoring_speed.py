@@ -25,9 +25,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from pocketrec.attribution.gradient import Head, Precision
-from pocketrec.attribution.shapley import Batch, ClickGame, Game, Owen, Permutation, Stream, Tally, attribute
-from pocketrec.program import Op, Program
+from pocketrec.attribution.estimators import Owen, Permutation, Stream
+from pocketrec.attribution.games import ClickGame, Game
+from pocketrec.attribution.lowered import LoweredHead, Precision
+from pocketrec.attribution.samples import SampleBatch
+from pocketrec.attribution.scores import ScoreSums, attribute
+from pocketrec.format.program import Op, Program
 
 FIELDS, ROWS, DIM, HIDDEN = 39, 1_086_810, 16, (400, 400, 400)
 PLAYERS = FIELDS * DIM
@@ -63,9 +66,9 @@ class Clicks:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, start: int, stop: int, pass_index: int) -> Batch:
-        """See pocketrec.attribution.shapley.Samples."""
-        return Batch(start, self.ids[start:stop], self.labels[start:stop])
+    def batch(self, start: int, stop: int, pass_index: int) -> SampleBatch:
+        """See pocketrec.attribution.samples.Samples."""
+        return SampleBatch(start, self.ids[start:stop], self.labels[start:stop])
 
 
 def zipf_clicks(samples: int, rng: np.random.Generator) -> Clicks:
@@ -81,7 +84,9 @@ def zipf_clicks(samples: int, rng: np.random.Generator) -> Clicks:
     return Clicks(torch.from_numpy(np.stack(columns, axis=1)), labels, torch.arange(FIELDS))
 
 
-def seconds_per_thousand_owen(head: Head, weight: Tensor, clicks: Clicks, batch_size: int, tally: Tally) -> float:
+def seconds_per_thousand_owen(
+    head: LoweredHead, weight: Tensor, clicks: Clicks, batch_size: int, tally: ScoreSums
+) -> float:
     """Look-up, one antithetic pair, scatter into both score tables."""
     game, estimator, stream = ClickGame(head), Owen(), Stream(0, "speed")
     placeholder = torch.zeros(FIELDS, DIM + 1)
@@ -102,7 +107,7 @@ def seconds_per_thousand_walk(step: Callable[[int], None], steps: int, samples: 
 
 
 def plain_step(
-    game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: Tally, ids: Tensor
+    game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: ScoreSums, ids: Tensor
 ) -> Callable[[int], None]:
     """One removal per sample: set, run the head, scatter the difference."""
     walk = Game.walk(game, vectors, labels)
@@ -118,7 +123,7 @@ def plain_step(
 
 
 def imputer_step(
-    game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: Tally, ids: Tensor
+    game: Game, vectors: Tensor, labels: Tensor, order: Tensor, tables: ScoreSums, ids: Tensor
 ) -> Callable[[int], None]:
     """As the released code: a mask over all entries, and the vectors filled through it."""
     row = torch.arange(len(vectors))
@@ -137,7 +142,7 @@ def imputer_step(
     return step
 
 
-def scatter(tables: Tally, ids: Tensor, player: Tensor, delta: Tensor) -> None:
+def scatter(tables: ScoreSums, ids: Tensor, player: Tensor, delta: Tensor) -> None:
     """Add one value per sample to its entry of both score tables."""
     index = ids[torch.arange(len(ids)), player // DIM] * (DIM + 1) + player % DIM
     tables.total.view(-1).index_add_(0, index, delta)
@@ -156,9 +161,9 @@ def main() -> None:
     rng = np.random.default_rng(0)
     program, clicks = deepfm(rng), zipf_clicks(args.samples, rng)
     weight = torch.from_numpy(rng.normal(0, 0.1, (ROWS, DIM + 1)).astype(np.float32))
-    tally = Tally((ROWS, DIM + 1), None)
+    tally = ScoreSums((ROWS, DIM + 1), None)
     order = Stream(0, "order").orders(0, args.samples, PLAYERS)
-    heads: dict[Precision, Head] = {"fp32": Head.of(program), "bf16": Head.of(program, "bf16")}
+    heads: dict[Precision, LoweredHead] = {"fp32": LoweredHead.of(program), "bf16": LoweredHead.of(program, "bf16")}
     process = psutil.Process()
     base = process.memory_info().rss
 

@@ -20,11 +20,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from pocketrec.attribution.gradient import Head
-from pocketrec.attribution.scoring import ClickSamples
-from pocketrec.attribution.shapley import ClickGame, Estimator, Levels, Owen, Permutation, Scores, attribute
-from pocketrec.pruning import fill_rows
-from pocketrec.train import train
+from pocketrec.attribution.estimators import Estimator, LevelSampling, Owen, Permutation
+from pocketrec.attribution.games import ClickGame
+from pocketrec.attribution.lowered import LoweredHead
+from pocketrec.attribution.samples import ClickSamples
+from pocketrec.attribution.scores import Scores, attribute
+from pocketrec.families.pruning import fill_rows
+from pocketrec.training.train import train
 
 SPARSITIES = (0.5, 0.8, 0.95)
 
@@ -48,7 +50,7 @@ def main() -> None:
     model = train(configs.ML_1M, data, None, configs.ML_1M_TRAINING)
     weight = model.table.weight().detach()
     fill = torch.from_numpy(fill_rows("codebook", weight.numpy(), data.schema, data.counts))
-    game = ClickGame(Head.of(model.lower()))
+    game = ClickGame(LoweredHead.of(model.lower()))
     samples = ClickSamples(data.train, args.samples, 0)
 
     def score(estimator: Estimator, seed: int) -> tuple[Scores, float]:
@@ -62,7 +64,7 @@ def main() -> None:
         "permutation, 1 walk": (Permutation(1, antithetic=False), 3),
         **{
             f"owen, {levels}, {pairs} pairs": (Owen(pairs, levels), 4)
-            for levels in get_args(Levels)
+            for levels in get_args(LevelSampling)
             for pairs in (1, 4, 16)
         },
     }

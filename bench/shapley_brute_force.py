@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketrec.attribution.gradient import Head
-from pocketrec.attribution.shapley import ClickGame, Estimator, Owen, Permutation, Stream
-from pocketrec.program import Op, Program
+from pocketrec.attribution.estimators import Estimator, Owen, Permutation, Stream
+from pocketrec.attribution.games import ClickGame
+from pocketrec.attribution.lowered import LoweredHead
+from pocketrec.format.program import Op, Program
 
 GAMES, DRAWS, SEED = 200, 4096, 0
 SHAPES = ((2, 1), (3, 1), (2, 2), (3, 2), (2, 3), (4, 2), (3, 3), (5, 1), (6, 1), (2, 5), (4, 1))
@@ -82,7 +83,7 @@ def main() -> None:
     for index in range(GAMES):
         rng = np.random.default_rng([SEED, index])
         fields, dim = SHAPES[index % len(SHAPES)]
-        game = ClickGame(Head.of(deepfm(fields, dim, rng)))
+        game = ClickGame(LoweredHead.of(deepfm(fields, dim, rng)))
         vectors = torch.from_numpy(rng.normal(size=(1, fields, dim + 1)).astype(np.float32))
         c = torch.from_numpy(rng.normal(0, 0.3, (fields, dim + 1)).astype(np.float32))
         label = torch.tensor([float(index % 2)])

@@ -16,11 +16,11 @@ import numpy as np
 from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
-from pocketrec.artifact import Contents
+from pocketrec.format.artifact import Contents
+from pocketrec.format.program import Op, Program
+from pocketrec.format.vocabulary import Vocabulary, hash64
 from pocketrec.packed import Index, Packed, PackedRange, Storage
-from pocketrec.program import Op, Program
 from pocketrec.schema import Field, Keys, Schema
-from pocketrec.vocabulary import Vocabulary, hash64
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.5, 0.8, 0.95, 0.99)

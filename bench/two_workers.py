@@ -22,8 +22,8 @@ from pathlib import Path
 
 import psutil
 
-from pocketrec.study.bench import bench
 from pocketrec.study.plan import Plan, parse
+from pocketrec.study.runner import run_study
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("cluster", "processes", "apart")
@@ -51,12 +51,13 @@ def plan(cells: int, epochs: int) -> Plan:
 
 def on_nodes(workers: int, study: Plan, folder: Path) -> float:
     """Seconds of the study on a local cluster of so many nodes."""
-    from pocketrec.study.cluster import helpers, on_cluster
+    from pocketrec.distributed.cluster import helpers
+    from pocketrec.study.driver import on_cluster
 
     with helpers(f"local:{workers}"):
-        bench(WARM, folder.with_name("warm"), workers=on_cluster("auto"))
+        run_study(WARM, folder.with_name("warm"), workers=on_cluster("auto"))
         started = time.perf_counter()
-        bench(study, folder, workers=on_cluster("auto"))
+        run_study(study, folder, workers=on_cluster("auto"))
         return time.perf_counter() - started
 
 
@@ -93,7 +94,7 @@ def trial(arm: str, workers: int, arguments: argparse.Namespace) -> float:
     study = plan(arguments.cells, arguments.epochs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench(WARM, folder / "encoded")
+        run_study(WARM, folder / "encoded")
         (folder / "study").mkdir()
         (folder / "encoded" / "data").rename(folder / "study" / "data")
         if arm == "apart":
@@ -103,7 +104,7 @@ def trial(arm: str, workers: int, arguments: argparse.Namespace) -> float:
             if arm == "cluster"
             else by_processes(workers, arguments, folder / "study")
         )
-        counts = bench(study, folder / "study")
+        counts = run_study(study, folder / "study")
         if counts != {"done": 2 * arguments.cells, "failed": 0}:
             raise SystemExit(f"expected every cell once, but got {counts}")
         return run
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--process", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
-        bench(plan(arguments.cells, arguments.epochs), arguments.process)
+        run_study(plan(arguments.cells, arguments.epochs), arguments.process)
         return
     if arguments.trial:
         print(json.dumps(trial(arguments.trial[0], int(arguments.trial[1]), arguments)))

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pocketrec import backbones, methods, sources
-    from pocketrec.artifact import Contents
-    from pocketrec.backbone import Backbone, ClickModel, Model, RankingModel
-    from pocketrec.dataset import Dataset, Split, encode
+    from pocketrec.compression.budget import Budget
+    from pocketrec.compression.compress import compress
+    from pocketrec.compression.ladder import Method
+    from pocketrec.compression.measure import Measurement, measure
+    from pocketrec.data.dataset import Dataset, Split
+    from pocketrec.data.encode import encode
     from pocketrec.errors import (
         ArtifactError,
         BudgetError,
@@ -31,13 +34,15 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedOp,
     )
-    from pocketrec.measure import Measurement, measure
-    from pocketrec.method import Budget, Method, compress
-    from pocketrec.run import Run
+    from pocketrec.format.artifact import Contents
+    from pocketrec.models.backbone import Backbone, ClickModel, Model, RankingModel
+    from pocketrec.models.pruned import PrunedTable
+    from pocketrec.models.table import Block, DenseTable, Table
     from pocketrec.runtime import open
     from pocketrec.schema import Field, Schema
-    from pocketrec.table import Block, DenseTable, PrunedTable, Table
-    from pocketrec.train import Training, load, train
+    from pocketrec.training.loop import Training
+    from pocketrec.training.run import Run
+    from pocketrec.training.train import load, train
 
 __version__ = "0.1.0"
 
@@ -108,7 +113,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """The package's own type: importing the submodule ``pocketrec.train`` must not hide the function ``train``."""
+    """The package's own type: importing the submodule ``pocketrec.training.loop`` must not hide the function ``train``."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _MODULE and isinstance(value, ModuleType):

@@ -396,11 +396,11 @@ def beam(
     beams: int,
     codes: NDArray[np.uint8],
 ) -> None:
-    """Beam search by the compiled library, which must be available; the public form is :mod:`pocketrec.coding.beam`."""
+    """Beam search by the compiled library, which must be available; the public form is :mod:`pocketrec.families.coding.lists.beam`."""
     library = _library()
     if library is None:
         raise ConfigError(
-            "The compiled kernel is not available; use `pocketrec.coding.beam`, which falls back to numpy."
+            "The compiled kernel is not available; use `pocketrec.families.coding.lists.beam`, which falls back to numpy."
         )
     count, width = rows.shape
     status = library.pocketrec_beam(

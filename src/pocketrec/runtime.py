@@ -19,9 +19,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.artifact import Artifact
 from pocketrec.errors import ArtifactError, ConfigError, DataError, PocketRecError, UnsupportedOp
-from pocketrec.program import Program
+from pocketrec.format.artifact import Artifact
+from pocketrec.format.program import Program
 
 BATCH_ROWS = 4096
 """Rows that are looked up and scored at a time."""

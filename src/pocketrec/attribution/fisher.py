@@ -17,13 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketrec.attribution.gradient import Head
-from pocketrec.attribution.scoring import ClickSamples, RankingSamples, training_rows
-from pocketrec.attribution.shapley import Checkpoint, ClickGame, RankingGame, Samples, Stream
-from pocketrec.backbone import ClickModel, Model, RankingModel
-from pocketrec.dataset import Dataset
+from pocketrec.attribution.estimators import Stream
+from pocketrec.attribution.games import ClickGame, RankingGame
+from pocketrec.attribution.lowered import LoweredHead
+from pocketrec.attribution.samples import ClickSamples, RankingSamples, Samples, training_rows
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import DivergedError
 from pocketrec.files import boundary
+from pocketrec.models.backbone import ClickModel, Model, RankingModel
+from pocketrec.training.steps import Checkpoint
 
 _SAMPLES_AT_ONCE = 1024
 _PAIRS_AT_ONCE = 1 << 16
@@ -68,18 +70,18 @@ def sensitivity(
         DivergedError: A gradient is not finite.
     """
     split = training_rows(data.train)
-    moments = _Moments(model, checkpoint)
+    moments = _FisherSums(model, checkpoint)
     if isinstance(model, RankingModel) and model.propagates:
         _propagated(model, RankingSamples(split, samples, seed), probes, seed, moments)
     else:
         clicks = isinstance(model, ClickModel)
-        head = Head.of(model.lower())
+        head = LoweredHead.of(model.lower())
         drawn: Samples = (ClickSamples if clicks else RankingSamples)(split, samples, seed)
         _looked_up(ClickGame(head) if clicks else RankingGame(head), model, drawn, moments)
     return moments.result()
 
 
-class _Moments:
+class _FisherSums:
     """Running sums; can be stored and taken up again."""
 
     def __init__(self, model: Model, checkpoint: Checkpoint | None) -> None:
@@ -121,7 +123,7 @@ class _Moments:
         return Sensitivity(metric, trace)
 
 
-def _looked_up(game: ClickGame | RankingGame, model: Model, samples: Samples, moments: _Moments) -> None:
+def _looked_up(game: ClickGame | RankingGame, model: Model, samples: Samples, moments: _FisherSums) -> None:
     weight = model.table.weight().detach()
     for start in range(moments.done, len(samples), _SAMPLES_AT_ONCE):
         rows = samples.batch(start, min(start + _SAMPLES_AT_ONCE, len(samples)), 0).rows
@@ -129,7 +131,7 @@ def _looked_up(game: ClickGame | RankingGame, model: Model, samples: Samples, mo
         moments.advance(len(rows))
 
 
-def _propagated(model: RankingModel, samples: RankingSamples, probes: int, seed: int, moments: _Moments) -> None:
+def _propagated(model: RankingModel, samples: RankingSamples, probes: int, seed: int, moments: _FisherSums) -> None:
     """Gradients of all samples at once, each with a random sign: their products have the same expectation."""
     stream = Stream(seed, "probes")
     for probe in range(moments.done, probes):

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pocketrec.backbone import Backbone, ClickModel, noise
 from pocketrec.errors import ConfigError
-from pocketrec.initial import check_least, click_blocks, click_table
-from pocketrec.perceptron import Perceptron, array, batch_norms, check_perceptron, linear_layers
-from pocketrec.program import Op, Program
+from pocketrec.format.program import Op, Program
+from pocketrec.models.backbone import Backbone, ClickModel, noise
+from pocketrec.models.first_values import check_least, click_blocks, click_table
+from pocketrec.models.perceptron import Perceptron, array, batch_norms, check_perceptron, linear_layers
+from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema, Task
-from pocketrec.table import Block, Table
 
 if TYPE_CHECKING:
-    from pocketrec.dataset import Dataset
+    from pocketrec.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DCNMix(Backbone):
         return DCNMixModel(self, click_table(data.schema, self.dim, source), source)
 
 
-class Mixture(nn.Module):
+class CrossMixture(nn.Module):
     """One cross layer: the experts' matrices side by side, so that three products run all of them.
 
     Attributes:
@@ -127,7 +127,7 @@ class DCNMixModel(ClickModel):
         self.schema = table.schema
         self.table = table
         width = self.schema.width * backbone.dim
-        self.crosses = nn.ModuleList(Mixture(backbone, width, source) for _ in range(backbone.layers))
+        self.crosses = nn.ModuleList(CrossMixture(backbone, width, source) for _ in range(backbone.layers))
         gate = torch.empty(backbone.experts, width).normal_(0, math.sqrt(2 / width), generator=source)
         self.gate = nn.Parameter(gate)
         self.layers = linear_layers((width, *backbone.hidden, 1), source)

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pocketrec.backbone import Backbone, RankingModel, noise
 from pocketrec.errors import ConfigError
-from pocketrec.graph import Graph, Workspace
-from pocketrec.initial import check_least, pair_blocks, xavier
-from pocketrec.pairmodel import ranking_batches
-from pocketrec.program import Op, Program
+from pocketrec.format.program import Op, Program
+from pocketrec.models.backbone import Backbone, RankingModel, noise
+from pocketrec.models.first_values import check_least, pair_blocks, xavier
+from pocketrec.models.graph import Buffers, Graph
+from pocketrec.models.pair_scoring import ranking_batches
+from pocketrec.models.table import Block, DenseTable, Table
 from pocketrec.schema import Schema, Task
-from pocketrec.table import Block, DenseTable, Table
 
 if TYPE_CHECKING:
-    from pocketrec.dataset import Dataset
+    from pocketrec.data.dataset import Dataset
 
 BLOCK = 256
 """Rows of the similarity matrix that are computed together: they stay in cache, and no figure depends on it."""
@@ -104,7 +104,7 @@ class LightGCNModel(RankingModel):
         self.schema = table.schema
         self.table = table
         self.graph = graph
-        self.workspace = Workspace()
+        self.workspace = Buffers()
 
     def batches(
         self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
@@ -156,7 +156,7 @@ class _Contrast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, temperature: float, workspace: Workspace, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, temperature: float, workspace: Buffers, dtype: torch.dtype) -> Tensor:
         size, device = len(vectors), vectors.device
         norms = vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
         unit = vectors / norms

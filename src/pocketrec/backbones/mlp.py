@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from pocketrec.backbone import Backbone, ClickModel, noise
-from pocketrec.initial import check_least, click_blocks, click_table
-from pocketrec.perceptron import Perceptron, batch_norms, check_perceptron, linear_layers
-from pocketrec.program import Op, Program
+from pocketrec.format.program import Op, Program
+from pocketrec.models.backbone import Backbone, ClickModel, noise
+from pocketrec.models.first_values import check_least, click_blocks, click_table
+from pocketrec.models.perceptron import Perceptron, batch_norms, check_perceptron, linear_layers
+from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema, Task
-from pocketrec.table import Block, Table
 
 if TYPE_CHECKING:
-    from pocketrec.dataset import Dataset
+    from pocketrec.data.dataset import Dataset
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from pocketrec.backbone import Backbone, noise
-from pocketrec.initial import check_least, xavier
-from pocketrec.pairmodel import Loss, Objective, PairModel, opposed
-from pocketrec.perceptron import Perceptron, array, batch_norms, check_perceptron, linear, linear_layers
-from pocketrec.program import Op, Program
+from pocketrec.format.program import Op, Program
+from pocketrec.models.backbone import Backbone, noise
+from pocketrec.models.first_values import check_least, xavier
+from pocketrec.models.pair_scoring import Loss, Objective, PairModel, opposed
+from pocketrec.models.perceptron import Perceptron, array, batch_norms, check_perceptron, linear, linear_layers
+from pocketrec.models.table import Block, DenseTable, Table
 from pocketrec.schema import Schema, Task
-from pocketrec.table import Block, DenseTable, Table
 
 if TYPE_CHECKING:
-    from pocketrec.dataset import Dataset
+    from pocketrec.data.dataset import Dataset
 
 PERCEPTRON, PRODUCT, BOTH = range(3)
 """Which branches an epoch trains."""

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from pocketrec.backbone import Backbone, noise
-from pocketrec.initial import check_least, pair_blocks, pair_table
-from pocketrec.pairmodel import Loss, Objective, PairModel
-from pocketrec.perceptron import Perceptron, batch_norms, check_perceptron, linear_layers
-from pocketrec.program import Op, Program
+from pocketrec.format.program import Op, Program
+from pocketrec.models.backbone import Backbone, noise
+from pocketrec.models.first_values import check_least, pair_blocks, pair_table
+from pocketrec.models.pair_scoring import Loss, Objective, PairModel
+from pocketrec.models.perceptron import Perceptron, batch_norms, check_perceptron, linear_layers
+from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema, Task
-from pocketrec.table import Block, Table
 
 if TYPE_CHECKING:
-    from pocketrec.dataset import Dataset
+    from pocketrec.data.dataset import Dataset
 
 
 @dataclass(frozen=True)

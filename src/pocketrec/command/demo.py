@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pocketrec import registry
 from pocketrec.command import shown
-from pocketrec.command.picture import Chart, Point, page, png, size, summary
-from pocketrec.dataset import Dataset, encode
+from pocketrec.command.picture import Chart, MeasuredFile, page, png, size, summary
+from pocketrec.compression.compress import compress
+from pocketrec.compression.ladder import Method
+from pocketrec.compression.measure import measure
+from pocketrec.data.dataset import Dataset
+from pocketrec.data.encode import encode
 from pocketrec.errors import BudgetError, DataError
+from pocketrec.evaluation.metrics import auc
 from pocketrec.files import atomic_write
-from pocketrec.measure import measure
-from pocketrec.method import Method, compress
-from pocketrec.metrics import auc
-from pocketrec.run import Run
-from pocketrec.train import Training, train
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
+from pocketrec.training.train import train
 
 if TYPE_CHECKING:
-    from pocketrec.backbone import Model
+    from pocketrec.models.backbone import Model
 
 BUDGETS = ("50%", "20%", "10%", "5%", "1%")
 METHODS = ("shaver", "mag_prune", "frequency_distance")
@@ -34,7 +37,7 @@ CARDINALITIES = (10_000, 10_000, 6_000, 6_000, 3_000, 2_000, 1_000, 500)
 ROWS = 1_000_000
 
 
-class Watching(Protocol):
+class ProgressWatch(Protocol):
     """Told how far the work is; see :class:`pocketrec.command.progress.Watcher`."""
 
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
@@ -47,7 +50,7 @@ class Watching(Protocol):
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoResult:
     """What came out, and where it lies.
 
     Attributes:
@@ -79,7 +82,7 @@ class Report:
         return f"{shown.table(header, rows)}\n\n{self.chart.title}\n{places}"
 
 
-def run(out: Path, *, seed: int, threads: int | None, watcher: Watching, rows: int = ROWS) -> Report:
+def run(out: Path, *, seed: int, threads: int | None, watcher: ProgressWatch, rows: int = ROWS) -> DemoResult:
     """Do the whole job in the folder ``out``.
 
     Args:
@@ -102,19 +105,19 @@ def run(out: Path, *, seed: int, threads: int | None, watcher: Watching, rows: i
         dense = _dense(model, data, run)
         methods = [registry.load("methods", name)() for name in METHODS]
         curves = {type(m).__name__: _ladder(m, model, data, run, out / "artifacts") for m in methods}
-    report = Report(out, _chart(data, dense, curves, out, seed))
+    report = DemoResult(out, _chart(data, dense, curves, out, seed))
     atomic_write(out / "demo.png", png(report.chart))
     atomic_write(out / "demo.html", page(report.chart).encode())
     return report
 
 
-def _dense(model: Model, data: Dataset, run: Run) -> Point:
+def _dense(model: Model, data: Dataset, run: Run) -> MeasuredFile:
     measured = measure(model, data.test, ledger=run.ledger, latency=False)
     values = sum(b.values for b in model.table.blocks if b.counted)
-    return Point("100%", measured.bytes["table"], measured.bytes["file"], values, measured.quality["auc"])
+    return MeasuredFile("100%", measured.bytes["table"], measured.bytes["file"], values, measured.quality["auc"])
 
 
-def _ladder(method: Method, model: Model, data: Dataset, run: Run, folder: Path) -> tuple[Point, ...]:
+def _ladder(method: Method, model: Model, data: Dataset, run: Run, folder: Path) -> tuple[MeasuredFile, ...]:
     """One file for each budget within reach, each measured from the file alone."""
     folder.mkdir(exist_ok=True)
     points = []
@@ -125,19 +128,21 @@ def _ladder(method: Method, model: Model, data: Dataset, run: Run, folder: Path)
     return tuple(points)
 
 
-def _point(method: Method, budget: str, model: Model, data: Dataset, run: Run, folder: Path) -> Point:
+def _point(method: Method, budget: str, model: Model, data: Dataset, run: Run, folder: Path) -> MeasuredFile:
     try:
         small = compress(model, data, method, budget, run=run)
     except BudgetError as error:
         least = f"at least {size(error.least_bytes)}" if error.least_bytes else ""
-        return Point(budget, 0, 0, 0, None, note=f"out of reach {least}".strip())
+        return MeasuredFile(budget, 0, 0, 0, None, note=f"out of reach {least}".strip())
     path = folder / f"{method.name}-{budget.replace('%', 'pct')}.safetensors"
     small.save(path)
     measured = measure(path, data.test, ledger=run.ledger, latency=False)
-    return Point(budget, measured.bytes["table"], measured.bytes["file"], small.values, measured.quality["auc"])
+    return MeasuredFile(budget, measured.bytes["table"], measured.bytes["file"], small.values, measured.quality["auc"])
 
 
-def _chart(data: Dataset, dense: Point, curves: dict[str, tuple[Point, ...]], out: Path, seed: int) -> Chart:
+def _chart(
+    data: Dataset, dense: MeasuredFile, curves: dict[str, tuple[MeasuredFile, ...]], out: Path, seed: int
+) -> Chart:
     labels, teacher = data.test.labels, data.test.teacher
     ceiling = auc(labels, teacher) if labels is not None and teacher is not None else None
     if ceiling is None:
@@ -153,7 +158,7 @@ def _chart(data: Dataset, dense: Point, curves: dict[str, tuple[Point, ...]], ou
     )
 
 
-def _row(name: str, point: Point, dense: Point) -> tuple[str, ...]:
+def _row(name: str, point: MeasuredFile, dense: MeasuredFile) -> tuple[str, ...]:
     if point.auc is None or dense.auc is None:
         return (name, point.budget, point.note, "", "", "", "")
     lost = "" if point is dense else f"{point.auc - dense.auc:+.4f}"

@@ -42,7 +42,7 @@ class Setting:
         return click.Option([given, self.name], type=kind, default=None, help=shown)
 
 
-class Listed(click.ParamType):
+class ListType(click.ParamType):
     """A comma-separated list of one scalar type, read as a tuple."""
 
     def __init__(self, item: click.ParamType) -> None:
@@ -67,7 +67,7 @@ def click_type(hint: Any) -> click.ParamType:
     if origin is Literal:
         return click.Choice([str(a) for a in arguments])
     if inspect.isclass(origin) and issubclass(origin, Iterable):
-        return Listed(click_type(arguments[0]))
+        return ListType(click_type(arguments[0]))
     return _SCALARS.get(hint, click.STRING)
 
 
@@ -80,7 +80,7 @@ def spell(value: Any) -> str:
     return ",".join(map(spell, value)) if isinstance(value, tuple) else str(value)
 
 
-def described(docstring: str | None) -> dict[str, str]:
+def argument_texts(docstring: str | None) -> dict[str, str]:
     """``name: text`` lines of a google-style ``Args:`` or ``Attributes:`` section, continuation lines joined."""
     section = re.search(r"^\s*(?:Args|Attributes):\n((?:[ \t]+\S.*\n?)+)", inspect.cleandoc(docstring or ""), re.M)
     lines = re.split(r"\n(?= {4}\S)", section[1].rstrip()) if section else []
@@ -90,7 +90,7 @@ def described(docstring: str | None) -> dict[str, str]:
 
 def fields(cls: type[Any]) -> tuple[Setting, ...]:
     """The settings of a dataclass, in order."""
-    hints, text = get_type_hints(cls), described(cls.__doc__)
+    hints, text = get_type_hints(cls), argument_texts(cls.__doc__)
     return tuple(
         Setting(f.name, hints[f.name], _default(f), text.get(f.name, "")) for f in dataclasses.fields(cls) if f.init
     )
@@ -98,7 +98,7 @@ def fields(cls: type[Any]) -> tuple[Setting, ...]:
 
 def keywords(function: Callable[..., Any], skip: Iterable[str] = ()) -> tuple[Setting, ...]:
     """The keyword-only settings of a function, in order, without those in ``skip``."""
-    hints, text = get_type_hints(function), described(function.__doc__)
+    hints, text = get_type_hints(function), argument_texts(function.__doc__)
     return tuple(
         Setting(p.name, hints[p.name], REQUIRED if p.default is p.empty else p.default, text.get(p.name, ""))
         for p in inspect.signature(function).parameters.values()

@@ -20,7 +20,7 @@ _INK, _FAINT, _GRID = "#1c2430", "#6b7684", "#e3e7ec"
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredFile:
     """One artifact, measured from its file; ``auc`` is ``None`` where the budget is out of the method's reach."""
 
     budget: str
@@ -37,8 +37,8 @@ class Chart:
 
     title: str
     subtitle: str
-    curves: dict[str, tuple[Point, ...]]
-    dense: Point
+    curves: dict[str, tuple[MeasuredFile, ...]]
+    dense: MeasuredFile
     ceiling: float
     command: str
 
@@ -66,7 +66,7 @@ def page(chart: Chart) -> str:
     )
 
 
-def _row(name: str, point: Point, dense: Point) -> str:
+def _row(name: str, point: MeasuredFile, dense: MeasuredFile) -> str:
     if point.auc is None or dense.auc is None:
         return f'<tr><td>{escape(name)}</td><td colspan="4">{escape(point.note)}</td></tr>'
     lost = "" if point is dense else f"{point.auc - dense.auc:+.4f}"
@@ -143,7 +143,7 @@ def _text(axes: Any, chart: Chart) -> None:
     axes.legend(loc="lower right", frameon=False, fontsize=11.5, labelcolor="linecolor", handlelength=1.6)
 
 
-def summary(curves: Sequence[Point], dense: Point) -> str:
+def summary(curves: Sequence[MeasuredFile], dense: MeasuredFile) -> str:
     """The smallest artifact that loses less than .002 AUC, in one line."""
     good = [p for p in curves if p.auc is not None and dense.auc is not None and p.auc > dense.auc - 0.002]
     if not good:

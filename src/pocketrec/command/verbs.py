@@ -24,8 +24,9 @@ from pocketrec.command.progress import Watcher
 from pocketrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from pocketrec.run import Progress, Run
-    from pocketrec.study.bench import Workers
+    from pocketrec.study.runner import Workers
+    from pocketrec.training.run import Run
+    from pocketrec.training.steps import Progress
 
 Document = Mapping[str, Any]
 _PATH = click.Path(path_type=Path)
@@ -61,7 +62,7 @@ class Session:
 
     def run(self, path: Path | None, progress: Progress | None = None) -> Run:
         """The run of this session in the folder ``path``."""
-        from pocketrec.run import Run
+        from pocketrec.training.run import Run
 
         return Run(path, seed=self.seed, threads=self.threads, device=self.device, progress=progress)
 
@@ -110,7 +111,7 @@ def encode() -> None:
 
 def encode_command(source: type[Any]) -> click.Command:
     """``encode SOURCE RAW OUT``, with the source's fields and the keywords of ``pocketrec.encode`` as flags."""
-    from pocketrec.dataset import encode as encode_log
+    from pocketrec.data.encode import encode as encode_log
 
     settings = options.fields(source)
     more = options.keywords(encode_log, skip={"seed", "progress", *(s.name for s in settings)})
@@ -134,7 +135,7 @@ def encode_command(source: type[Any]) -> click.Command:
 
 
 def _training_settings(_backbone: type[Any]) -> tuple[options.Setting, ...]:
-    from pocketrec.train import Training
+    from pocketrec.training.loop import Training
 
     return options.fields(Training)
 
@@ -146,9 +147,9 @@ def _training_settings(_backbone: type[Any]) -> tuple[options.Setting, ...]:
 @verb
 def train(session: Session, data: Path, backbone: str, folder: Path, **flags: Any) -> None:
     """Train a recommender on the data set DATA into a run."""
-    from pocketrec.dataset import Dataset
-    from pocketrec.train import Training, history
-    from pocketrec.train import train as train_model
+    from pocketrec.data.dataset import Dataset
+    from pocketrec.training.loop import Training, history
+    from pocketrec.training.train import train as train_model
 
     plugin = options.build(registry.load("backbones", backbone), flags)
     changes = options.given(flags, options.fields(Training))
@@ -179,9 +180,9 @@ def compress(
     session: Session, folder: Path, method: str, budgets: tuple[str, ...], out: Path, data: Path | None, **flags: Any
 ) -> None:
     """Compress the model of a run to each budget and write one file for each."""
-    from pocketrec.dataset import Dataset
-    from pocketrec.method import compress as compress_model
-    from pocketrec.train import load
+    from pocketrec.compression.compress import compress as compress_model
+    from pocketrec.data.dataset import Dataset
+    from pocketrec.training.train import load
 
     plugin = options.build(registry.load("methods", method), flags)
     model, dataset = load(folder, Dataset.open(data) if data else None)
@@ -215,10 +216,10 @@ def artifact_name(method: str, budget: str) -> str:
 @verb
 def measure(session: Session, target: Path, data: Path, split: str, k: int, folder: Path | None) -> None:
     """Measure quality, bytes and latency of an artifact from its file, or of the dense model of a run."""
-    from pocketrec.dataset import Dataset
+    from pocketrec.compression.measure import measure as measure_target
+    from pocketrec.data.dataset import Dataset
     from pocketrec.files import Journal
-    from pocketrec.measure import measure as measure_target
-    from pocketrec.train import load
+    from pocketrec.training.train import load
 
     dataset = Dataset.open(data)
     trained = (target / "run.json").is_file()
@@ -263,16 +264,16 @@ def inspect(session: Session, path: Path, verify: bool) -> None:
 def _inspected(path: Path, verify: bool) -> Document:
     """What lies at ``path``, by what is in it."""
     if (path / "dataset.json").is_file():
-        from pocketrec.dataset import Dataset
+        from pocketrec.data.dataset import Dataset
 
         return {"kind": "dataset", **Dataset.open(path, verify=verify).report()}
     if (path / "run.json").is_file():
-        from pocketrec.run import read_document
+        from pocketrec.training.document import read_document
 
         return {"kind": "run", "run": str(path), **read_document(path)}
     if path.is_dir():
         raise DataError(f"{path}: expected a data set, a run or an artifact, but got another folder.")
-    from pocketrec.artifact import Contents
+    from pocketrec.format.artifact import Contents
 
     artifact = Contents.open(path)
     if verify:
@@ -296,9 +297,9 @@ def bench(
 
     What is finished is not done again: a killed study goes on. --seed shifts all seeds of the plan.
     """
-    from pocketrec.study.bench import bench as run_study
     from pocketrec.study.estimate import estimate
     from pocketrec.study.plan import Plan
+    from pocketrec.study.runner import run_study as run_study
 
     study = Plan.read(plan).shifted(session.seed, session.threads, session.device)
     if dry_run:
@@ -320,7 +321,7 @@ def _workers(cluster: str | None) -> Workers | None:
     """Who does the jobs: this process, or a cluster."""
     if cluster is None:
         return None
-    from pocketrec.study.cluster import on_cluster
+    from pocketrec.study.driver import on_cluster
 
     return on_cluster(cluster)
 

@@ -13,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.active import Rule
-from pocketrec.backbone import Model, noise
-from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Order, Region, Scope
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
-from pocketrec.imitation import Imitated, Lesson
-from pocketrec.initial import xavier
+from pocketrec.families.compositional.ladder import ComposedLadder
+from pocketrec.families.compositional.region import Region, RegionScope, SlotOrder
+from pocketrec.families.compositional.table import ComposedTable, Composition
+from pocketrec.families.distillation import Imitated, Lesson
+from pocketrec.families.pruning import largest, ordered
+from pocketrec.families.retraining import HeadStart, ValueStart, retraining_model, search_training
+from pocketrec.families.thresholds import Falls, check_search, first_threshold, rising_rate, shrink
 from pocketrec.layouts.pruned_sum import (
     OPERATIONS,
     Operation,
@@ -29,13 +32,12 @@ from pocketrec.layouts.pruned_sum import (
     part_width,
     pruned_sum_bytes,
 )
-from pocketrec.masked import Head, Restart, restarted, search_training
-from pocketrec.method import Method
+from pocketrec.models.backbone import Model, noise
+from pocketrec.models.first_values import xavier
 from pocketrec.packed import PackedRange, Storage
-from pocketrec.pruning import largest, ordered
-from pocketrec.run import Run
-from pocketrec.soft import Falls, check_search, first_threshold, rising_rate, shrink
-from pocketrec.train import Training
+from pocketrec.training.hooks import Rule
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
 Regulariser = Literal["batch", "rowwise"]
 Spread = Literal["constant", "uniform", "normal", "power"]
@@ -113,10 +115,10 @@ class CERP(Method):
     checks: int = 200
     stop: Literal["exact", "published"] = "exact"
     clip: float = 100.0
-    head: Head = "fresh"
-    restart: Restart = "first"
-    scope: Scope = "block"
-    order: Order = "file"
+    head: HeadStart = "fresh"
+    restart: ValueStart = "first"
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
     imitation: int = 0
     imitation_rate: float = 0.01
     imitated: Imitated = "rows"
@@ -185,7 +187,7 @@ class CERP(Method):
         if self.restart == "found":
             pruned = found.with_parts(chosen, found.weight().detach())
             return run.fit("retrain", net.with_table(pruned), data, self.training or None)
-        start = restarted(draft, self.head, data, run)
+        start = retraining_model(draft, self.head, data, run)
         pruned = table.with_parts(chosen, plain if self.head == "initial" else start.table.weight().detach())
         return run.fit("retrain", start.with_table(pruned), data, self.training or None)
 

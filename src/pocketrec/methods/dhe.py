@@ -14,22 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pocketrec.backbone import Model
-from pocketrec.composition import ComposedLadder, Composition, Frequent, Order, Region, Scope
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.imitation import Imitated, Lesson
+from pocketrec.families.compositional.ladder import ComposedLadder
+from pocketrec.families.compositional.region import FrequencyOrder, Region, RegionScope, SlotOrder
+from pocketrec.families.compositional.table import Composition
+from pocketrec.families.distillation import Imitated, Lesson
 from pocketrec.layouts.factors import encode_factor
 from pocketrec.layouts.hash_mlp import CODES, HashMlpBlock, codes, network_bytes
-from pocketrec.method import Method
+from pocketrec.models.backbone import Model
 from pocketrec.packed import PackedRange, Storage
 from pocketrec.randomness import derive
-from pocketrec.run import Run
-from pocketrec.train import Training
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
-Norm = Literal["before", "after", "none"]
-Last = Literal["linear", "bn_mish"]
-Code = Literal["uniform", "gaussian"]
+NormPlace = Literal["before", "after", "none"]
+LastLayer = Literal["linear", "bn_mish"]
+CodeDistribution = Literal["uniform", "gaussian"]
 
 FORMS = ("stored codes", "on-demand codes")
 NOTHING = np.empty(0, np.int64)
@@ -85,14 +87,14 @@ class DHE(Method):
     hidden: tuple[int, ...] = ()
     functions: int = 1024
     buckets: int = 1_000_000
-    code: Code = "uniform"
-    norm: Norm = "before"
-    last_layer: Last = "linear"
+    code: CodeDistribution = "uniform"
+    norm: NormPlace = "before"
+    last_layer: LastLayer = "linear"
     multiple: int = 1
     salt: int = 0
     hot: int = 0
-    scope: Scope = "block"
-    order: Order = "file"
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
     imitation: int = 0
     imitation_rate: float = 0.002
     imitated: Imitated = "rows"
@@ -121,7 +123,7 @@ class DHE(Method):
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
         """Nothing is computed before the budget is known."""
-        frequent = Frequent(data, self.order)
+        frequent = FrequencyOrder(data, self.order)
 
         def plan(region: Region, values: int) -> DHEPlan | None:
             return self.plan(region, values, frequent.of(region)[: self.hot] if self.hot else NOTHING)
@@ -193,7 +195,7 @@ class DHE(Method):
         return low
 
 
-def network_values(widths: tuple[int, ...], norm: Norm, last_layer: Last) -> int:
+def network_values(widths: tuple[int, ...], norm: NormPlace, last_layer: LastLayer) -> int:
     """See :meth:`DHE.values`."""
     linear = sum(i * o + o for i, o in pairwise(widths))
     normed = widths[1:] if last_layer == "bn_mish" else widths[1:-1]
@@ -207,9 +209,9 @@ class DHEPlan:
     rows: int
     widths: tuple[int, ...]
     buckets: int
-    code: Code
-    norm: Norm
-    last_layer: Last
+    code: CodeDistribution
+    norm: NormPlace
+    last_layer: LastLayer
     salt: int
     hot: NDArray[np.int64] = field(default_factory=lambda: NOTHING, repr=False, compare=False)
 

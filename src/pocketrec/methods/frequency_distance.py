@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from pocketrec.backbone import Model
-from pocketrec.dataset import Dataset
-from pocketrec.method import Method
-from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
-from pocketrec.run import Run
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
+from pocketrec.families.pruning import Fill, PruningLadder, RankingScope, fill_rows
+from pocketrec.models.backbone import Model
+from pocketrec.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FrequencyDistance(Method):
     name: ClassVar[str] = "frequency_distance"
 
     fill: Fill = "codebook"
-    scope: Scope = "joint"
+    scope: RankingScope = "joint"
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PruningLadder:
         """Rank by ``n_i (e_ij - c_fj)^2``."""

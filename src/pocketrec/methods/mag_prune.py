@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from pocketrec.backbone import Model
-from pocketrec.dataset import Dataset
-from pocketrec.method import Method
-from pocketrec.pruning import PruningLadder, Scope, fill_rows
-from pocketrec.run import Run
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
+from pocketrec.families.pruning import PruningLadder, RankingScope, fill_rows
+from pocketrec.models.backbone import Model
+from pocketrec.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MagPrune(Method):
 
     name: ClassVar[str] = "mag_prune"
 
-    scope: Scope = "joint"
+    scope: RankingScope = "joint"
     n_min: int = 0
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PruningLadder:

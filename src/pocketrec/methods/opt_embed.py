@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pocketrec.active import Rule
-from pocketrec.backbone import Model
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.evolution import Evolution, EvolvedLadder, Rows, Sampling, Search, Supernet, Units, check_epochs
-from pocketrec.masked import Head, Origin, Restart, initial_model, search_training
-from pocketrec.method import Method
-from pocketrec.run import Run
-from pocketrec.train import Training
+from pocketrec.families.evolution import Evolution, EvolvedLadder, SearchAlgorithm
+from pocketrec.families.mixed_dimension import LengthSampling, Supernet, ThresholdSharing, Units, check_epochs
+from pocketrec.families.retraining import HeadStart, Origin, ValueStart, initial_model, search_training
+from pocketrec.models.backbone import Model
+from pocketrec.training.hooks import Rule
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,20 @@ class OptEmbed(Method):
     name: ClassVar[str] = "opt_embed"
     trains: ClassVar[bool] = True
 
-    threshold: Rows = "field"
+    threshold: ThresholdSharing = "field"
     pressure: float = 1e-3
     threshold_rate: float | None = None
     search_epochs: int | None = None
-    sampling: Sampling = "alpha"
-    search: Search = "elitist"
+    sampling: LengthSampling = "alpha"
+    search: SearchAlgorithm = "elitist"
     population: int = 20
     generations: int = 30
     parents: int = 15
     children: int = 10
     mutation: float = 0.1
     patience: int = 8
-    head: Head = "initial"
-    restart: Restart = "first"
+    head: HeadStart = "initial"
+    restart: ValueStart = "first"
     origin: Origin = "fresh"
     training: tuple[Training, ...] = ()
 

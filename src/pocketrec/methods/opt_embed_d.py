@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
-from pocketrec.active import Rule
-from pocketrec.backbone import Model
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.evolution import Beginning, Evolution, EvolvedLadder, Sampling, Supernet, Units, check_epochs
-from pocketrec.masked import Head, Origin, Restart, initial_model, search_training
-from pocketrec.method import Method
-from pocketrec.run import Run
-from pocketrec.train import Training
+from pocketrec.families.evolution import Evolution, EvolvedLadder, InitialPopulation
+from pocketrec.families.mixed_dimension import LengthSampling, Supernet, Units, check_epochs
+from pocketrec.families.retraining import HeadStart, Origin, ValueStart, initial_model, search_training
+from pocketrec.models.backbone import Model
+from pocketrec.training.hooks import Rule
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,23 @@ class OptEmbedD(Method):
     trains: ClassVar[bool] = True
 
     search_epochs: int | None = None
-    sampling: Sampling = "alpha"
+    sampling: LengthSampling = "alpha"
     population: int = 20
-    beginning: Beginning = "drawn"
+    beginning: InitialPopulation = "drawn"
     generations: int = 30
     parents: int = 15
     children: int = 10
     mutation: float = 0.1
     patience: int = 8
-    head: Head = "initial"
-    restart: Restart = "first"
+    head: HeadStart = "initial"
+    restart: ValueStart = "first"
     origin: Origin = "fresh"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:
         check_epochs(self.search_epochs)
         self.evolution()
-        if self.beginning not in get_args(Beginning):
+        if self.beginning not in get_args(InitialPopulation):
             raise ConfigError(f"`beginning` must be one of drawn, even, but got {self.beginning!r}.")
 
     def evolution(self) -> Evolution:

@@ -12,18 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.active import ActiveTable, Rule
-from pocketrec.backbone import Model
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
-from pocketrec.masked import Head, Restart, initial_model, retrain, search_training
-from pocketrec.method import Ladder, Method
+from pocketrec.families.pruning import PruningLadder, RankingScope, carry_uncounted
+from pocketrec.families.retraining import HeadStart, ValueStart, initial_model, retrain, search_training
+from pocketrec.families.thresholds import Falls, check_search, first_threshold, rising_rate, shrink
+from pocketrec.models.backbone import Model
+from pocketrec.models.pruned import PrunedTable
+from pocketrec.models.table import DenseTable, counted_cells
 from pocketrec.packed import Index, Packed, Storage
-from pocketrec.pruning import PruningLadder, Scope, carry_uncounted
-from pocketrec.run import Run
-from pocketrec.soft import Falls, check_search, first_threshold, rising_rate, shrink
-from pocketrec.table import DenseTable, PrunedTable, counted_cells
-from pocketrec.train import Training
+from pocketrec.training.hooks import ActiveTable, Rule
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
 Granularity = Literal["global", "dimension", "feature", "field", "feature_dim", "field_dim"]
 
@@ -76,9 +77,9 @@ class PEP(Method):
     checks: int = 200
     stop: Literal["exact", "published"] = "exact"
     clip: float = 100.0
-    head: Head = "fresh"
-    restart: Restart = "first"
-    scope: Scope = "joint"
+    head: HeadStart = "fresh"
+    restart: ValueStart = "first"
+    scope: RankingScope = "joint"
     training: tuple[Training, ...] = ()
 
     def __post_init__(self) -> None:

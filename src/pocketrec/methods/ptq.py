@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketrec.backbone import Model
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.layouts.quantised import BITS, QuantisedBlock, code_bytes, pack_codes
-from pocketrec.method import Ladder, Method
+from pocketrec.models.backbone import Model
+from pocketrec.models.table import Block, Table, oov_rows
 from pocketrec.packed import Index, Packed, Storage, file_range, side_size_for
-from pocketrec.run import Run
 from pocketrec.schema import Schema
-from pocketrec.table import Block, Table, oov_rows
-from pocketrec.vocabulary import size_for as vocabulary_size_for
+from pocketrec.training.run import Run
 
-Scale = Literal["column", "block"]
-Zero = Literal["exact", "rounded"]
+ScaleSharing = Literal["column", "block"]
+ZeroCode = Literal["exact", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class PTQ(Method):
     name: ClassVar[str] = "ptq"
 
     bits: int = 0
-    scale: Scale = "column"
-    zero: Zero = "exact"
+    scale: ScaleSharing = "column"
+    zero: ZeroCode = "exact"
 
     def __post_init__(self) -> None:
         if self.bits not in (0, *BITS):
@@ -82,8 +82,8 @@ class PTQLadder(Ladder):
 
     table: Table
     bits: tuple[int, ...]
-    scale: Scale
-    zero: Zero = "exact"
+    scale: ScaleSharing
+    zero: ZeroCode = "exact"
 
     def at_values(self, values: int) -> QuantisedTable:
         """The table with the most bits; it keeps all values.
@@ -167,8 +167,8 @@ class QuantisedTable(Table):
         blocks: tuple[Block, ...],
         weight: NDArray[np.float32],
         bits: int,
-        scale: Scale,
-        zero: Zero = "exact",
+        scale: ScaleSharing,
+        zero: ZeroCode = "exact",
     ) -> None:
         super().__init__()
         self.schema = schema
@@ -237,7 +237,7 @@ class QuantisedTable(Table):
         return QuantisedBlock(block.name, start, stop, block.left, block.right, "quantised", bits, arrays)
 
 
-def _groups(schema: Schema, block: Block, scale: Scale) -> Sequence[tuple[slice, slice]]:
+def _groups(schema: Schema, block: Block, scale: ScaleSharing) -> Sequence[tuple[slice, slice]]:
     """The fields and the rows that share their least and largest value, in a column or altogether."""
     if scale == "block":
         return [(slice(0, schema.width), slice(block.start, block.stop))]

@@ -11,21 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.backbone import Model
-from pocketrec.composition import ComposedLadder, Composition, Order, Region, Scope
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.imitation import Imitated, Lesson
+from pocketrec.families.compositional.ladder import ComposedLadder
+from pocketrec.families.compositional.region import Region, RegionScope, SlotOrder
+from pocketrec.families.compositional.table import Composition
+from pocketrec.families.distillation import Imitated, Lesson
 from pocketrec.layouts.factors import encode_factor, factor_bytes
 from pocketrec.layouts.product import OPERATIONS, ProductBlock
-from pocketrec.method import Method
+from pocketrec.models.backbone import Model
 from pocketrec.packed import PackedRange, Storage
-from pocketrec.run import Run
-from pocketrec.train import Training
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
 Operation = Literal["mult", "add", "concat"]
-Large = Literal["remainder", "quotient"]
-Init = Literal["normal", "uniform"]
+LargerFactor = Literal["remainder", "quotient"]
+FactorInit = Literal["normal", "uniform"]
 
 STD = {"mult": math.sqrt(0.1), "add": 0.05, "concat": 0.1}
 
@@ -66,11 +68,11 @@ class QR(Method):
     trains: ClassVar[bool] = True
 
     operation: Operation = "mult"
-    init: Init = "normal"
-    large: Large = "remainder"
+    init: FactorInit = "normal"
+    large: LargerFactor = "remainder"
     divisor: int | None = None
-    scope: Scope = "block"
-    order: Order = "file"
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
     imitation: int = 0
     imitation_rate: float = 0.01
     imitated: Imitated = "rows"
@@ -161,7 +163,7 @@ class QRPlan:
     width: int
     divisor: int
     operation: Operation = "mult"
-    init: Init = "normal"
+    init: FactorInit = "normal"
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from pocketrec.backbone import Model
-from pocketrec.dataset import Dataset
-from pocketrec.method import Method
-from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
+from pocketrec.families.pruning import Fill, PruningLadder, RankingScope, fill_rows
+from pocketrec.models.backbone import Model
 from pocketrec.randomness import generator
-from pocketrec.run import Run
+from pocketrec.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Random(Method):
     name: ClassVar[str] = "random"
 
     fill: Fill = "zero"
-    scope: Scope = "joint"
+    scope: RankingScope = "joint"
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PruningLadder:
         """Rank by uniform draws from the run's seed."""

@@ -11,23 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
-from pocketrec.attribution.margin import lists, margin, ranks_by_products
-from pocketrec.backbone import ClickModel, Model
-from pocketrec.coding.allocation import Assignment, Rate, Source, allocate, going_price
-from pocketrec.coding.coded import CodedTable, spans
-from pocketrec.coding.head import CodedHead, HeadMarket, moments
-from pocketrec.coding.listladder import ListLadder
-from pocketrec.coding.touchup import touch_up
-from pocketrec.dataset import Dataset
+from pocketrec.attribution.list_margin import lists, margin, ranks_by_products
+from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError, UnsupportedOp
+from pocketrec.families.coding.clicks.allocation import Assignment, FieldCoordinates, Rate, allocate, bit_price
+from pocketrec.families.coding.clicks.head import CodedHead, HeadCosts, moments
+from pocketrec.families.coding.clicks.table import CodedTable, spans
+from pocketrec.families.coding.clicks.touch_up import touch_up
+from pocketrec.families.coding.lists.ladder import ListCodingLadder
+from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.layouts.transform import Section, fixed_bytes
-from pocketrec.method import Ladder, Method
+from pocketrec.models.backbone import ClickModel, Model
+from pocketrec.models.table import Table
 from pocketrec.packed import Index, Storage
-from pocketrec.run import Run
 from pocketrec.schema import Schema
-from pocketrec.table import Table
-from pocketrec.train import fingerprint
-from pocketrec.vocabulary import size_for as vocabulary_size_for
+from pocketrec.training.loop import fingerprint
+from pocketrec.training.run import Run
 
 _Size = Callable[[Sequence[Section], Sequence[NDArray[np.int64]]], int]
 _KEY_BITS = 36.0
@@ -100,7 +100,7 @@ class RateDistortion(Method):
             known = {"model": fingerprint(model), "data": data.digest}
             found = margin(model, run.once("margin", known, lambda checkpoint: lists(model, data)))
             whole = RateDistortionLadder(self, model, data, run, found.sensitivity(model.schema.fields))
-            return ListLadder(model, found, whole, data, run, self.touch_up)
+            return ListCodingLadder(model, found, whole, data, run, self.touch_up)
         stored = run.once(
             "fisher",
             self.key(model, data),
@@ -183,7 +183,7 @@ class RateDistortionLadder(Ladder):
         if market is None or not isinstance(model, ClickModel):
             return model
         room = 8 * (size_bytes - market.fixed_bytes - self._least_bytes(vocabulary=True))
-        bits = market.bits(going_price(self._sources, room, market.spent, row_bits=_KEY_BITS))
+        bits = market.bits(bit_price(self._sources, room, market.spent, row_bits=_KEY_BITS))
         return CodedHead(model, market.coded(model.lower(), bits), bits)
 
     def finish(self, model: Model) -> Model:
@@ -198,7 +198,7 @@ class RateDistortionLadder(Ladder):
         return CodedHead(touched, self._head.coded(touched.lower(), head.bits), head.bits)
 
     @cached_property
-    def _head(self) -> HeadMarket | None:
+    def _head(self) -> HeadCosts | None:
         """What the rows of the head's matrices lose and take, where it may be coded."""
         model = self.model
         if not (self.method.code_head and isinstance(model, ClickModel)):
@@ -208,9 +208,9 @@ class RateDistortionLadder(Ladder):
         market = self.run.once(
             "head-loss",
             key,
-            lambda checkpoint: HeadMarket.of(head, moments(model, self.data, self.run.seed)).arrays(),
+            lambda checkpoint: HeadCosts.of(head, moments(model, self.data, self.run.seed)).arrays(),
         )
-        return HeadMarket.from_arrays(head, market)
+        return HeadCosts.from_arrays(head, market)
 
     def _least_bytes(self, *, vocabulary: bool) -> int:
         """Bytes of a table of nothing but field means."""
@@ -243,12 +243,14 @@ class RateDistortionLadder(Ladder):
         return centre.astype(np.float16)
 
     @cached_property
-    def _sources(self) -> list[Source]:
+    def _sources(self) -> list[FieldCoordinates]:
         """The rows of each field but the out-of-vocabulary row."""
         weight = self.table.weight().detach().numpy()
         found = []
         for i, field in enumerate(self.schema.fields):
             rows = np.arange(field.offset, field.stop - field.oov)
             residuals = weight[rows] - self._centre[i].astype(np.float32)
-            found.append(Source.of(rows, field.keys == "hashed", residuals, self._shares[rows], self.cost.metric[i]))
+            found.append(
+                FieldCoordinates.of(rows, field.keys == "hashed", residuals, self._shares[rows], self.cost.metric[i])
+            )
         return found

@@ -11,36 +11,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from pocketrec.allpairs import product_weight
-from pocketrec.attribution.gradient import Head, Precision
-from pocketrec.attribution.scoring import (
-    ClickSamples,
-    RankingSamples,
-    Score,
-    attribute_lists,
-    attribute_propagated,
-    ranking_keys,
-    training_rows,
-)
-from pocketrec.attribution.shapley import (
-    Checkpoint,
-    ClickGame,
-    Levels,
-    Owen,
-    Permutation,
-    RankingGame,
-    Scores,
-    Scoring,
-)
-from pocketrec.backbone import ClickModel, Model, RankingModel
-from pocketrec.dataset import Dataset
+from pocketrec.attribution.estimators import LevelSampling, Owen, Permutation
+from pocketrec.attribution.games import ClickGame, RankingGame
+from pocketrec.attribution.lowered import LoweredHead, Precision
+from pocketrec.attribution.samples import ClickSamples, RankingSamples, training_rows
+from pocketrec.attribution.scores import Score, Scores, Scoring, ranking_keys
+from pocketrec.attribution.whole_table import attribute_lists, attribute_propagated
+from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.method import Ladder, Method
+from pocketrec.evaluation.full_ranking import product_weight
+from pocketrec.families.pruning import Fill, PruningLadder, RankingScope, fill_rows
+from pocketrec.models.backbone import ClickModel, Model, RankingModel
+from pocketrec.models.pruned import PrunedTable
 from pocketrec.packed import Index, Storage
-from pocketrec.pruning import Fill, PruningLadder, Scope, fill_rows
-from pocketrec.run import Arrays, Run
-from pocketrec.table import PrunedTable
-from pocketrec.train import fingerprint
+from pocketrec.training.loop import fingerprint
+from pocketrec.training.run import Run
+from pocketrec.training.steps import Arrays, Checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,7 @@ class Shaver(Method):
     exponent: float = 0.25
     estimator: Literal["owen", "permutation"] = "owen"
     draws: int = 1
-    levels: Levels = "uniform"
+    levels: LevelSampling = "uniform"
     samples: int | None = None
     passes: int = 1
     tolerance: float = 0.01
@@ -104,7 +91,7 @@ class Shaver(Method):
     batch_size: int = 1024
     precision: Precision = "fp32"
     shards: int = 1
-    scope: Scope = "joint"
+    scope: RankingScope = "joint"
     tune: Literal["none", "table", "codebook"] = "none"
 
     def __post_init__(self) -> None:
@@ -183,7 +170,7 @@ class Shaver(Method):
         weight = model.table.weight().detach()
         fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
         clicks = isinstance(model, ClickModel)
-        head = Head.of(model.lower(), self.precision)
+        head = LoweredHead.of(model.lower(), self.precision)
         samples = ClickSamples if clicks else RankingSamples
         return Scoring(
             ClickGame(head) if clicks else RankingGame(head),

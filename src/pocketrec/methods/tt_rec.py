@@ -13,19 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pocketrec.backbone import Model
-from pocketrec.composition import ComposedLadder, ComposedTable, Composition, Frequent, Order, Region, Scope
-from pocketrec.dataset import Dataset
+from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.imitation import Imitated, Lesson
+from pocketrec.families.compositional.ladder import ComposedLadder
+from pocketrec.families.compositional.region import FrequencyOrder, Region, RegionScope, SlotOrder
+from pocketrec.families.compositional.table import ComposedTable, Composition
+from pocketrec.families.distillation import Imitated, Lesson
 from pocketrec.layouts.factors import encode_factor
 from pocketrec.layouts.tensor_train import TensorTrainBlock, core_shapes, row_factors, train_bytes, width_factors
-from pocketrec.method import Method
+from pocketrec.models.backbone import Model
 from pocketrec.packed import PackedRange, Storage
-from pocketrec.run import Run
-from pocketrec.train import Training
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
 
-Init = Literal["corrected", "approx_normal"]
+CoreInit = Literal["corrected", "approx_normal"]
 CacheBy = Literal["counts", "accesses"]
 
 CHUNK = 2048
@@ -77,10 +79,10 @@ class TTRec(Method):
     cache_share: float = 0.2
     cache_by: CacheBy = "counts"
     warm_up: int = 1
-    init: Init = "corrected"
+    init: CoreInit = "corrected"
     multiple: int = 8
-    scope: Scope = "block"
-    order: Order = "file"
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
     imitation: int = 0
     imitation_rate: float = 0.01
     imitated: Imitated = "rows"
@@ -108,7 +110,7 @@ class TTRec(Method):
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
         """Nothing is computed before the budget is known."""
-        frequent = Frequent(data, self.order)
+        frequent = FrequencyOrder(data, self.order)
         return ComposedLadder.of(
             self.name, model, data, run,
             scope=self.scope, order=self.order, training=self.training, least=self.least,
@@ -212,7 +214,7 @@ class TTPlan:
     rows: tuple[int, ...]
     widths: tuple[int, ...]
     ranks: tuple[int, ...]
-    init: Init = "corrected"
+    init: CoreInit = "corrected"
     cached: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False, compare=False)
     tallied: bool = field(default=False, repr=False)
 

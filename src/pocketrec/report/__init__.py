@@ -6,6 +6,6 @@ Example:
     PosixPath('results/smoke/report/index.html')
 """
 
-from pocketrec.report.writer import Written, write
+from pocketrec.report.writer import ReportFiles, write
 
-__all__ = ["Written", "write"]
+__all__ = ["ReportFiles", "write"]

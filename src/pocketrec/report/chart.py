@@ -29,12 +29,12 @@ FLATTEST = 2e-3
 PARTS = ("#0b5cad", "#7ba7d7", "#c2410c", "#e9a37f")
 
 Format = Callable[[float], str]
-Scale = Literal["linear", "log", "binary"]
+AxisScale = Literal["linear", "log", "binary"]
 """``binary`` is a logarithmic axis with ticks at powers of two, for bytes."""
 
 
 @dataclass(frozen=True)
-class Dot:
+class Marker:
     """A point, its spread to either side, and what a pointer that rests on it is told."""
 
     x: float
@@ -48,7 +48,7 @@ class Line:
     """Points that belong together; ``style`` chooses colour, mark and dash; ``marks`` shows the points themselves."""
 
     style: int | None
-    dots: tuple[Dot, ...]
+    dots: tuple[Marker, ...]
     marks: bool = True
     faint: bool = False
 
@@ -75,12 +75,12 @@ class Figure:
     lines: tuple[Line, ...]
     x_format: Format = "{:g}".format
     y_format: Format | None = None
-    scale: Scale = "linear"
-    star: Dot | None = None
+    scale: AxisScale = "linear"
+    star: Marker | None = None
     whole: bool = False
 
     @property
-    def dots(self) -> list[Dot]:
+    def dots(self) -> list[Marker]:
         """All of them."""
         return [d for line in self.lines for d in line.dots] + ([self.star] if self.star else [])
 
@@ -226,7 +226,7 @@ def log_ticks(low: float, high: float, binary: bool) -> list[float]:
     return every[:: max(1, math.ceil(len(every) / 5))]
 
 
-def _bounds(values: Iterable[float], scale: Scale) -> tuple[float, float]:
+def _bounds(values: Iterable[float], scale: AxisScale) -> tuple[float, float]:
     """Ends of an axis, a little beyond the values."""
     found = list(values)
     low, high = min(found), max(found)

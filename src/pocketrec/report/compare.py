@@ -12,8 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Arrays, Metric, Pair, Place, Study
-from pocketrec.statistics import (
+from pocketrec.evaluation.statistics import (
     Bootstrap,
     Interval,
     Statistic,
@@ -23,13 +22,14 @@ from pocketrec.statistics import (
     mean_statistic,
     paired_t,
 )
+from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Metric, Pairing, Place, StoredArrays, Study
 
 REPLICATES = 2000
 LEVEL = 0.95
 EXACT_ROWS = 20_000
 """Test rows up to which a bootstrapped AUC counts pairs."""
 
-How = Literal["seeds and rows", "rows", "seeds"]
+IntervalBasis = Literal["seeds and rows", "rows", "seeds"]
 Mark = Literal["best", "second"]
 
 
@@ -51,7 +51,7 @@ class Comparison:
     metric: str
     interval: Interval
     corrected: float
-    how: How
+    how: IntervalBasis
 
     @property
     def better(self) -> bool:
@@ -79,7 +79,7 @@ class Evidence:
     comparisons: tuple[Comparison, ...] = ()
 
     @property
-    def how(self) -> list[How]:
+    def how(self) -> list[IntervalBasis]:
         """By what the comparisons were made."""
         return sorted({c.how for c in self.comparisons})
 
@@ -89,7 +89,7 @@ class Evidence:
         return place in self.against and self.against[place].no_worse(margin)
 
 
-def evidence(study: Study, pair: Pair, *, replicates: int = REPLICATES, seed: int = 0) -> dict[str, Evidence]:
+def evidence(study: Study, pair: Pairing, *, replicates: int = REPLICATES, seed: int = 0) -> dict[str, Evidence]:
     """Everything that can be said on a pair, by metric.
 
     Only places with a result for every planned seed take part, each among those of the same seeds: a mean over other
@@ -125,11 +125,11 @@ def _joined(first: Evidence, other: Evidence) -> Evidence:
 
 def _evidence(
     study: Study,
-    pair: Pair,
+    pair: Pairing,
     metric: Metric,
     places: Sequence[Place],
     seeds: Sequence[int],
-    stored: Mapping[Place, Sequence[Arrays]] | None,
+    stored: Mapping[Place, Sequence[StoredArrays]] | None,
     replicates: int,
     seed: int,
 ) -> Evidence:
@@ -147,7 +147,7 @@ def _evidence(
             return _turned(drawn.difference(_key(a), _key(b), LEVEL), sign)
         return _turned(paired_t(known[a], known[b], LEVEL), sign)
 
-    how: How = "seeds" if drawn is None else "rows" if len(seeds) == 1 else "seeds and rows"
+    how: IntervalBasis = "seeds" if drawn is None else "rows" if len(seeds) == 1 else "seeds and rows"
     dense = Place(pair, ORIGINAL, DENSE)
     marks: dict[Place, Mark] = {}
     found: list[Comparison] = []
@@ -182,9 +182,9 @@ def _marks(ranked: Sequence[Place], comparisons: Sequence[Comparison]) -> dict[P
     return marks
 
 
-def _stored(study: Study, places: Sequence[Place], seeds: Sequence[int]) -> dict[Place, list[Arrays]] | None:
+def _stored(study: Study, places: Sequence[Place], seeds: Sequence[int]) -> dict[Place, list[StoredArrays]] | None:
     """Predictions of all places and seeds; ``None`` if any is missing, so that all comparisons are of one kind."""
-    found: dict[Place, list[Arrays]] = {}
+    found: dict[Place, list[StoredArrays]] = {}
     for place in places:
         for seed in seeds:
             arrays = study.predictions(study.cells[place][seed])
@@ -195,16 +195,21 @@ def _stored(study: Study, places: Sequence[Place], seeds: Sequence[int]) -> dict
 
 
 def _bootstrap(
-    study: Study, pair: Pair, metric: Metric, stored: Mapping[Place, Sequence[Arrays]], replicates: int, seed: int
+    study: Study,
+    pair: Pairing,
+    metric: Metric,
+    stored: Mapping[Place, Sequence[StoredArrays]],
+    replicates: int,
+    seed: int,
 ) -> Bootstrap:
     """One set of draws for all places of a pair; where all seeds share a split, they share its rows, too."""
     statistics = {_key(p): [statistic(metric.name, a) for a in by_seed] for p, by_seed in stored.items()}
-    sizes = [rows(a) for a in next(iter(stored.values()))]
+    sizes = [test_rows(a) for a in next(iter(stored.values()))]
     shared = not study.plan["data"][pair.data].get("split_by_seed", False) and len(set(sizes)) == 1
     return bootstrap(statistics, sizes, replicates=replicates, seed=seed, shared_rows=shared)
 
 
-def statistic(metric: str, arrays: Arrays) -> Statistic:
+def statistic(metric: str, arrays: StoredArrays) -> Statistic:
     """A figure as a function of how often each row or user counts."""
     if metric == "auc":
         return auc_statistic(arrays["labels"], arrays["logits"], exact=len(arrays["labels"]) <= EXACT_ROWS)
@@ -214,7 +219,7 @@ def statistic(metric: str, arrays: Arrays) -> Statistic:
     return mean_statistic(arrays[metric.partition("@")[0]])
 
 
-def rows(arrays: Arrays) -> int:
+def test_rows(arrays: StoredArrays) -> int:
     """Test rows, or users."""
     return len(next(iter(arrays.values())))
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from pocketrec.report import formats
-from pocketrec.report.chart import Bar, Dot, Figure, Format, Line, Scale, bars, svg
-from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Metric, Pair, Place, Record, Study, deviation
+from pocketrec.report.chart import AxisScale, Bar, Figure, Format, Line, Marker, bars, svg
+from pocketrec.report.records import DENSE, METRICS, ORIGINAL, JournalRecord, Metric, Pairing, Place, Study, deviation
 from pocketrec.report.tables import PARTS
 
-FRONTIERS: tuple[tuple[str, tuple[str, ...], Format, Scale], ...] = (
+FRONTIERS: tuple[tuple[str, tuple[str, ...], Format, AxisScale], ...] = (
     ("learned values", ("values",), formats.amount, "log"),
     ("bytes of the table", ("bytes", "table"), formats.size, "binary"),
     ("bytes of the file", ("bytes", "file"), formats.size, "binary"),
@@ -26,7 +26,7 @@ LISTS = ("scoring", "ranking", "recommending")
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TitledFigure:
     """A figure and what stands above it."""
 
     title: str
@@ -38,7 +38,7 @@ def style(study: Study, method: str) -> int:
     return study.methods.index(method) if method in study.methods else 0
 
 
-def frontiers(study: Study, pair: Pair) -> list[Drawn]:
+def frontiers(study: Study, pair: Pairing) -> list[TitledFigure]:
     """Quality against values, table bytes, file bytes and latency, one line for each method."""
     task = study.task(pair)
     if task is None:
@@ -54,8 +54,8 @@ def frontiers(study: Study, pair: Pair) -> list[Drawn]:
 
 
 def _frontier(
-    study: Study, pair: Pair, metric: Metric, name: str, path: tuple[str, ...], write: Format, scale: Scale
-) -> Drawn:
+    study: Study, pair: Pairing, metric: Metric, name: str, path: tuple[str, ...], write: Format, scale: AxisScale
+) -> TitledFigure:
     lines = []
     for method in study.methods:
         dots = [_dot(study, Place(pair, method, b), metric, path, write) for b in study.budgets(pair.data)]
@@ -64,23 +64,23 @@ def _frontier(
             lines.append(Line(style(study, method), found))
     star = _dot(study, Place(pair, ORIGINAL, DENSE), metric, path, write)
     if not lines:
-        return Drawn("", "")
+        return TitledFigure("", "")
     title = f"{metric.title} against {name}"
     figure = Figure(title, f"{name}, log scale", metric.title, tuple(lines), write, None, scale, star)
-    return Drawn(f"By {name}", svg(figure))
+    return TitledFigure(f"By {name}", svg(figure))
 
 
-def _dot(study: Study, place: Place, metric: Metric, path: tuple[str, ...], write: Format) -> Dot | None:
+def _dot(study: Study, place: Place, metric: Metric, path: tuple[str, ...], write: Format) -> Marker | None:
     values = list(study.values(place, metric.name).values())
     x = study.mean(place, *path)
     if not values or x is None or x <= 0:
         return None
     y = float(np.mean(values))
     hint = f"{place.method}, {formats.budget(place.budget)}: {metric.title} {y:.4f} at {write(x)}"
-    return Dot(x, y, deviation(values) or 0.0, hint)
+    return Marker(x, y, deviation(values) or 0.0, hint)
 
 
-def curves(study: Study, pair: Pair) -> list[Drawn]:
+def curves(study: Study, pair: Pairing) -> list[TitledFigure]:
     """The figure on validation after each epoch, seed by seed: the original's, then each budget's trainings."""
     task = study.task(pair)
     if task is None:
@@ -94,7 +94,7 @@ def curves(study: Study, pair: Pair) -> list[Drawn]:
         if lines:
             named = f"{metric.title} on validation"
             figure = Figure(f"{named}, {title}", "epoch", named, tuple(lines), whole=True)
-            drawn.append(Drawn(title, svg(figure)))
+            drawn.append(TitledFigure(title, svg(figure)))
     return drawn
 
 
@@ -103,18 +103,18 @@ def _curves(study: Study, place: Place) -> list[Line]:
     for seed, record in sorted(study.cells.get(place, {}).items()):
         points = [(e, p[1]) for e, p in enumerate(record.get("curve") or [], start=1) if p[1] is not None]
         if points:
-            dots = tuple(Dot(e, y, 0.0, f"{place.method}, seed {seed}, epoch {e}: {y:.4f}") for e, y in points)
+            dots = tuple(Marker(e, y, 0.0, f"{place.method}, seed {seed}, epoch {e}: {y:.4f}") for e, y in points)
             look = None if place.method == ORIGINAL else style(study, place.method)
             lines.append(Line(look, dots, marks=len(dots) == 1))
     return lines
 
 
-def search(study: Study, method: str) -> list[Drawn]:
+def search(study: Study, method: str) -> list[TitledFigure]:
     """What each trial of a method's searches came to on validation, and the best so far."""
-    by_search: dict[tuple[Pair, str], list[Record]] = {}
+    by_search: dict[tuple[Pairing, str], list[JournalRecord]] = {}
     for r in study.of_kind("trial"):
         if r["method"] == method and r.get("metric") is not None:
-            by_search.setdefault((Pair(r["data"], r["backbone"]), r["budget"]), []).append(r)
+            by_search.setdefault((Pairing(r["data"], r["backbone"]), r["budget"]), []).append(r)
     drawn = []
     order = [(pair, budget) for pair in study.pairs for budget in (DENSE, *study.budgets(pair.data))]
     for (pair, budget), trials in sorted(by_search.items(), key=lambda item: order.index(item[0])):
@@ -125,33 +125,33 @@ def search(study: Study, method: str) -> list[Drawn]:
         ordered = sorted(trials, key=lambda r: r["trial"])
         best = np.maximum.accumulate([r["metric"] for r in ordered]).tolist()
         look = None if method == ORIGINAL else style(study, method)
-        dots = tuple(Dot(r["trial"] + 1, r["metric"], 0.0, _hint(r)) for r in ordered)
-        steps = tuple(Dot(d.x, b) for d, b in zip(dots, best, strict=True))
+        dots = tuple(Marker(r["trial"] + 1, r["metric"], 0.0, _hint(r)) for r in ordered)
+        steps = tuple(Marker(d.x, b) for d, b in zip(dots, best, strict=True))
         lines = (Line(look, steps, marks=False, faint=True), *(Line(look, (d,)) for d in dots))
         named = f"{metric} on validation"
         figure = Figure(f"search of {method} on {pair}", "trial", named, lines, whole=True)
-        drawn.append(Drawn(f"{pair}, {formats.budget(budget)}", svg(figure)))
+        drawn.append(TitledFigure(f"{pair}, {formats.budget(budget)}", svg(figure)))
     return drawn
 
 
-def _hint(trial: Record) -> str:
+def _hint(trial: JournalRecord) -> str:
     points = ", ".join(f"{n} {formats.plain(v)}" for n, v in trial.get("params", {}).items())
     return f"trial {trial['trial'] + 1}, {trial['state']}: {trial['metric']:.4f} with {points}"
 
 
-def magnitudes(study: Study) -> list[Drawn]:
+def magnitudes(study: Study) -> list[TitledFigure]:
     """Figure 2: mean magnitude of the original's rows by how often they occur, one line for each block of the table."""
     drawn = []
-    seen: set[Pair] = set()
+    seen: set[Pairing] = set()
     for r in study.of_kind("anatomy"):
-        pair = Pair(r["data"], r["backbone"])
+        pair = Pairing(r["data"], r["backbone"])
         if pair in seen:
             continue
         seen.add(pair)
         lines, notes = [], []
         for i, block in enumerate(r["blocks"]):
             dots = tuple(
-                Dot(math.sqrt(max(b["low"], 0.5) * max(b["high"], 0.5)), b["mean"], 0.0,
+                Marker(math.sqrt(max(b["low"], 0.5) * max(b["high"], 0.5)), b["mean"], 0.0,
                     f"{block['block']}: {b['rows']:,} rows of {b['low']} to {b['high']} times, mean {b['mean']:.3g}")
                 for b in block["bins"]
             )  # fmt: skip
@@ -160,7 +160,7 @@ def magnitudes(study: Study) -> list[Drawn]:
             notes.append(f"{block['block']} ρ = {block['spearman']:.2f}" if block["spearman"] is not None else "")
         figure = Figure(f"magnitude against frequency on {pair}", "times in training, log scale", "mean magnitude",
                         tuple(lines), formats.amount, None, "log")  # fmt: skip
-        drawn.append(Drawn(f"{pair}, seed {r['seed']}: {', '.join(filter(None, notes))}", svg(figure)))
+        drawn.append(TitledFigure(f"{pair}, seed {r['seed']}: {', '.join(filter(None, notes))}", svg(figure)))
     return [d for d in drawn if d.svg]
 
 
@@ -169,14 +169,14 @@ class Cost:
     """Time and memory of the phases of one pair on one profile."""
 
     title: str
-    figures: tuple[Drawn, ...]
+    figures: tuple[TitledFigure, ...]
 
 
 def costs(study: Study) -> list[Cost]:
     """Bars as in Figures 3 and 4, one group for each profile and pair; phases that compare share a figure."""
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[tuple[str, str], list[JournalRecord]] = {}
     for r in study.of_kind("efficiency"):
-        groups.setdefault((r["profile"], str(Pair(r["data"], r["backbone"]))), []).append(r)
+        groups.setdefault((r["profile"], str(Pairing(r["data"], r["backbone"]))), []).append(r)
     kinds = (("Time", _time), ("Memory", _memory))
     return [
         Cost(
@@ -187,15 +187,15 @@ def costs(study: Study) -> list[Cost]:
     ]
 
 
-def _alike(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+def _alike(records: Sequence[JournalRecord]) -> list[tuple[str, list[JournalRecord]]]:
     """Records by what may be compared: whole phases of learning, their epochs and steps, and serving by batch."""
-    found: dict[str, list[Record]] = {}
+    found: dict[str, list[JournalRecord]] = {}
     for r in records:
         found.setdefault(_kind(r), []).append(r)
     return sorted(found.items(), key=lambda item: (item[0].startswith(("inference", "lists")), item[0]))
 
 
-def _kind(r: Record) -> str:
+def _kind(r: JournalRecord) -> str:
     phase = r["phase"]
     batch = "all rows" if r["batch"] is None else f"batch {r['batch']}"
     if phase.startswith("inference"):
@@ -206,12 +206,12 @@ def _kind(r: Record) -> str:
     return f"one {part} of training" if part in ("step", "epoch") else "training and search"
 
 
-def _bars(study: Study, title: str, records: Sequence[Record], bar: Any) -> Drawn:
+def _bars(study: Study, title: str, records: Sequence[JournalRecord], bar: Any) -> TitledFigure:
     made = [b for r in records if (b := bar(study, r)) is not None]
-    return Drawn(title, bars(title, made))
+    return TitledFigure(title, bars(title, made))
 
 
-def _time(study: Study, r: Record) -> Bar | None:
+def _time(study: Study, r: JournalRecord) -> Bar | None:
     p50 = (r.get("ms") or {}).get("p50")
     if p50 is None:
         return None
@@ -219,11 +219,11 @@ def _time(study: Study, r: Record) -> Bar | None:
     return Bar(_name(r), (p50,), text, None if r["method"] == ORIGINAL else style(study, r["method"]))
 
 
-def _memory(_study: Study, r: Record) -> Bar | None:
+def _memory(_study: Study, r: JournalRecord) -> Bar | None:
     peak: Mapping[str, float | None] = r.get("peak_mib") or {}
     parts = tuple(float(peak.get(part) or 0.0) for part in PARTS)
     return Bar(_name(r), parts, f"{peak.get('total') or sum(parts):.0f} MiB") if sum(parts) else None
 
 
-def _name(r: Record) -> str:
+def _name(r: JournalRecord) -> str:
     return f"{r['method']} · {r['phase'].removeprefix('inference ')}"

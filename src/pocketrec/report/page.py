@@ -14,8 +14,8 @@ from pocketrec.report import figures, formats
 from pocketrec.report.chart import PARTS as PART_COLORS
 from pocketrec.report.chart import swatch
 from pocketrec.report.compare import Evidence
-from pocketrec.report.figures import Drawn
-from pocketrec.report.records import METRICS, Pair, Place, Record, Study
+from pocketrec.report.figures import TitledFigure
+from pocketrec.report.records import METRICS, JournalRecord, Pairing, Place, Study
 from pocketrec.report.sheet import Sheet
 from pocketrec.report.tables import PARTS, budgets, flat, searched_names
 
@@ -23,7 +23,7 @@ TEMPLATE = "page.html.j2"
 
 
 @dataclass(frozen=True)
-class Key:
+class LegendEntry:
     """An entry of a legend."""
 
     swatch: str
@@ -31,7 +31,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Hyperparameters:
     """Hyper-parameters of one method on one pair.
 
     Attributes:
@@ -54,12 +54,12 @@ class MethodSection:
     name: str
     swatch: str
     plugin: str
-    settings: tuple[Settings, ...]
-    searches: tuple[Drawn, ...]
+    settings: tuple[Hyperparameters, ...]
+    searches: tuple[TitledFigure, ...]
     seconds: tuple[tuple[str, str], ...]
 
 
-def page(study: Study, known: Mapping[Pair, Mapping[str, Evidence]], sheets: Sequence[Sheet]) -> str:
+def page(study: Study, known: Mapping[Pairing, Mapping[str, Evidence]], sheets: Sequence[Sheet]) -> str:
     """The page as one string."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -77,7 +77,7 @@ def page(study: Study, known: Mapping[Pair, Mapping[str, Evidence]], sheets: Seq
         sheets=by_slug,
         quality=[s for s in sheets if s.slug.startswith("quality-")],
         published=[s for s in sheets if s.slug.startswith("published-")],
-        legend=[Key(swatch(None), "uncompressed"), *legend(study)],
+        legend=[LegendEntry(swatch(None), "uncompressed"), *legend(study)],
         pairs=[(str(p), figures.frontiers(study, p)) for p in study.pairs],
         curves=[(str(p), drawn) for p in study.pairs if (drawn := figures.curves(study, p))],
         costs=figures.costs(study),
@@ -88,9 +88,9 @@ def page(study: Study, known: Mapping[Pair, Mapping[str, Evidence]], sheets: Seq
     )
 
 
-def legend(study: Study) -> list[Key]:
+def legend(study: Study) -> list[LegendEntry]:
     """Marks and names of the methods."""
-    return [Key(swatch(figures.style(study, m)), m) for m in study.methods]
+    return [LegendEntry(swatch(figures.style(study, m)), m) for m in study.methods]
 
 
 def facts(study: Study) -> list[tuple[str, str]]:
@@ -125,9 +125,9 @@ def section(study: Study, method: str) -> MethodSection:
     )
 
 
-def _settings(study: Study, pair: Pair, method: str) -> Settings | None:
+def _settings(study: Study, pair: Pairing, method: str) -> Hyperparameters | None:
     """Settings of the first seed of each budget."""
-    records: dict[Place, Record] = {}
+    records: dict[Place, JournalRecord] = {}
     for place in study.places(pair):
         if place.method == method and (by_seed := study.cells.get(place)):
             records[place] = by_seed[min(by_seed)]
@@ -142,7 +142,7 @@ def _settings(study: Study, pair: Pair, method: str) -> Settings | None:
             varied.append((name, name in searched, texts))
         else:
             fixed.append((name, texts[0]))
-    return Settings(str(pair), tuple(formats.budget(p.budget) for p in records), tuple(varied), tuple(fixed))
+    return Hyperparameters(str(pair), tuple(formats.budget(p.budget) for p in records), tuple(varied), tuple(fixed))
 
 
 def _seconds(study: Study, method: str) -> list[tuple[str, str]]:
@@ -160,7 +160,7 @@ def _seconds(study: Study, method: str) -> list[tuple[str, str]]:
     return found
 
 
-def checked(study: Study, known: Mapping[Pair, Mapping[str, Evidence]]) -> tuple[int, float]:
+def checked(study: Study, known: Mapping[Pairing, Mapping[str, Evidence]]) -> tuple[int, float]:
     """How many means were computed again from stored predictions, and by how much the worst one differs."""
     gaps = [
         abs(interval.estimate - float(np.mean(list(study.values(place, metric.name).values()))))

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from pocketrec.report.formats import sparsity
-from pocketrec.report.records import ORIGINAL, Pair, Place, Study
+from pocketrec.report.records import ORIGINAL, Pairing, Place, Study
 
 FOLDER = Path(__file__).parent / "published"
 TABLES = {
@@ -26,7 +26,7 @@ PUBLISHED = frozenset(metric for _, columns in TABLES.values() for metric in col
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRow:
     """One row of a paper: its table, its figures by our metrics, its count of values."""
 
     table: str
@@ -34,12 +34,12 @@ class Published:
     values: float
 
 
-Key = tuple[str, str, str, str]
+PaperKey = tuple[str, str, str, str]
 """Data set, backbone, method and sparsity in percent, each as plain letters and digits."""
 
 
 @cache
-def published() -> Mapping[Key, Published]:
+def published() -> Mapping[PaperKey, PublishedRow]:
     """Every row of the papers' result tables.
 
     Example:
@@ -52,12 +52,12 @@ def published() -> Mapping[Key, Published]:
     """
     found = {}
     for name, (table, columns) in TABLES.items():
-        for row in rows(name):
+        for row in paper_rows(name):
             method = plain(row["method"])
             figures = {metric: float(row[column]) for column, metric in columns.items()}
             for called in {method, ALSO.get((name, method), method)}:
                 key = (plain(row["dataset"]), plain(row["backbone"]), called, row["sparsity"])
-                found[key] = Published(table, figures, float(row["params"]))
+                found[key] = PublishedRow(table, figures, float(row["params"]))
     return found
 
 
@@ -68,26 +68,26 @@ def transfer() -> Mapping[tuple[str, str], Mapping[str, float | None]]:
         (row["sparsity"], plain(row["method"])): {
             name: float(value) if value else None for name, value in row.items() if name not in ("sparsity", "method")
         }
-        for row in rows("table7_transfer.csv")
+        for row in paper_rows("table7_transfer.csv")
     }
 
 
-def lightgcn(study: Study, pair: Pair) -> str | None:
+def lightgcn(study: Study, pair: Pairing) -> str | None:
     """What LightGCN's authors report, for a pair that is theirs."""
     if "lightgcn" not in _names(study, "backbones", pair.backbone):
         return None
-    found = [r for r in rows("lightgcn_reference.csv") if r["dataset"] == plain(pair.data)]
+    found = [r for r in paper_rows("lightgcn_reference.csv") if r["dataset"] == plain(pair.data)]
     told = "; ".join(f"{float(r['ndcg20']):.4f} and {float(r['recall20']):.4f} (L = {r['layers']})" for r in found)
     return f"LightGCN's authors report NDCG@20 and uncapped recall@20 on {pair.data}: {told}." if found else None
 
 
-def rows(name: str) -> list[dict[str, str]]:
+def paper_rows(name: str) -> list[dict[str, str]]:
     """A shipped table."""
     with (FOLDER / name).open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
 
 
-def beside(study: Study, place: Place) -> Published | None:
+def beside(study: Study, place: Place) -> PublishedRow | None:
     """The published row of the same data set, backbone, method and sparsity, by labels or plug-ins of the plan."""
     asked = "0" if place.method == ORIGINAL else _percent(place.budget)
     if asked is None:

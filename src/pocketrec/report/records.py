@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import ArtifactError, DataError
-from pocketrec.files import Journal, open_arrays, parse_json
+from pocketrec.files import Journal, parse_json
+from pocketrec.format.arrays import open_arrays
 
 ORIGINAL = "original"
 DENSE = "dense"
 
-Record = Mapping[str, Any]
+JournalRecord = Mapping[str, Any]
 Task = Literal["ctr", "cf"]
-Arrays = Mapping[str, NDArray[Any]]
+StoredArrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ METRICS: Mapping[Task, tuple[Metric, ...]] = {
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pairing:
     """A data set and a backbone."""
 
     data: str
@@ -70,7 +71,7 @@ class Pair:
 class Place:
     """Where a cell stands in the study, but for its seed."""
 
-    pair: Pair
+    pair: Pairing
     method: str
     budget: str
 
@@ -91,13 +92,13 @@ class Study:
     """
 
     folder: Path
-    plan: Record
-    machine: Record
+    plan: JournalRecord
+    machine: JournalRecord
     planned: Mapping[Place, tuple[int, ...]]
-    cells: Mapping[Place, Mapping[int, Record]]
+    cells: Mapping[Place, Mapping[int, JournalRecord]]
     failures: Mapping[Place, Mapping[int, str]]
-    others: tuple[Record, ...]
-    ledger: tuple[Record, ...]
+    others: tuple[JournalRecord, ...]
+    ledger: tuple[JournalRecord, ...]
 
     @classmethod
     def read(cls, folder: str | Path) -> Study:
@@ -127,7 +128,7 @@ class Study:
         ledger = tuple(r for r in _journal(folder, "ledger") if r.get("key") in keys)
         return cls(folder, plan, machine, _planned(plan), cells, failures, others, ledger)
 
-    def of_kind(self, kind: str) -> list[Record]:
+    def of_kind(self, kind: str) -> list[JournalRecord]:
         """Records of another kind than cells."""
         return [r for r in self.others if r["kind"] == kind]
 
@@ -136,12 +137,12 @@ class Study:
         """The task of every data set that has a cell."""
         return {p.pair.data: task_of(r) for p, by_seed in self.cells.items() for r in by_seed.values()}
 
-    def task(self, pair: Pair) -> Task | None:
+    def task(self, pair: Pairing) -> Task | None:
         """The task of a pair, as far as any record tells."""
         return self.tasks.get(pair.data)
 
     @cached_property
-    def pairs(self) -> tuple[Pair, ...]:
+    def pairs(self) -> tuple[Pairing, ...]:
         """Data sets with the backbones that fit them, in the plan's order."""
         return tuple(dict.fromkeys(place.pair for place in self.planned))
 
@@ -159,7 +160,7 @@ class Study:
         """Seeds of a data set, as planned."""
         return next(seeds for place, seeds in self.planned.items() if place.pair.data == data)
 
-    def places(self, pair: Pair) -> list[Place]:
+    def places(self, pair: Pairing) -> list[Place]:
         """Every place of a pair: the original, then budget by budget all its methods."""
         order = (DENSE, *self.budgets(pair.data))
         return sorted((p for p in self.planned if p.pair == pair), key=lambda p: order.index(p.budget))
@@ -181,7 +182,7 @@ class Study:
         numbers = [n for r in self.cells.get(place, {}).values() if (n := _inside(r, path)) is not None]
         return float(np.mean(numbers)) if numbers else None
 
-    def predictions(self, record: Record) -> Arrays | None:
+    def predictions(self, record: JournalRecord) -> StoredArrays | None:
         """What the test split came to, per row or per user; with ``labels`` for click data; ``None`` if not kept."""
         path = record.get("predictions")
         if path is None or not (self.folder / path).is_file():
@@ -195,7 +196,7 @@ class Study:
         return arrays
 
 
-def task_of(record: Record) -> Task:
+def task_of(record: JournalRecord) -> Task:
     """Click data have an AUC."""
     return "ctr" if "auc" in record["test"] else "cf"
 
@@ -206,26 +207,26 @@ def deviation(values: Iterable[float]) -> float | None:
     return float(np.std(figures, ddof=1)) if len(figures) > 1 else None
 
 
-def _planned(plan: Record) -> dict[Place, tuple[int, ...]]:
+def _planned(plan: JournalRecord) -> dict[Place, tuple[int, ...]]:
     """Seeds of the cells that a plan asks for."""
     found: dict[Place, tuple[int, ...]] = {}
     for job in plan["jobs"]:
         if job["kind"] == "cell":
-            place = Place(Pair(job["data"], job["backbone"]), job["method"], job["budget"])
+            place = Place(Pairing(job["data"], job["backbone"]), job["method"], job["budget"])
             found[place] = (*found.get(place, ()), job["seed"])
     return found
 
 
 def _final(
-    records: Iterable[Record], folder: Path
-) -> tuple[dict[Place, dict[int, Record]], dict[Place, dict[int, str]]]:
+    records: Iterable[JournalRecord], folder: Path
+) -> tuple[dict[Place, dict[int, JournalRecord]], dict[Place, dict[int, str]]]:
     """Cells and failures; the last record of a place and seed counts."""
-    cells: dict[Place, dict[int, Record]] = {}
+    cells: dict[Place, dict[int, JournalRecord]] = {}
     failures: dict[Place, dict[int, str]] = {}
     for record in records:
         if record["kind"] == "cell" or (record["kind"] == "failed" and record.get("job", "cell") == "cell"):
             try:
-                place = Place(Pair(record["data"], record["backbone"]), record["method"], record["budget"])
+                place = Place(Pairing(record["data"], record["backbone"]), record["method"], record["budget"])
                 seed, good = record["seed"], record["kind"] == "cell"
                 if good and not {"test", "bytes", "values"} <= record.keys():
                     raise KeyError("test, bytes or values")
@@ -240,7 +241,7 @@ def _final(
     return {p: c for p, c in cells.items() if c}, {p: f for p, f in failures.items() if f}
 
 
-def _document(path: Path) -> Record:
+def _document(path: Path) -> JournalRecord:
     try:
         document = parse_json(path.read_bytes())
     except ValueError as error:
@@ -250,7 +251,7 @@ def _document(path: Path) -> Record:
     return document
 
 
-def _journal(folder: Path, name: str) -> list[Record]:
+def _journal(folder: Path, name: str) -> list[JournalRecord]:
     """Records of a journal, if it exists; reading must not make one."""
     for path in (folder / name, folder / f"{name}.journal"):
         if path.is_file():
@@ -258,7 +259,7 @@ def _journal(folder: Path, name: str) -> list[Record]:
     return []
 
 
-def _inside(record: Record, path: tuple[str, ...]) -> float | None:
+def _inside(record: JournalRecord, path: tuple[str, ...]) -> float | None:
     """A finite number at a path of keys, or ``None``."""
     found: Any = record
     for key in path:

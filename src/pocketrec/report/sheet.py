@@ -16,7 +16,7 @@ MISSING = "not run"
 
 
 @dataclass(frozen=True)
-class Entry:
+class SheetEntry:
     """One field: what people read, what programs read, and how it is shown."""
 
     text: str
@@ -24,16 +24,16 @@ class Entry:
     tone: Tone = ""
 
     @classmethod
-    def of(cls, text: str, tone: Tone = "") -> Entry:
+    def of(cls, text: str, tone: Tone = "") -> SheetEntry:
         """A field that is its own value."""
         return cls(text, text, tone)
 
 
-BLANK = Entry("", None)
+BLANK = SheetEntry("", None)
 
 
 @dataclass(frozen=True)
-class Column:
+class SheetColumn:
     """A column: its title, the group it stands in, whether it is text, and whether only csv has it."""
 
     title: str
@@ -48,10 +48,10 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """Entries below each other's columns; rows of one ``block`` stand together under its name."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[SheetEntry, ...]
     block: str = ""
 
 
@@ -70,8 +70,8 @@ class Sheet:
 
     slug: str
     title: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    columns: tuple[SheetColumn, ...]
+    rows: tuple[SheetRow, ...]
     notes: tuple[str, ...] = field(default=())
     block: str = ""
 
@@ -100,11 +100,11 @@ class Sheet:
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes), ""])
 
     @property
-    def shown(self) -> tuple[Column, ...]:
+    def shown(self) -> tuple[SheetColumn, ...]:
         """Columns that people read."""
         return tuple(c for c in self.columns if not c.hidden)
 
-    def visible(self, row: Row) -> list[Entry]:
+    def visible(self, row: SheetRow) -> list[SheetEntry]:
         """Entries that people read."""
         return [e for c, e in zip(self.columns, row.entries, strict=True) if not c.hidden]
 
@@ -118,7 +118,7 @@ class Sheet:
                 found.append((column.group, 1))
         return found
 
-    def blocks(self) -> Iterator[tuple[str, Sequence[Row]]]:
+    def blocks(self) -> Iterator[tuple[str, Sequence[SheetRow]]]:
         """Rows by block, in order."""
         start = 0
         for i in range(1, len(self.rows) + 1):
@@ -131,7 +131,7 @@ def _line(fields: Sequence[str]) -> str:
     return "| " + " | ".join(f.replace("|", "\\|") for f in fields) + " |"
 
 
-def _marked(entry: Entry) -> str:
+def _marked(entry: SheetEntry) -> str:
     if entry.tone == "best":
         return f"**{entry.text}**"
     if entry.tone == "second":

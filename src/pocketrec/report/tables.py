@@ -9,20 +9,31 @@ from typing import Any
 
 import numpy as np
 
+from pocketrec.evaluation.statistics import Ranks, ranks, retained
 from pocketrec.report import formats
 from pocketrec.report.compare import Evidence
 from pocketrec.report.papers import PUBLISHED, beside, data_set, is_sample, lightgcn, plain, transfer
-from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Metric, Pair, Place, Record, Study, Task, deviation
-from pocketrec.report.sheet import BLANK, FAILED, MISSING, Column, Entry, Row, Sheet, Tone
-from pocketrec.statistics import Ranks, ranks, retained
+from pocketrec.report.records import (
+    DENSE,
+    METRICS,
+    ORIGINAL,
+    JournalRecord,
+    Metric,
+    Pairing,
+    Place,
+    Study,
+    Task,
+    deviation,
+)
+from pocketrec.report.sheet import BLANK, FAILED, MISSING, Sheet, SheetColumn, SheetEntry, SheetRow, Tone
 
-Known = Mapping[Pair, Mapping[str, Evidence]]
+EvidenceByPair = Mapping[Pairing, Mapping[str, Evidence]]
 
 _WORDS = {"seeds and rows": "bootstrap over seeds and test rows", "rows": "bootstrap over the test rows of one seed",
           "seeds": "paired t over seeds, since no predictions were kept"}  # fmt: skip
 
 
-def sheets(study: Study, known: Known) -> list[Sheet]:
+def sheets(study: Study, known: EvidenceByPair) -> list[Sheet]:
     """Every table that has something to say."""
     data = list(dict.fromkeys(p.data for p in study.pairs))
     made = [
@@ -44,17 +55,17 @@ def sheets(study: Study, known: Known) -> list[Sheet]:
     return [sheet for sheet in made if sheet.rows]
 
 
-_PLACE = (Column("data", hidden=True), Column("backbone", hidden=True), Column("method", words=True),
-          Column("budget", words=True))  # fmt: skip
+_PLACE = (SheetColumn("data", hidden=True), SheetColumn("backbone", hidden=True), SheetColumn("method", words=True),
+          SheetColumn("budget", words=True))  # fmt: skip
 
 
-def _place(place: Place) -> tuple[Entry, ...]:
+def _place(place: Place) -> tuple[SheetEntry, ...]:
     """Where a row belongs; pairs are blocks for people and columns for programs."""
     return (
-        Entry("", place.pair.data),
-        Entry("", place.pair.backbone),
-        Entry.of(place.method),
-        Entry(formats.budget(place.budget), place.budget),
+        SheetEntry("", place.pair.data),
+        SheetEntry("", place.pair.backbone),
+        SheetEntry.of(place.method),
+        SheetEntry(formats.budget(place.budget), place.budget),
     )
 
 
@@ -62,7 +73,7 @@ def _place(place: Place) -> tuple[Entry, ...]:
 
 
 @dataclass(frozen=True)
-class _View:
+class _PlaceStatus:
     """How a place stands: done, in part, failed or not run."""
 
     study: Study
@@ -73,13 +84,13 @@ class _View:
         return len(self.study.cells.get(self.place, {}))
 
     @property
-    def state(self) -> Entry | None:
+    def state(self) -> SheetEntry | None:
         """What stands where no figure does."""
         if self.done:
             return None
         if self.study.failures.get(self.place):
-            return Entry.of(FAILED, "failed")
-        return Entry.of(MISSING, "missing")
+            return SheetEntry.of(FAILED, "failed")
+        return SheetEntry.of(MISSING, "missing")
 
     @property
     def part(self) -> str:
@@ -90,19 +101,19 @@ class _View:
         return "" if planned == every else f" ({planned} of {every} seeds)"
 
 
-def quality(study: Study, known: Known, data: str) -> Sheet:
+def quality(study: Study, known: EvidenceByPair, data: str) -> Sheet:
     """Methods x budgets of one data set, backbones side by side: quality, what is kept of it, and both accountings."""
     pairs = [p for p in study.pairs if p.data == data]
-    columns = [Column("method", words=True)]
+    columns = [SheetColumn("method", words=True)]
     for pair in pairs:
         columns += _quality_columns(pair, METRICS[study.task(pair) or "ctr"])
     rows = []
     for place in study.places(pairs[0]):
-        entries = [Entry.of(place.method)]
+        entries = [SheetEntry.of(place.method)]
         for pair in pairs:
             here = Place(pair, place.method, place.budget)
             entries += _quality_entries(study, here, known.get(pair, {}), METRICS[study.task(pair) or "ctr"])
-        rows.append(Row(tuple(entries), formats.budget(place.budget)))
+        rows.append(SheetRow(tuple(entries), formats.budget(place.budget)))
     how = sorted({_WORDS[h] for p in pairs for e in known.get(p, {}).values() for h in e.how})
     notes = [
         "Mean ± standard deviation over seeds of the test split. Bold is best and underlined second best at a budget, "
@@ -115,29 +126,29 @@ def quality(study: Study, known: Known, data: str) -> Sheet:
     return Sheet(f"quality-{data}", title, tuple(columns), tuple(rows), tuple(notes), "budget")
 
 
-def _quality_columns(pair: Pair, metrics: Sequence[Metric]) -> list[Column]:
+def _quality_columns(pair: Pairing, metrics: Sequence[Metric]) -> list[SheetColumn]:
     group = pair.backbone
     columns = []
     for m in metrics:
-        columns.append(Column(m.title, group))
-        columns += [Column(f"{m.title} {x}", group, hidden=True) for x in ("sd", "low", "high", "mark")]
+        columns.append(SheetColumn(m.title, group))
+        columns += [SheetColumn(f"{m.title} {x}", group, hidden=True) for x in ("sd", "low", "high", "mark")]
     return [
         *columns,
-        Column(f"{metrics[0].title} vs original", group),
-        Column("vs original low", group, hidden=True),
-        Column("vs original high", group, hidden=True),
-        Column("values", group),
-        Column("sparsity", group),
-        Column("table", group),
-        Column("file", group),
-        Column("seeds", group, hidden=True),
+        SheetColumn(f"{metrics[0].title} vs original", group),
+        SheetColumn("vs original low", group, hidden=True),
+        SheetColumn("vs original high", group, hidden=True),
+        SheetColumn("values", group),
+        SheetColumn("sparsity", group),
+        SheetColumn("table", group),
+        SheetColumn("file", group),
+        SheetColumn("seeds", group, hidden=True),
     ]
 
 
 def _quality_entries(
     study: Study, place: Place, known: Mapping[str, Evidence], metrics: Sequence[Metric]
-) -> list[Entry]:
-    view = _View(study, place)
+) -> list[SheetEntry]:
+    view = _PlaceStatus(study, place)
     if (state := view.state) is not None:
         return [state, *[BLANK] * (5 * len(metrics) + 7)]
     entries = []
@@ -147,22 +158,22 @@ def _quality_entries(
     if place in first.against:
         d = first.against[place]
         span = f"{formats.signed(d.estimate)} [{formats.signed(d.low)}, {formats.signed(d.high)}]"
-        entries += [Entry(span, d.estimate), Entry("", d.low), Entry("", d.high)]
+        entries += [SheetEntry(span, d.estimate), SheetEntry("", d.low), SheetEntry("", d.high)]
     else:
-        entries += [Entry("" if place.method == ORIGINAL else "–"), BLANK, BLANK]
+        entries += [SheetEntry("" if place.method == ORIGINAL else "–"), BLANK, BLANK]
     values, sparsity = study.mean(place, "values"), study.mean(place, "sparsity")
     table, file = study.mean(place, "bytes", "table"), study.mean(place, "bytes", "file")
     return [
         *entries,
-        Entry(formats.amount(values or 0), values),
-        Entry(formats.share(sparsity), sparsity),
-        Entry(formats.size(table or 0), table),
-        Entry(formats.size(file or 0), file),
-        Entry("", view.done),
+        SheetEntry(formats.amount(values or 0), values),
+        SheetEntry(formats.share(sparsity), sparsity),
+        SheetEntry(formats.size(table or 0), table),
+        SheetEntry(formats.size(file or 0), file),
+        SheetEntry("", view.done),
     ]
 
 
-def _figure(study: Study, place: Place, known: Evidence, part: str) -> list[Entry]:
+def _figure(study: Study, place: Place, known: Evidence, part: str) -> list[SheetEntry]:
     """A figure with its spread; hidden behind it the interval of its mean and its mark."""
     values = list(study.values(place, known.metric.name).values())
     mean, sd = (float(np.mean(values)) if values else None), deviation(values)
@@ -170,34 +181,34 @@ def _figure(study: Study, place: Place, known: Evidence, part: str) -> list[Entr
     span = known.intervals.get(place)
     text = " ".join(t for t in (formats.quality(mean), formats.spread(sd)) if t) + part
     return [
-        Entry(text, mean, mark),
-        Entry("", sd),
-        Entry("", span.low if span else None),
-        Entry("", span.high if span else None),
-        Entry("", mark),
+        SheetEntry(text, mean, mark),
+        SheetEntry("", sd),
+        SheetEntry("", span.low if span else None),
+        SheetEntry("", span.high if span else None),
+        SheetEntry("", mark),
     ]
 
 
-def within(study: Study, known: Known) -> Sheet:
+def within(study: Study, known: EvidenceByPair) -> Sheet:
     """Per pair and method, the smallest table that is shown to be no worse than the original beyond the margin."""
     pairs = [p for p in study.pairs if study.task(p) is not None]
-    rows = [Row((Entry.of(m), *(_smallest(study, known, pair, m) for pair in pairs))) for m in study.methods]
+    rows = [SheetRow((SheetEntry.of(m), *(_smallest(study, known, pair, m) for pair in pairs))) for m in study.methods]
     return Sheet(
         "within-margin",
         "Smallest table shown to be as good as the original",
-        (Column("method", words=True), *(Column(str(p)) for p in pairs)),
+        (SheetColumn("method", words=True), *(SheetColumn(str(p)) for p in pairs)),
         tuple(rows) if any(e.against for by_metric in known.values() for e in by_metric.values()) else (),
         ("No worse than the original by more than .001 AUC, or 1 % of its NDCG@20: the 95 % interval of the paired "
          "difference lies above that. A dash: no budget of the study could be shown to be.",),
     )  # fmt: skip
 
 
-def _smallest(study: Study, known: Known, pair: Pair, method: str) -> Entry:
+def _smallest(study: Study, known: EvidenceByPair, pair: Pairing, method: str) -> SheetEntry:
     metric = METRICS[study.task(pair) or "ctr"][0].name
     dense = study.values(Place(pair, ORIGINAL, DENSE), metric)
     found = known.get(pair, {}).get(metric)
     if found is None or not dense:
-        return Entry("–")
+        return SheetEntry("–")
     original = float(np.mean(list(dense.values())))
     good = [
         (study.mean(place, "bytes", "table") or 0.0, place.budget)
@@ -205,15 +216,15 @@ def _smallest(study: Study, known: Known, pair: Pair, method: str) -> Entry:
         if place.method == method and found.no_worse(place, original)
     ]
     if not good:
-        return Entry("–")
+        return SheetEntry("–")
     table, budget = min(good)
-    return Entry(f"{formats.size(table)} ({formats.budget(budget)})", table)
+    return SheetEntry(f"{formats.size(table)} ({formats.budget(budget)})", table)
 
 
 # ---- retention and ranks ---------------------------------------------------------------------------------------------
 
 
-def retain(study: Study, known: Known) -> Sheet:
+def retain(study: Study, known: EvidenceByPair) -> Sheet:
     """What every method keeps of the original's quality, plainly and above chance."""
     rows = []
     for pair in study.pairs:
@@ -222,12 +233,12 @@ def retain(study: Study, known: Known) -> Sheet:
             if kept is None or place.method == ORIGINAL:
                 continue
             plainly, above = kept
-            shares = Entry(formats.share(plainly), plainly), Entry(formats.share(above), above)
-            rows.append(Row((*_place(place), *shares), str(pair)))
+            shares = SheetEntry(formats.share(plainly), plainly), SheetEntry(formats.share(above), above)
+            rows.append(SheetRow((*_place(place), *shares), str(pair)))
     return Sheet(
         "retained",
         "Quality retained",
-        (*_PLACE, Column("retained"), Column("above chance")),
+        (*_PLACE, SheetColumn("retained"), SheetColumn("above chance")),
         tuple(rows),
         ("Mean figure over the original's: AUC or NDCG@20. Above chance: (AUC − .5) / (original − .5), since an AUC "
          "cannot fall below .5; for NDCG both are the same.",),
@@ -253,8 +264,8 @@ def transferred(study: Study) -> Sheet:
     """Table 7: how well a method does wherever it is used; mean over the pairs of each task."""
     pairs = [p for p in study.pairs if study.task(p) is not None]
     tasks: list[Task] = [t for t in ("cf", "ctr") if any(study.task(p) == t for p in pairs)]
-    columns = [Column("method", words=True), *(Column(str(p)) for p in pairs)]
-    columns += [Column(f"overall {t}") for t in tasks] + [Column(f"published overall {t}") for t in tasks]
+    columns = [SheetColumn("method", words=True), *(SheetColumn(str(p)) for p in pairs)]
+    columns += [SheetColumn(f"overall {t}") for t in tasks] + [SheetColumn(f"published overall {t}") for t in tasks]
     rows = []
     for budget in budgets(study):
         for method in study.methods:
@@ -265,7 +276,10 @@ def transferred(study: Study) -> Sheet:
             theirs = [_published_overall(study, method, budget, t) for t in tasks]
             entries = [_ratio(k[0] if k else None) for k in (kept[p] for p in pairs)]
             rows.append(
-                Row((Entry.of(method), *entries, *map(_ratio, overall), *map(_ratio, theirs)), formats.budget(budget))
+                SheetRow(
+                    (SheetEntry.of(method), *entries, *map(_ratio, overall), *map(_ratio, theirs)),
+                    formats.budget(budget),
+                )
             )
     shown = _without_empty(columns, rows)
     return Sheet(
@@ -295,14 +309,16 @@ def _published_overall(study: Study, method: str, budget: str, task: Task) -> fl
     return next((row[f"overall_{task}"] for row in found if row), None)
 
 
-def _ratio(value: float | None) -> Entry:
-    return Entry(formats.quality(value), value)
+def _ratio(value: float | None) -> SheetEntry:
+    return SheetEntry(formats.quality(value), value)
 
 
-def _without_empty(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[tuple[Column, ...], tuple[Row, ...]]:
+def _without_empty(
+    columns: Sequence[SheetColumn], rows: Sequence[SheetRow]
+) -> tuple[tuple[SheetColumn, ...], tuple[SheetRow, ...]]:
     """The same without columns in which no row says anything."""
     kept = [i for i, c in enumerate(columns) if c.words or any(r.entries[i].value is not None for r in rows)]
-    return tuple(columns[i] for i in kept), tuple(Row(tuple(r.entries[i] for i in kept), r.block) for r in rows)
+    return tuple(columns[i] for i in kept), tuple(SheetRow(tuple(r.entries[i] for i in kept), r.block) for r in rows)
 
 
 def standings(study: Study) -> dict[str, Ranks]:
@@ -330,14 +346,14 @@ def ranked(study: Study) -> Sheet:
         block = formats.budget(budget)
         for method, rank in sorted(found.average.items(), key=lambda item: item[1]):
             rows.append(
-                Row((Entry.of(method), Entry(f"{rank:.2f}", rank), Entry(f"{found.critical:.2f}", found.critical),
-                     Entry(f"{found.p:.3g}", found.p), Entry(str(found.blocks), found.blocks)), block)
+                SheetRow((SheetEntry.of(method), SheetEntry(f"{rank:.2f}", rank), SheetEntry(f"{found.critical:.2f}", found.critical),
+                     SheetEntry(f"{found.p:.3g}", found.p), SheetEntry(str(found.blocks), found.blocks)), block)
             )  # fmt: skip
     return Sheet(
         "ranks",
         "Ranks across data sets",
-        (Column("method", words=True), Column("average rank"), Column("critical difference"), Column("Friedman p"),
-         Column("pairs")),
+        (SheetColumn("method", words=True), SheetColumn("average rank"), SheetColumn("critical difference"), SheetColumn("Friedman p"),
+         SheetColumn("pairs")),
         tuple(rows),
         ("1 is best. Two methods differ at 5 % where their ranks are further apart than the critical difference "
          "(Nemenyi), which few pairs of data set and backbone can hardly show.",),
@@ -345,21 +361,21 @@ def ranked(study: Study) -> Sheet:
     )  # fmt: skip
 
 
-def comparisons(study: Study, known: Known) -> Sheet:
+def comparisons(study: Study, known: EvidenceByPair) -> Sheet:
     """Every comparison behind the marks."""
     rows = [
-        Row(
+        SheetRow(
             (
                 *_place(c.place),
-                Entry.of(c.other.method),
-                Entry.of(c.metric),
-                Entry(formats.signed(c.interval.estimate), c.interval.estimate),
-                Entry(f"[{formats.signed(c.interval.low)}, {formats.signed(c.interval.high)}]"),
-                Entry("", c.interval.low),
-                Entry("", c.interval.high),
-                Entry(f"{c.corrected:.3g}", c.corrected),
-                Entry.of("yes" if c.better else "no"),
-                Entry.of(c.how),
+                SheetEntry.of(c.other.method),
+                SheetEntry.of(c.metric),
+                SheetEntry(formats.signed(c.interval.estimate), c.interval.estimate),
+                SheetEntry(f"[{formats.signed(c.interval.low)}, {formats.signed(c.interval.high)}]"),
+                SheetEntry("", c.interval.low),
+                SheetEntry("", c.interval.high),
+                SheetEntry(f"{c.corrected:.3g}", c.corrected),
+                SheetEntry.of("yes" if c.better else "no"),
+                SheetEntry.of(c.how),
             ),
             str(pair),
         )
@@ -372,7 +388,7 @@ def comparisons(study: Study, known: Known) -> Sheet:
     return Sheet(
         "comparisons",
         "Comparisons behind the marks",
-        (*_PLACE, *(Column(c, words=c not in numbers, hidden=c in hidden) for c in columns)),
+        (*_PLACE, *(SheetColumn(c, words=c not in numbers, hidden=c in hidden) for c in columns)),
         tuple(rows),
         ("The best and the second best of each budget against all below them, as differences in their favour; "
          "evidence is corrected by Holm within one budget and metric.",),
@@ -400,25 +416,38 @@ def published(study: Study, data: str) -> Sheet:
     notes += [note for pair in pairs if (note := lightgcn(study, pair)) is not None]
     columns = [*_PLACE]
     for i, m in enumerate(metrics):
-        columns += [Column("published", m.title), Column("ours", m.title), Column("difference", m.title, hidden=i > 0)]
-        columns.append(Column("difference %", m.title, hidden=True))
-    columns += [Column("retained", hidden=True), Column("published retained", hidden=True), Column("values")]
-    columns += [Column("published values", hidden=True), Column("seeds"), Column("time"), Column("memory")]
-    columns += [Column("settings", words=True), Column("source", words=True, hidden=True)]
-    rows = (Row(_beside(study, place, metrics), str(place.pair)) for place in places)
+        columns += [
+            SheetColumn("published", m.title),
+            SheetColumn("ours", m.title),
+            SheetColumn("difference", m.title, hidden=i > 0),
+        ]
+        columns.append(SheetColumn("difference %", m.title, hidden=True))
+    columns += [
+        SheetColumn("retained", hidden=True),
+        SheetColumn("published retained", hidden=True),
+        SheetColumn("values"),
+    ]
+    columns += [
+        SheetColumn("published values", hidden=True),
+        SheetColumn("seeds"),
+        SheetColumn("time"),
+        SheetColumn("memory"),
+    ]
+    columns += [SheetColumn("settings", words=True), SheetColumn("source", words=True, hidden=True)]
+    rows = (SheetRow(_beside(study, place, metrics), str(place.pair)) for place in places)
     return Sheet(
         f"published-{data}", f"Beside the published figures on {data}", tuple(columns), tuple(rows), tuple(notes)
     )
 
 
-def _beside(study: Study, place: Place, metrics: Sequence[Metric]) -> tuple[Entry, ...]:
+def _beside(study: Study, place: Place, metrics: Sequence[Metric]) -> tuple[SheetEntry, ...]:
     """One row beside the published one, as far as each of both is there."""
-    theirs, view = beside(study, place), _View(study, place)
+    theirs, view = beside(study, place), _PlaceStatus(study, place)
     entries = [*_place(place)]
     for metric in metrics:
         values = list(study.values(place, metric.name).values())
         mean, figure = (float(np.mean(values)) if values else None), theirs.figures[metric.name] if theirs else None
-        entries += [Entry(formats.quality(figure), figure), view.state or Entry(formats.quality(mean), mean)]
+        entries += [SheetEntry(formats.quality(figure), figure), view.state or SheetEntry(formats.quality(mean), mean)]
         entries += _difference(mean, figure)
     kept, base = retention(study, place), beside(study, Place(place.pair, ORIGINAL, DENSE))
     first = metrics[0].name
@@ -428,24 +457,27 @@ def _beside(study: Study, place: Place, metrics: Sequence[Metric]) -> tuple[Entr
         *entries,
         _ratio(kept[0] if kept else None),
         _ratio(retained(theirs.figures[first], base.figures[first]) if theirs and base else None),
-        Entry("–" if values is None else formats.amount(values), values),
-        Entry("", theirs.values if theirs else None),
-        Entry(str(planned) if view.done == planned else f"{view.done} of {planned}", view.done),
-        Entry("–" if seconds is None else formats.milliseconds(1000 * seconds), seconds),
-        Entry("–" if peak is None else formats.size(peak * 2**20), peak),
-        Entry.of(chosen(study, place)),
-        Entry.of(theirs.table if theirs else ""),
+        SheetEntry("–" if values is None else formats.amount(values), values),
+        SheetEntry("", theirs.values if theirs else None),
+        SheetEntry(str(planned) if view.done == planned else f"{view.done} of {planned}", view.done),
+        SheetEntry("–" if seconds is None else formats.milliseconds(1000 * seconds), seconds),
+        SheetEntry("–" if peak is None else formats.size(peak * 2**20), peak),
+        SheetEntry.of(searched_settings(study, place)),
+        SheetEntry.of(theirs.table if theirs else ""),
     )
 
 
-def _difference(mean: float | None, figure: float | None) -> list[Entry]:
+def _difference(mean: float | None, figure: float | None) -> list[SheetEntry]:
     if mean is None or figure is None:
-        return [Entry("–"), BLANK]
+        return [SheetEntry("–"), BLANK]
     by, share = mean - figure, mean / figure - 1
-    return [Entry(f"{formats.signed(by)} ({100 * share:+.1f} %)".replace("-", "−"), by), Entry("", 100 * share)]
+    return [
+        SheetEntry(f"{formats.signed(by)} ({100 * share:+.1f} %)".replace("-", "−"), by),
+        SheetEntry("", 100 * share),
+    ]
 
 
-def wall(record: Record) -> float | None:
+def wall(record: JournalRecord) -> float | None:
     """Seconds of all training and compression; ``None`` where not every step told its own."""
     seconds = record.get("seconds") or {}
     parts = [seconds.get("train"), seconds.get("compress")]
@@ -453,12 +485,12 @@ def wall(record: Record) -> float | None:
     return sum(known) if len(known) == len(parts) else None
 
 
-def _median(study: Study, place: Place, number: Callable[[Record], float | None]) -> float | None:
+def _median(study: Study, place: Place, number: Callable[[JournalRecord], float | None]) -> float | None:
     known = [n for r in study.cells.get(place, {}).values() if (n := number(r)) is not None]
     return float(np.median(known)) if known else None
 
 
-def chosen(study: Study, place: Place) -> str:
+def searched_settings(study: Study, place: Place) -> str:
     """The settings of a place that the plan names, first seed; of a method only what differs from the original's."""
     first = {p: r for p, r in _first_records(study) if p.pair == place.pair}
     if place not in first:
@@ -500,12 +532,12 @@ def beyond(study: Study) -> Sheet:
         for place in study.places(pair):
             means = [study.mean(place, "beyond", name) for name in names]
             if any(m is not None for m in means):
-                entries = (Entry("–" if m is None else f"{m:.3f}", m) for m in means)
-                rows.append(Row((*_place(place), *entries), str(pair)))
+                entries = (SheetEntry("–" if m is None else f"{m:.3f}", m) for m in means)
+                rows.append(SheetRow((*_place(place), *entries), str(pair)))
     return Sheet(
         "beyond-accuracy",
         "Beyond accuracy",
-        (*_PLACE, *map(Column, names)),
+        (*_PLACE, *map(SheetColumn, names)),
         tuple(rows),
         ("Coverage: share of the catalogue in some list. Novelty: mean −log₂ of the share of users who have an item. "
          "Diversity: mean 1 − cosine over the pairs of a list, items being alike where the same users have them. "
@@ -526,12 +558,12 @@ def short(study: Study) -> Sheet:
             gain = mean / max(others) - 1 if others else None
             recall = study.mean(place, "test", "recall@10")
             told = "–" if gain is None else f"{100 * gain:+.1f} %".replace("-", "−")
-            rows.append(Row((*_place(place), Entry(formats.quality(mean), mean), _ratio(recall), Entry(told, gain)),
+            rows.append(SheetRow((*_place(place), SheetEntry(formats.quality(mean), mean), _ratio(recall), SheetEntry(told, gain)),
                             str(pair)))  # fmt: skip
     return Sheet(
         "top-10",
         "Quality in the first ten places",
-        (*_PLACE, Column("NDCG@10"), Column("recall@10"), Column("over the best other")),
+        (*_PLACE, SheetColumn("NDCG@10"), SheetColumn("recall@10"), SheetColumn("over the best other")),
         tuple(rows),
         ("Means over seeds of the test split. The last column is NDCG@10 over that of the best other method at the "
          "same budget, less 1; labels of one plug-in are not others to each other.",),
@@ -551,11 +583,11 @@ def facts(study: Study) -> Sheet:
         for place in study.places(pair):
             means = [study.mean(place, "facts", name) for name in names]
             if any(m is not None for m in means):
-                rows.append(Row((*_place(place), *map(_ratio, means)), str(pair)))
+                rows.append(SheetRow((*_place(place), *map(_ratio, means)), str(pair)))
     return Sheet(
         "facts",
         "What tables tell of themselves",
-        (*_PLACE, *map(Column, names)),
+        (*_PLACE, *map(SheetColumn, names)),
         tuple(rows),
         ("Means over seeds. Overlap: of the coordinates that either of two added rows fills, the share that both fill, "
          "over all rows of the table; by block, and their mean weighted by rows.",),
@@ -571,24 +603,24 @@ def efficiency(study: Study) -> Sheet:
     for r in study.of_kind("efficiency"):
         ms, peak = r["ms"], r.get("peak_mib") or {}
         rows.append(
-            Row(
+            SheetRow(
                 (
-                    Entry("", r["data"]),
-                    Entry("", r["backbone"]),
-                    Entry.of(r["method"]),
-                    Entry.of(r["phase"]),
-                    Entry.of(r["profile"]),
-                    Entry("all rows" if r["batch"] is None else str(r["batch"]), r["batch"]),
-                    Entry(str(r.get("threads", "")), r.get("threads")),
-                    Entry.of(formats.milliseconds(ms["p50"]) + (" *" if r.get("extrapolated") else "")),
-                    Entry.of(f"{formats.milliseconds(ms['p10'])} to {formats.milliseconds(ms['p90'])}"),
-                    Entry("", ms["p50"]),
-                    Entry("", ms["p10"]),
-                    Entry("", ms["p90"]),
+                    SheetEntry("", r["data"]),
+                    SheetEntry("", r["backbone"]),
+                    SheetEntry.of(r["method"]),
+                    SheetEntry.of(r["phase"]),
+                    SheetEntry.of(r["profile"]),
+                    SheetEntry("all rows" if r["batch"] is None else str(r["batch"]), r["batch"]),
+                    SheetEntry(str(r.get("threads", "")), r.get("threads")),
+                    SheetEntry.of(formats.milliseconds(ms["p50"]) + (" *" if r.get("extrapolated") else "")),
+                    SheetEntry.of(f"{formats.milliseconds(ms['p10'])} to {formats.milliseconds(ms['p90'])}"),
+                    SheetEntry("", ms["p50"]),
+                    SheetEntry("", ms["p10"]),
+                    SheetEntry("", ms["p90"]),
                     *(_mib(peak.get(part)) for part in (*PARTS, "total")),
-                    Entry("", bool(r.get("extrapolated"))),
+                    SheetEntry("", bool(r.get("extrapolated"))),
                 ),
-                str(Pair(r["data"], r["backbone"])),
+                str(Pairing(r["data"], r["backbone"])),
             )
         )
     rows.sort(key=lambda row: (row.block, *(row.entries[i].text for i in (4, 3, 2))))
@@ -599,15 +631,15 @@ def efficiency(study: Study) -> Sheet:
     return Sheet(
         "efficiency",
         "Time and memory by phase",
-        tuple(Column(c, words=c in words, hidden=c in hidden) for c in columns),
+        tuple(SheetColumn(c, words=c in words, hidden=c in hidden) for c in columns),
         tuple(rows),
         ("Medians of repeated calls after a warm-up; * extrapolated from a part of an epoch. Peak resident memory is "
          "split into packages, vocabulary, model and what the phase itself takes.",),
     )  # fmt: skip
 
 
-def _mib(value: float | None) -> Entry:
-    return Entry("–" if value is None else f"{value:.1f}", value)
+def _mib(value: float | None) -> SheetEntry:
+    return SheetEntry("–" if value is None else f"{value:.1f}", value)
 
 
 # ---- how it came to be -----------------------------------------------------------------------------------------------
@@ -619,13 +651,17 @@ def settings(study: Study) -> Sheet:
     for place, record in _first_records(study):
         searched = searched_names(study, place)
         for name, value in flat(record.get("params") or {}).items():
-            found = Entry.of(name), Entry.of(formats.plain(value)), Entry.of("yes" if name in searched else "no")
-            rows.append(Row((*_place(place), *found), str(place.pair)))
-    columns = Column("setting", words=True), Column("value"), Column("searched", words=True)
+            found = (
+                SheetEntry.of(name),
+                SheetEntry.of(formats.plain(value)),
+                SheetEntry.of("yes" if name in searched else "no"),
+            )
+            rows.append(SheetRow((*_place(place), *found), str(place.pair)))
+    columns = SheetColumn("setting", words=True), SheetColumn("value"), SheetColumn("searched", words=True)
     return Sheet("settings", "Hyper-parameters", (*_PLACE, *columns), tuple(rows))
 
 
-def _first_records(study: Study) -> Iterator[tuple[Place, Record]]:
+def _first_records(study: Study) -> Iterator[tuple[Place, JournalRecord]]:
     for pair in study.pairs:
         for place in study.places(pair):
             if by_seed := study.cells.get(place):
@@ -659,12 +695,14 @@ def searched_names(study: Study, place: Place) -> set[str]:
 def failures(study: Study) -> Sheet:
     """Cells that ended in an error."""
     rows = [
-        Row((*_place(p), Entry(str(seed), seed), Entry.of(error)), str(pair))
+        SheetRow((*_place(p), SheetEntry(str(seed), seed), SheetEntry.of(error)), str(pair))
         for pair in study.pairs
         for p in study.places(pair)
         for seed, error in sorted(study.failures.get(p, {}).items())
     ]
-    return Sheet("failures", "Cells that failed", (*_PLACE, Column("seed"), Column("error", words=True)), tuple(rows))
+    return Sheet(
+        "failures", "Cells that failed", (*_PLACE, SheetColumn("seed"), SheetColumn("error", words=True)), tuple(rows)
+    )
 
 
 def ledger(study: Study) -> Sheet:
@@ -673,12 +711,12 @@ def ledger(study: Study) -> Sheet:
     again: Counter[str] = Counter(str(e.get("backbone", "")) for e in study.ledger if e.get("again"))
     cells = Counter(p.pair.backbone for p, by in study.cells.items() for _ in by)
     rows = [
-        Row(
+        SheetRow(
             (
-                Entry.of(b),
-                Entry(str(reads[b]), reads[b]),
-                Entry(str(cells[b]), cells[b]),
-                Entry(str(again[b]), again[b]),
+                SheetEntry.of(b),
+                SheetEntry(str(reads[b]), reads[b]),
+                SheetEntry(str(cells[b]), cells[b]),
+                SheetEntry(str(again[b]), again[b]),
             )
         )
         for b in sorted(reads)
@@ -686,7 +724,12 @@ def ledger(study: Study) -> Sheet:
     return Sheet(
         "ledger",
         "Reads of test splits",
-        (Column("backbone", words=True), Column("reads"), Column("cells done"), Column("reads by a cell cut short")),
+        (
+            SheetColumn("backbone", words=True),
+            SheetColumn("reads"),
+            SheetColumn("cells done"),
+            SheetColumn("reads by a cell cut short"),
+        ),
         tuple(rows),
         ("Every read of a test split is noted before it happens; choices are made on validation.",),
     )

@@ -16,7 +16,7 @@ from pocketrec.report.tables import sheets
 
 
 @dataclass(frozen=True)
-class Written:
+class ReportFiles:
     """What was written.
 
     Attributes:
@@ -43,7 +43,7 @@ class Written:
         }
 
 
-def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) -> Written:
+def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) -> ReportFiles:
     """Write ``FOLDER/report`` from the records in ``FOLDER``; the same records give the same bytes.
 
     Args:
@@ -76,4 +76,4 @@ def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) ->
             atomic_write(pictures[-1], poster(f"{study.plan['name']}: {pair}", names, made_of).encode())
     target = out / "index.html"
     atomic_write(target, page(study, known, made).encode())
-    return Written(target, tuple(tables), tuple(pictures), study.count())
+    return ReportFiles(target, tuple(tables), tuple(pictures), study.count())

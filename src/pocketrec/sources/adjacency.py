@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import polars as pl
 
-from pocketrec.encoding.lines import Lines, read_lines
+from pocketrec.data.lines import Lines, read_lines
+from pocketrec.data.source import BadRow, Batch, Column, Scan, Source
 from pocketrec.schema import Task
-from pocketrec.source import BadRow, Batch, Column, Scan, Source
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pocketrec.encoding.columnar import open_table
-from pocketrec.source import Column, Scan, Source
+from pocketrec.data.columnar import open_table
+from pocketrec.data.source import Column, Scan, Source
 
 FIELDS = (
     "hour", "C1", "banner_pos", "site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category",

@@ -12,10 +12,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pocketrec.encoding.columnar import is_parquet, open_table
-from pocketrec.encoding.lines import read_delimited
+from pocketrec.data.columnar import is_parquet, open_table
+from pocketrec.data.lines import read_delimited
+from pocketrec.data.source import Batch, Column, Scan, Source, reject, require_file
 from pocketrec.errors import ConfigError
-from pocketrec.source import Batch, Column, Scan, Source, reject, require_file
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))

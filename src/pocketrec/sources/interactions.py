@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pocketrec.encoding.columnar import open_table
+from pocketrec.data.columnar import open_table
+from pocketrec.data.source import Batch, Column, Scan, Source, whole_numbers
 from pocketrec.schema import Task
-from pocketrec.source import Batch, Column, Scan, Source, whole_numbers
 
 
 @dataclass(frozen=True)

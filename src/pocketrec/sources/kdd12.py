@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import polars as pl
 
-from pocketrec.encoding.lines import read_delimited
-from pocketrec.source import Batch, Column, Scan, Source, reject
+from pocketrec.data.lines import read_delimited
+from pocketrec.data.source import Batch, Column, Scan, Source, reject
 
 FIELDS = (
     "impression", "display_url", "ad_id", "advertiser_id", "depth", "position",

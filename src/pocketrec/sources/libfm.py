@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
-from pocketrec.encoding.lines import Lines, delimit, read_lines
+from pocketrec.data.lines import Lines, delimit, read_lines
+from pocketrec.data.source import Batch, Column, Scan, Source, reject
 from pocketrec.errors import ConfigError, DataError
-from pocketrec.source import Batch, Column, Scan, Source, reject
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pocketrec.encoding.splits import scramble
+from pocketrec.data.source import BATCH_ROWS, Batch, Column, Scan, Source
+from pocketrec.data.splits import scramble
 from pocketrec.errors import ConfigError
 from pocketrec.randomness import derive, generator
-from pocketrec.source import BATCH_ROWS, Batch, Column, Scan, Source
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

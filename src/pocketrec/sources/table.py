@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import polars as pl
 
-from pocketrec.encoding.columnar import TableFile, open_table
+from pocketrec.data.columnar import TableFile, open_table
+from pocketrec.data.source import Batch, Column, ColumnKind, Scan, Source, reject
 from pocketrec.errors import ConfigError
-from pocketrec.source import Batch, Column, Kind, Scan, Source, reject
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Table(Source):
         return Scan(columns, self._batches(table, columns, special), label=self.label, split=self.split_column)
 
     def _columns(self, table: TableFile, names: list[str]) -> tuple[Column, ...]:
-        given: dict[str, Kind] = {
+        given: dict[str, ColumnKind] = {
             **dict.fromkeys(self.category, "category"),
             **dict.fromkeys(self.integer, "integer"),
             **dict.fromkeys(self.dense, "dense"),
@@ -95,7 +95,7 @@ class Table(Source):
             yield batch
 
 
-def guess(cells: pl.Series) -> Kind:
+def guess(cells: pl.Series) -> ColumnKind:
     """``integer``, ``number`` or ``category``, from a sample of the raw strings of one column (empty cells apart)."""
     cells = cells.filter(cells != "")
     if not len(cells):

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from pocketrec.table import Block
+from pocketrec.models.table import Block
 
 
 def anatomy(weight: NDArray[np.float32], counts: NDArray[np.int64], blocks: tuple[Block, ...]) -> list[dict[str, Any]]:

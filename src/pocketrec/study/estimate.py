@@ -16,13 +16,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pocketrec.backbone import Model, noise
-from pocketrec.dataset import Dataset
-from pocketrec.run import torch_threads
-from pocketrec.study.bench import Known
-from pocketrec.study.cell import Bench
-from pocketrec.study.job import Grid, Job
-from pocketrec.study.plan import ORIGINAL, Plan, Range, build_backbone, build_training
+from pocketrec.data.dataset import Dataset
+from pocketrec.models.backbone import Model, noise
+from pocketrec.study.cells import Workspace
+from pocketrec.study.jobs import Grid, Job
+from pocketrec.study.plan import Plan
+from pocketrec.study.recipe import ORIGINAL, Range, build_backbone, build_training
+from pocketrec.study.runner import JournalState
+from pocketrec.training.run import torch_threads
 
 STEPS = 3
 """Timed steps of a training that the journal does not know."""
@@ -35,7 +36,7 @@ COMPRESSION_EPOCHS = 1.0
 
 
 @dataclass(frozen=True)
-class Line:
+class EstimateLine:
     """Jobs of one data set, backbone and method: all of them, the missing ones, seconds and bytes of these."""
 
     data: str
@@ -52,7 +53,7 @@ class Estimate:
     """The grid, line by line."""
 
     name: str
-    lines: tuple[Line, ...]
+    lines: tuple[EstimateLine, ...]
 
     @property
     def seconds(self) -> float:
@@ -99,16 +100,16 @@ def estimate(plan: Plan, folder: str | Path, store: str | Path | None = None) ->
         folder: where it is to be.
         store: of trained models.
     """
-    context = Bench(plan, Path(folder), Path(store) if store else Path(folder) / "store")
+    context = Workspace(plan, Path(folder), Path(store) if store else Path(folder) / "store")
     journal = context.folder / "journal"
-    known = Known.read(context.folder) if journal.exists() else None
+    known = JournalState.read(context.folder) if journal.exists() else None
     groups: dict[tuple[str, str, str], list[Job]] = {}
     for job in context.grid.jobs:
         groups.setdefault((job.data, job.backbone, job.method), []).append(job)
     return Estimate(plan.name, tuple(_line(context, known, name, jobs) for name, jobs in groups.items()))
 
 
-def _line(context: Bench, known: Known | None, name: tuple[str, str, str], jobs: list[Job]) -> Line:
+def _line(context: Workspace, known: JournalState | None, name: tuple[str, str, str], jobs: list[Job]) -> EstimateLine:
     grid = context.grid
     missing = [job for job in jobs if known is None or grid.key(job) not in known.done]
     data = context.data(jobs[0])
@@ -120,10 +121,10 @@ def _line(context: Bench, known: Known | None, name: tuple[str, str, str], jobs:
     model = sum(p.numel() for p in _model(context, jobs[0], data).parameters()) * 4
     kept = attempts * model if grid.trains(jobs[0]) else 0
     predictions = 4 * len(data.test) * runs["cell"] if context.plan.predictions else 0
-    return Line(*name, len(jobs), len(missing), attempts * each, kept + predictions)
+    return EstimateLine(*name, len(jobs), len(missing), attempts * each, kept + predictions)
 
 
-def _training_seconds(context: Bench, known: Known | None, job: Job, data: Dataset) -> float:
+def _training_seconds(context: Workspace, known: JournalState | None, job: Job, data: Dataset) -> float:
     """One training of the job's backbone, from the journal if it has one."""
     past = [] if known is None else known.journal.read()
     same = [r for r in past if (r["data"], r["backbone"], r["method"]) == (job.data, job.backbone, ORIGINAL)]
@@ -142,7 +143,7 @@ def _epochs(grid: Grid, job: Job) -> int:
 
 
 @cache
-def _step_seconds(context: Bench, label: str, backbone: str, data: Dataset, batch_size: int) -> float:
+def _step_seconds(context: Workspace, label: str, backbone: str, data: Dataset, batch_size: int) -> float:
     """A training step, timed after one to warm up."""
     job = Job("cell", label, backbone, ORIGINAL, "", context.plan.seeds_of(context.plan.data[label])[0])
     model = _model(context, job, data)
@@ -155,7 +156,7 @@ def _step_seconds(context: Bench, label: str, backbone: str, data: Dataset, batc
     return OPTIMIZER_SHARE * min(spans[1:] or spans)
 
 
-def _model(context: Bench, job: Job, data: Dataset) -> Model:
+def _model(context: Workspace, job: Job, data: Dataset) -> Model:
     point = {n.removeprefix("backbone."): v for n, v in _middle(context.grid, job).items() if n.startswith("backbone.")}
     return build_backbone(context.grid.backbone(job), point).build(data, 0)
 

@@ -30,11 +30,12 @@ from optuna.trial import FrozenTrial, TrialState
 from pocketrec.errors import ConfigError, PocketRecError
 from pocketrec.files import Lock
 from pocketrec.randomness import derive
-from pocketrec.run import Abandoned, waited
-from pocketrec.study.cell import Bench, Choices, Record, judge
-from pocketrec.study.job import Job
-from pocketrec.study.plan import Choices as Listed
-from pocketrec.study.plan import Point, Space
+from pocketrec.study.cells import Choices, Record, Workspace, validation_figure
+from pocketrec.study.jobs import Job
+from pocketrec.study.recipe import Categorical as Listed
+from pocketrec.study.recipe import Point, Space
+from pocketrec.training.run import waited
+from pocketrec.training.steps import Abandoned
 
 HEARTBEAT_SECONDS = 30
 """How often a running trial shows that its process lives."""
@@ -73,11 +74,11 @@ Round = tuple[Sequence[tuple[str, Point]], Sequence[float]]
 Evaluate = Callable[[Sequence[tuple[str, Point]], Sequence[float]], list[Trial]]
 """Does a round."""
 
-Found = tuple[Record, list[Record]]
+SearchOutcome = tuple[Record, list[Record]]
 """The record of a choice, and those of its trials."""
 
 
-def search(bench: Bench, job: Job, choices: Choices, evaluate: Evaluate | None = None) -> Found:
+def search(bench: Workspace, job: Job, choices: Choices, evaluate: Evaluate | None = None) -> SearchOutcome:
     """The record of the choice, and those of its trials.
 
     Args:
@@ -99,7 +100,7 @@ def search(bench: Bench, job: Job, choices: Choices, evaluate: Evaluate | None =
             return end.value
 
 
-def rounds(bench: Bench, job: Job) -> Generator[Round, list[Trial], Found]:
+def rounds(bench: Workspace, job: Job) -> Generator[Round, list[Trial], SearchOutcome]:
     """The search from outside: yields each round, is sent what its trials came to, and returns what it found."""
     every = _points(bench.grid.space(job))
     trials = min(bench.plan.trials_of(bench.grid.data(job)), len(every) or sys.maxsize)
@@ -120,13 +121,13 @@ def rounds(bench: Bench, job: Job) -> Generator[Round, list[Trial], Found]:
 
 
 def one_by_one(
-    bench: Bench, job: Job, choices: Choices, points: Sequence[tuple[str, Point]], bar: Sequence[float]
+    bench: Workspace, job: Job, choices: Choices, points: Sequence[tuple[str, Point]], bar: Sequence[float]
 ) -> list[Trial]:
     """A round in this process."""
     return [attempt(bench, job, choices, name, point, bar) for name, point in points]
 
 
-def attempt(bench: Bench, job: Job, choices: Choices, name: str, point: Point, bar: Sequence[float]) -> Trial:
+def attempt(bench: Workspace, job: Job, choices: Choices, name: str, point: Point, bar: Sequence[float]) -> Trial:
     """One trial; given up once its best figure falls behind the bar of its epoch."""
     seen: list[tuple[str, int, float]] = []
 
@@ -143,7 +144,7 @@ def attempt(bench: Bench, job: Job, choices: Choices, name: str, point: Point, b
 
     with bench.run(name, job, watch) as run:
         try:
-            metric = judge(bench, job, point, choices, run)
+            metric = validation_figure(bench, job, point, choices, run)
         except Abandoned:
             return trial("pruned", max(m for _, _, m in seen))
         except PocketRecError as error:

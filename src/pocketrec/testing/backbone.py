@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketrec.backbone import Backbone, ClickModel, Model, RankingModel, noise
-from pocketrec.dataset import Dataset
-from pocketrec.program import OPS, Program
-from pocketrec.table import DenseTable
+from pocketrec.data.dataset import Dataset
+from pocketrec.format.program import OPS, Program
+from pocketrec.models.backbone import Backbone, ClickModel, Model, RankingModel, noise
+from pocketrec.models.table import DenseTable
 from pocketrec.testing.lab import Lab, fingerprint, require, same, untouched_globals
 
 BATCH = 64

@@ -16,14 +16,16 @@ import polars as pl
 import torch
 
 from pocketrec import registry
-from pocketrec.backbone import Backbone, Model
-from pocketrec.dataset import Dataset, encode
+from pocketrec.data.dataset import Dataset
+from pocketrec.data.encode import encode
+from pocketrec.data.source import Batch, Column, Scan, Source
 from pocketrec.errors import PocketRecError
+from pocketrec.models.backbone import Backbone, Model
 from pocketrec.randomness import generator
-from pocketrec.run import Run
 from pocketrec.schema import Task
-from pocketrec.source import Batch, Column, Scan, Source
-from pocketrec.train import Training, train
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
+from pocketrec.training.train import train
 
 ROWS = 600
 NARROW = {"hidden": (16, 8), "rank": 4}
@@ -79,7 +81,7 @@ def fingerprint(model: Model) -> str:
 
 
 @dataclass(frozen=True)
-class Drawn(Source):
+class LabClicks(Source):
     """A click log without a file: three string fields of at most 40, 7 and 1 values.
 
     Args:
@@ -110,7 +112,7 @@ class Drawn(Source):
 
 
 @dataclass(frozen=True)
-class Visited(Source):
+class LabVisits(Source):
     """Interactions without a file: 30 users, each with 6 to 12 of 40 items, most of them of its own half.
 
     Args:
@@ -155,12 +157,12 @@ class Lab:
     @cached_property
     def clicks(self) -> Dataset:
         """A click log: 600 rows, three fields, one of them with a single value."""
-        return encode(Drawn(), None, self.place(), threshold=2)
+        return encode(LabClicks(), None, self.place(), threshold=2)
 
     @cached_property
     def visits(self) -> Dataset:
         """Interactions of 30 users with 40 items."""
-        return encode(Visited(), None, self.place())
+        return encode(LabVisits(), None, self.place())
 
     def data(self, task: Task) -> Dataset:
         """The data set of a task."""

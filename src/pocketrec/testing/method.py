@@ -11,19 +11,22 @@ import numpy as np
 import torch
 
 from pocketrec import runtime
-from pocketrec.artifact import Artifact
-from pocketrec.backbone import Model, RankingModel
-from pocketrec.baked import BakedModel
-from pocketrec.composition import ComposedTable
-from pocketrec.dataset import Dataset
+from pocketrec.compression.budget import Budget
+from pocketrec.compression.compress import compress
+from pocketrec.compression.ladder import Method
+from pocketrec.compression.measure import measure
+from pocketrec.compression.small import Small
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError
-from pocketrec.measure import measure
-from pocketrec.method import Budget, Method, Small, compress
+from pocketrec.families.compositional.table import ComposedTable
+from pocketrec.format.artifact import Artifact
+from pocketrec.models.backbone import Model, RankingModel
+from pocketrec.models.baked import BakedModel
+from pocketrec.models.table import DenseTable, Table
 from pocketrec.packed import Storage
-from pocketrec.run import Run
-from pocketrec.table import DenseTable, Table
 from pocketrec.testing.lab import Lab, fingerprint, refused, require, same, untouched_globals
-from pocketrec.train import logits
+from pocketrec.training.evaluate import logits
+from pocketrec.training.run import Run
 
 BUDGETS = ("sparsity=0.3", "sparsity=0.9", "60%", "30%")
 FACTOR_ROUNDINGS = 8
@@ -217,7 +220,7 @@ def check_files_say_what_tables_say(method: Method, lab: Lab) -> None:
 def check_short_storage_is_close(method: Method, lab: Lab) -> None:
     """fp16 and int8 files differ from fp32 by at most their rounding.
 
-    The vectors of a :class:`~pocketrec.composition.ComposedTable` may be off by a few roundings of their factors.
+    The vectors of a :class:`~pocketrec.families.compositional.table.ComposedTable` may be off by a few roundings of their factors.
     """
     storages: tuple[tuple[Storage, float], ...] = (("fp16", 1e-3), ("int8", 1 / 127))
     for storage, relative in storages:

@@ -14,8 +14,8 @@ import click
 
 from pocketrec import registry
 from pocketrec.command import options
+from pocketrec.data.source import Source
 from pocketrec.errors import ConfigError
-from pocketrec.source import Source
 from pocketrec.testing.lab import Lab, require
 
 
@@ -95,7 +95,7 @@ def check_explains_itself(plugin: Any, _lab: Lab) -> None:
     """The class docstring has a first line, and a line for every field."""
     text = inspect.getdoc(type(plugin)) or ""
     require(text.split("\n")[0].endswith("."), "a one-line summary that ends in a full stop", repr(text[:80]))
-    missing = {f.name for f in dataclasses.fields(plugin)} - set(options.described(type(plugin).__doc__))
+    missing = {f.name for f in dataclasses.fields(plugin)} - set(options.argument_texts(type(plugin).__doc__))
     require(not missing, "a line in the docstring's Args for every field", f"none for {', '.join(sorted(missing))}")
 
 

@@ -10,10 +10,11 @@ from typing import get_args
 import numpy as np
 import polars as pl
 
-from pocketrec.dataset import Dataset, encode
+from pocketrec.data.dataset import Dataset
+from pocketrec.data.encode import encode
+from pocketrec.data.source import Batch, ColumnKind, Source
 from pocketrec.errors import PocketRecError
 from pocketrec.schema import Task
-from pocketrec.source import Batch, Kind, Source
 from pocketrec.testing.lab import Lab, refused, require, same, untouched_globals
 
 
@@ -31,7 +32,7 @@ def check_columns_are_named_once(source: Source, lab: Lab) -> None:
 def check_column_kinds_are_known(source: Source, lab: Lab) -> None:
     """Every column says how its values become ids."""
     kinds = {column.kind for column in source.scan(_raw(source, lab)).columns}
-    require(kinds <= set(get_args(Kind)), f"kinds among {get_args(Kind)}", kinds)
+    require(kinds <= set(get_args(ColumnKind)), f"kinds among {get_args(ColumnKind)}", kinds)
 
 
 def check_ranking_has_users_and_items(source: Source, lab: Lab) -> None:

@@ -1,0 +1,1 @@
+"""Budgets, ladders, files that fit, and how they are measured."""

@@ -1,0 +1,124 @@
+"""How a smaller table is found: ``prepare`` once, budget-free; a table for any budget as often as you like.
+
+:func:`compress` is the verb: it prepares a method once, makes a table for each budget, and wraps it as a
+:class:`Small` that can be saved as one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from pocketrec.compression.budget import Budget
+from pocketrec.compression.file_fit import fit_file, with_ladder_table
+from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.compression.small import Small, counted_values
+from pocketrec.models.backbone import Model
+from pocketrec.models.baked import BakedModel
+from pocketrec.packed import Index, Storage
+from pocketrec.training.run import Run
+
+if TYPE_CHECKING:
+    from pocketrec.data.dataset import Dataset
+
+
+@overload
+def compress(
+    model: Model,
+    data: Dataset,
+    method: Method,
+    budget: str | Budget,
+    *,
+    run: Run | str | Path | None = None,
+    storage: Storage | None = None,
+    index: Index = "compact",
+    bake: bool = False,
+) -> Small: ...
+
+
+@overload
+def compress(
+    model: Model,
+    data: Dataset,
+    method: Method,
+    budget: Sequence[str | Budget],
+    *,
+    run: Run | str | Path | None = None,
+    storage: Storage | None = None,
+    index: Index = "compact",
+    bake: bool = False,
+) -> list[Small]: ...
+
+
+def compress(
+    model: Model,
+    data: Dataset,
+    method: Method,
+    budget: str | Budget | Sequence[str | Budget],
+    *,
+    run: Run | str | Path | None = None,
+    storage: Storage | None = None,
+    index: Index = "compact",
+    bake: bool = False,
+) -> Small | list[Small]:
+    """Fit the model's table into a budget, or into each of several with one preparation.
+
+    Args:
+        model: A trained model with a dense table; it is left as it is.
+        data: The data set of its training; only training rows are read.
+        method: How to find the smaller table.
+        budget: ``"sparsity=0.95"`` (share of values removed), ``"5%"`` (of the dense table's bytes) or ``"4MiB"`` (the
+            whole file), or several of them.
+        run: A folder that keeps the preparation: a later budget takes seconds.
+        storage: ``fp32``, ``fp16`` or ``int8``; by default ``fp32`` for a sparsity, ``int8`` for a budget in bytes.
+        index: ``compact`` finds a row in the fewest bytes, ``direct`` in the least time.
+        bake: For ranking models: propagate first and compress the final vectors, as a device needs them.
+
+    Raises:
+        BudgetError: A budget cannot be reached; the error knows the least size that can.
+        ConfigError: A budget, storage or index that is none.
+
+    Example:
+        >>> small = compress(model, data, MagPrune(), "4MiB", run="runs/mag")  # doctest: +SKIP
+        >>> small.save("model.safetensors")["file"] <= 4 << 20  # doctest: +SKIP
+        True
+    """
+    if not isinstance(run, Run):
+        with Run(run) as opened:
+            return compress(model, data, method, budget, run=opened, storage=storage, index=index, bake=bake)
+    single = isinstance(budget, (str, Budget))
+    budgets = [Budget.parse(b) for b in ([budget] if single else budget)]
+    if bake:
+        model = BakedModel.of(model)
+    ladder = method.prepare(model, data, run)
+
+    def at(budget: Budget) -> Small:
+        chosen = storage or ("fp32" if budget.kind == "sparsity" else "int8")
+        return _at(ladder, Small(model, data, method, budget, chosen, index))
+
+    return at(budgets[0]) if single else [at(b) for b in budgets]
+
+
+def _at(ladder: Ladder, dense: Small) -> Small:
+    """The table for one budget, in place of the dense one."""
+    small = sized(ladder, dense)
+    return replace(small, model=ladder.finish(small.model))
+
+
+def sized(ladder: Ladder, dense: Small) -> Small:
+    """The table of the right size in place of the dense one, not yet trained where the method trains.
+
+    ``ladder.finish(small.model)`` is then what :func:`compress` returns.
+    """
+    budget, table = dense.budget, dense.table
+    if budget.kind == "bytes":
+        return fit_file(ladder, dense, int(budget.amount))
+    if budget.kind == "share":
+        dense_bytes = 4 * sum(b.values for b in table.blocks)
+        return with_ladder_table(
+            dense, ladder.at_bytes(int(budget.amount * dense_bytes), dense.storage, index=dense.index)
+        )
+    values = counted_values(table)
+    return with_ladder_table(dense, ladder.at_values(values - int(values * budget.amount)))

@@ -1,0 +1,93 @@
+"""A compressed model: the same head around a smaller table, and its file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocketrec.compression.budget import Budget
+from pocketrec.compression.ladder import Method
+from pocketrec.format.artifact import Contents, FileKind
+from pocketrec.format.vocabulary import Vocabulary
+from pocketrec.models.backbone import Model, RankingModel
+from pocketrec.models.table import Table
+from pocketrec.packed import Index, Storage
+
+if TYPE_CHECKING:
+    from pocketrec.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Small:
+    """A compressed model: the same head around a smaller table.
+
+    Attributes:
+        model: the model, with ``model.table`` the smaller table.
+        data: the data set that it was trained on; its vocabulary goes into the file.
+        method: how the table was found.
+        budget: what was asked for.
+        storage: how kept values are stored in the file.
+        index: how the file finds a row.
+    """
+
+    model: Model
+    data: Dataset
+    method: Method
+    budget: Budget
+    storage: Storage
+    index: Index = "compact"
+
+    @property
+    def table(self) -> Table:
+        """The smaller table."""
+        return self.model.table
+
+    @cached_property
+    def values(self) -> int:
+        """Learned scalars that survive."""
+        return self.table.values()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of counted scalars that were removed."""
+        return 1 - self.values / counted_values(self.table)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the file and its parts, before it is written."""
+        return self.contents.sizes()
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What goes into the file."""
+        stored = self.table.stored().numpy()
+        vocabulary, rows = Vocabulary.build(self.data.schema, stored, self.data.hashes)
+        backbone = self.model.backbone
+        info = {
+            "backbone": {"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
+            "method": self.method.config(),
+            "budget": asdict(self.budget),
+            "storage": self.storage,
+            "values": self.values,
+            "sparsity": self.sparsity,
+            "data": self.data.digest,
+        }
+        packed = self.table.pack(self.storage, rows, self.index)
+        return Contents(file_kind(self.model), self.data.schema, vocabulary, packed, self.model.lower(), info)
+
+    def save(self, path: str | Path) -> dict[str, int]:
+        """Write the file atomically; bytes of the file and its parts."""
+        return self.contents.write(path)
+
+
+def counted_values(table: Table) -> int:
+    """Scalars of the counted blocks of the dense table."""
+    return sum(b.values for b in table.blocks if b.counted)
+
+
+def file_kind(model: Model) -> FileKind:
+    if not isinstance(model, RankingModel):
+        return "ctr"
+    return "ego" if model.propagates else "baked"

@@ -1,0 +1,1 @@
+"""From raw logs to ids: sources, splits, encoding, sampling."""

@@ -1,1 +1,0 @@
-"""From raw rows to integer ids: what ``dataset.encode`` is made of."""

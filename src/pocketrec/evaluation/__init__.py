@@ -1,0 +1,1 @@
+"""Figures: AUC, NDCG, full ranking, beyond accuracy, and their significance; torch-free."""

@@ -1,0 +1,1 @@
+"""What methods share: pruning, thresholds, retraining, distillation, mixed dimension, compositional embeddings, coding."""

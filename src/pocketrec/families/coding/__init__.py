@@ -1,0 +1,1 @@
+"""Rate-distortion coding of tables: one pipeline for clicks, one for lists."""

@@ -1,0 +1,1 @@
+"""Transform coding of click tables and heads."""

@@ -1,0 +1,1 @@
+"""Gain-shape trellis coding of ranking tables."""

@@ -1,0 +1,92 @@
+"""A table of users as sums of items, and of items as shared shapes, both with trellis codes for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pocketrec.layouts.trellis import Records, Shape, TrellisBlock, encode
+from pocketrec.models.table import Block, Table
+from pocketrec.packed import Index, Packed, Storage
+from pocketrec.schema import Schema
+
+
+class TrellisTable(Table):
+    """Users and items as a file of layout ``trellis`` holds them: decoded once, and kept as float32 beside the codes.
+
+    Args:
+        schema: Users and items.
+        blocks: How the matrix is tiled.
+        fill: What absent rows read, float16 ``(2, D)``.
+        shape: How the rows are coded.
+        records: Their codes.
+    """
+
+    computed: ClassVar[bool] = True
+
+    matrix: Tensor
+
+    def __init__(
+        self, schema: Schema, blocks: tuple[Block, ...], fill: NDArray[np.float16], shape: Shape, records: Records
+    ) -> None:
+        super().__init__()
+        self.schema = schema
+        self.blocks = blocks
+        self.fill = fill
+        self.shape = shape
+        self.records = records
+        matrix = fill.astype(np.float32)[schema.field_of_row]
+        packed = self.pack(rows=np.flatnonzero(self.stored().numpy()))
+        matrix[self.stored().numpy()] = packed.lookup_numpy(np.arange(packed.rows)[:, None], np.zeros(1, np.int32))[
+            :, 0
+        ]
+        self.register_buffer("matrix", torch.from_numpy(matrix))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up: ``(...) -> (..., D)``."""
+        return self.matrix[ids]
+
+    def weight(self) -> Tensor:
+        """The whole matrix ``(n, D)``."""
+        return self.matrix
+
+    def values(self) -> int:
+        """Scalars of rows with a trellis code; of other rows the numbers that they consist of."""
+        rates = np.array(self.shape.rates)[self.records.classes]
+        items = np.where(rates > 0, self.width, 2).sum()
+        users = self.width if self.shape.rest else self.shape.atoms
+        return int(items) + self.shape.users * users
+
+    def stored(self) -> Tensor:
+        """Every row but out-of-vocabulary rows."""
+        stored = np.zeros(self.schema.rows, bool)
+        for field, count in zip(self.schema.fields, (self.shape.users, self.shape.items), strict=True):
+            stored[field.offset : field.offset + count] = True
+        return torch.from_numpy(stored)
+
+    def pack(
+        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
+    ) -> Packed:
+        """Layout ``trellis``, whatever the storage and the index."""
+        table_rows = np.flatnonzero(self.stored().numpy()) if rows is None else rows
+        border, first = self.shape.users, self.schema.fields[1].offset
+        users, items = table_rows[:border], table_rows[border:] - first
+        place = np.empty(self.shape.items, np.int64)
+        place[items] = np.arange(len(items))
+        own = self.records
+        ordered = replace(
+            own,
+            **{name: getattr(own, name)[items] for name in ("classes", "gains", "shapes", "item_scales", "item_codes")},
+            **{name: getattr(own, name)[users] for name in ("user_scales", "user_codes")},
+            atoms=place[own.atoms[users]],
+        )
+        names = "+".join(b.name for b in self.blocks)
+        block = TrellisBlock(
+            names, 0, len(table_rows), 0, self.width, "trellis", self.shape, encode(self.shape, ordered)
+        )
+        return Packed(len(table_rows), (block,), self.fill, self.fill)

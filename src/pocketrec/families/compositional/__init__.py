@@ -1,0 +1,1 @@
+"""Embeddings that are computed from smaller factors."""

@@ -1,0 +1,200 @@
+"""A freshly initialised table of compositions for any budget, trained when it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketrec.compression.ladder import Ladder
+from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.families.compositional.region import Region, RegionScope, SlotOrder, regions, slots_of
+from pocketrec.families.compositional.table import ComposedTable, Plan
+from pocketrec.families.distillation import Lesson, imitated
+from pocketrec.families.retraining import initial_model
+from pocketrec.format.vocabulary import size_for as vocabulary_size_for
+from pocketrec.models.backbone import Model, noise
+from pocketrec.models.table import Block, Table, oov_rows
+from pocketrec.packed import Index, Storage, side_size_for, size_for
+from pocketrec.training.run import Run
+
+if TYPE_CHECKING:
+    from pocketrec.data.dataset import Dataset
+    from pocketrec.training.loop import Training
+
+
+@dataclass(frozen=True)
+class ComposedLadder(Ladder):
+    """A freshly initialised table of compositions for any budget; ``finish`` trains it, with a fresh head.
+
+    Args:
+        name: Of the method.
+        start: The model as its training starts, around its dense table.
+        data: Training and validation rows.
+        run: Keeps each trained model, and gives the seed.
+        scope: ``block`` gives each counted block its share and a composition of its own; ``joint`` gives one to all
+            rows of the same columns.
+        order: What a slot is, see :func:`slots_of`.
+        plan: The largest composition of a region within a number of values; ``None`` below the least.
+        least: The least values of a region.
+        train: The final model from the model that training starts from.
+    """
+
+    name: str
+    start: Model
+    data: Dataset
+    run: Run
+    scope: RegionScope
+    order: SlotOrder
+    plan: Callable[[Region, int], Plan | None]
+    least: Callable[[Region], int]
+    train: Callable[[Model], Model]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        model: Model,
+        data: Dataset,
+        run: Run,
+        *,
+        scope: RegionScope,
+        order: SlotOrder,
+        training: tuple[Training, ...],
+        plan: Callable[[Region, int], Plan | None],
+        least: Callable[[Region], int],
+        train: Callable[[Model], Model] | None = None,
+        lesson: Lesson | None = None,
+    ) -> ComposedLadder:
+        """The ladder of a method; by default it trains in the stages of ``training``.
+
+        With a ``lesson`` the table learns from the given model's table first, and the head starts as trained.
+        """
+        after = train or (lambda draft: run.fit(name, draft, data, training or None))
+        if lesson is None or not lesson.epochs:
+            start, _ = initial_model(model, data, run)
+            return cls(name, start, data, run, scope, order, plan, least, after)
+        start, dense = initial_model(model, data, run, "trained")
+        target, stages = dense.matrix.detach(), lesson.stages(training, data.schema.task)
+
+        def learn(draft: Model) -> Model:
+            pupil = draft.with_table(cast("ComposedTable", draft.table).whole())
+            return after(imitated(name, pupil, target, data, run, stages, lesson.goal))
+
+        return cls(name, start, data, run, scope, order, plan, least, learn)
+
+    def at_values(self, values: int) -> ComposedTable:
+        """The largest compositions that hold at most ``values`` scalars, each region at most its share.
+
+        Raises:
+            BudgetError: Not even the least compositions fit.
+        """
+        if values < self._least:
+            raise BudgetError(
+                f"A budget of {values:,} values is below the {self._least:,} that {self.name} needs for a table of "
+                f"{self.start.table.values():,}; raise the budget.",
+                least_values=self._least,
+            )
+        return self._table(self._plans(values))
+
+    def at_bytes(
+        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
+    ) -> ComposedTable:
+        """The largest compositions that pack, with all uncounted blocks, into ``size_bytes``.
+
+        Raises:
+            BudgetError: Not even the least compositions fit.
+        """
+
+        def size(values: int) -> int:
+            return self._size(self._plans(values), storage, vocabulary)
+
+        low, high = self._least, max(self._least, sum(r.values for r in self._regions))
+        if (least := size(low)) > size_bytes:
+            raise BudgetError(
+                f"Budget {size_bytes:,} B is below the {least:,} B of the smallest table that {self.name} can make "
+                f"of {self.start.schema.rows:,} rows of width {self.start.table.width}; raise the budget.",
+                least_bytes=least,
+            )
+        while low < high:
+            middle = (low + high + 1) // 2
+            if size(middle) <= size_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return self._table(self._plans(low))
+
+    def finish(self, model: Model) -> Model:
+        """Train the table and a fresh head."""
+        if not isinstance(model.table, ComposedTable):
+            raise ConfigError(f"{self.name} trains a composed table, but got {type(model.table).__name__}.")
+        return self.train(self.start.with_table(model.table))
+
+    @cached_property
+    def _regions(self) -> tuple[Region, ...]:
+        return regions(self.start.table.blocks, self.scope)
+
+    @cached_property
+    def _slots(self) -> tuple[NDArray[np.int64], ...]:
+        return tuple(slots_of(region, self.data, self.order) for region in self._regions)
+
+    @cached_property
+    def _least(self) -> int:
+        """Fewest values of which every region's share is enough."""
+        total = sum(r.values for r in self._regions)
+        least = [self.least(r) for r in self._regions]
+        values = max(-(-n * total // r.values) for n, r in zip(least, self._regions, strict=True))
+        while any(share < n for share, n in zip(self._shares(values), least, strict=True)):
+            values += 1
+        return values
+
+    def _shares(self, values: int) -> list[int]:
+        """The part of ``values`` that each region gets: proportional to its size, summing exactly to ``values``."""
+        ends = np.cumsum([0, *(r.values for r in self._regions)]).tolist()
+        return [values * b // ends[-1] - values * a // ends[-1] for a, b in pairwise(ends)]
+
+    def _plans(self, values: int) -> list[Plan]:
+        plans = [self.plan(r, n) for r, n in zip(self._regions, self._shares(values), strict=True)]
+        return [plan for plan in plans if plan is not None]
+
+    def _size(self, plans: Sequence[Plan], storage: Storage, vocabulary: bool) -> int:
+        """Bytes of the packed table, and of its vocabulary if asked for."""
+        schema, table = self.start.schema, self.start.table
+        unknown = sum(f.oov_row is not None for f in schema.fields)
+        size = side_size_for(schema.width, table.width, unknown) + 4 * self._slots_in_file
+        size += sum(plan.size_bytes(storage) for plan in plans)
+        for block, named in self._plain:
+            size += size_for(named, named, named * block.width, block.width, schema.width, storage)
+        return size + (vocabulary_size_for(schema, [f.size - f.oov for f in schema.fields]) if vocabulary else 0)
+
+    @cached_property
+    def _plain(self) -> list[tuple[Block, int]]:
+        """Uncounted blocks, and how many rows of them a file stores."""
+        named = ~oov_rows(self.start.schema).numpy()
+        blocks = [b for b in self.start.table.blocks if not b.counted]
+        return [(b, int(np.count_nonzero(named[b.start : b.stop]))) for b in blocks]
+
+    @cached_property
+    def _slots_in_file(self) -> int:
+        """Rows of which a file has to say the slot."""
+        if self.order == "file":
+            return 0
+        named = ~oov_rows(self.start.schema).numpy()
+        told = 0
+        for region, slots in zip(self._regions, self._slots, strict=True):
+            if not np.array_equal(slots, slots_of(region, self.data, "file")):
+                told += int(np.count_nonzero(named[region.start : region.stop]))
+        return told
+
+    def _table(self, plans: Sequence[Plan]) -> ComposedTable:
+        parts = [
+            (region, plan.build(noise(self.run.seed, self.name, i)), slots)
+            for i, (region, plan, slots) in enumerate(zip(self._regions, plans, self._slots, strict=True))
+        ]
+        table: Table = self.start.table
+        return ComposedTable(self.start.schema, table.blocks, parts, table.weight().detach())

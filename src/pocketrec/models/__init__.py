@@ -1,0 +1,1 @@
+"""A table, a head around it, and a loss."""

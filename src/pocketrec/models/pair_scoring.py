@@ -1,0 +1,110 @@
+"""Ranking models without a graph: a pair's score is a function of the two looked-up vectors."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pocketrec.data.sampling import triples
+from pocketrec.errors import ConfigError
+from pocketrec.models.backbone import RankingModel
+
+if TYPE_CHECKING:
+    from pocketrec.data.dataset import Dataset
+
+Loss = Literal["bpr", "bce"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a pair model is trained for.
+
+    With scores ``s_p`` of a pair and ``s_k`` of its negatives, means over the batch of ``B`` pairs::
+
+        bpr = mean sum_k softplus(s_k - s_p)
+        bce = mean softplus(-s_p) + mean_{pairs, k} softplus(s_k)      # both sides weigh the same whatever K is
+        loss = bpr or bce, + lambda sum (|e_u|^2 + |e_p|^2 + sum_k |e_k|^2) / (2 B)
+
+    Args:
+        loss: ``bpr`` or ``bce``.
+        negatives: ``K``, of each training pair, at least 1.
+        regularisation: ``lambda``, at least 0, on the looked-up vectors alone.
+
+    Reference:
+        Rendle et al., BPR: Bayesian Personalized Ranking from Implicit Feedback, 2009; He et al., Neural Collaborative
+        Filtering, 2017, equation 7. Several negatives under BPR are summed, as in CERP (2023).
+    """
+
+    loss: Loss
+    negatives: int
+    regularisation: float
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("bpr", "bce"):
+            raise ConfigError(f"`loss` must be 'bpr' or 'bce', but got {self.loss!r}.")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """``(B, 1 + K)`` scores, the positive first -> the loss without its penalty."""
+        positive, negative = scores[:, :1], scores[:, 1:]
+        if self.loss == "bpr":
+            return F.softplus(negative - positive).sum(dim=1).mean()
+        return F.softplus(-positive).mean() + F.softplus(negative).mean()
+
+
+class PairModel(RankingModel):
+    """Scores the vectors that a table holds; subclasses say how."""
+
+    propagates: ClassVar[bool] = False
+
+    objective: Objective
+
+    @abstractmethod
+    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """Pairs ``(B, 2, D) -> (B,)`` scores; with ``noise`` in training mode."""
+
+    def batches(
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """``(ids (B, 2 + K) int64,)``: every training pair once per epoch, with its negatives."""
+        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=self.objective.negatives)
+
+    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+        """The objective of ``batch = (ids (B, 2 + K),)``; positives and negatives go through one forward pass."""
+        vectors = self.table(batch[0])
+        scores = self.head(opposed(vectors), noise).view(len(vectors), -1)
+        return self.objective(scores) + self.penalty(vectors)
+
+    def penalty(self, vectors: Tensor) -> Tensor:
+        """``lambda sum |e|^2 / (2 B)`` of looked-up vectors ``(B, 2 + K, d)``."""
+        return self.objective.regularisation / (2 * len(vectors)) * vectors.square().sum()
+
+    def propagate(self, weight: Tensor) -> Tensor:
+        """The identity."""
+        return weight
+
+    def scores(self, users: Tensor, items: Tensor) -> Tensor:
+        """``(B, D), (I, D) -> (B, I)`` scores of every pair."""
+        shape = (len(users), len(items), users.shape[1])
+        pairs = torch.stack((users[:, None].expand(shape), items.expand(shape)), dim=2)
+        return self.head(pairs.flatten(0, 1)).view(shape[:2])
+
+
+def opposed(vectors: Tensor) -> Tensor:
+    """User, positive and negatives ``(B, 2 + K, d)`` -> the pairs of each user with its items ``(B (1 + K), 2, d)``."""
+    items = vectors[:, 1:]
+    return torch.stack((vectors[:, :1].expand_as(items), items), dim=2).flatten(0, 1)
+
+
+def ranking_batches(
+    data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool, negatives: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """``(ids (B, 2 + K) int64,)``: user, positive and negatives of every training pair, once per epoch."""
+    users, rows = data.schema.fields[0].size, data.schema.rows
+    drawn = triples(data.train.ids, users, rows, seed, epoch, shuffle=shuffle, negatives=negatives)
+    return ((batch,) for batch in torch.from_numpy(drawn).split(batch_size))

@@ -1,0 +1,1 @@
+"""Time and peak memory of every phase, each in a process of its own."""

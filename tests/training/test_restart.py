@@ -1,0 +1,89 @@
+"""Where methods that search start their retraining."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from study_cases import pairs_file
+
+from pocketrec.backbones.deepfm import DeepFM
+from pocketrec.backbones.mf import MF
+from pocketrec.compression.compress import compress
+from pocketrec.data.encode import encode
+from pocketrec.methods.cerp import CERP
+from pocketrec.methods.opt_embed import OptEmbed
+from pocketrec.methods.opt_embed_d import OptEmbedD
+from pocketrec.methods.pep import PEP
+from pocketrec.sources.adjacency import Adjacency
+from pocketrec.sources.synthetic import Synthetic
+from pocketrec.training.loop import Training
+from pocketrec.training.run import Run
+
+TRAINING = (Training(epochs=2, batch_size=128, learning_rate=1e-2),)
+SMALL = {"population": 3, "generations": 2, "children": 1, "parents": 2}
+METHODS = {PEP: {}, CERP: {}, OptEmbed: SMALL, OptEmbedD: SMALL}
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory):
+    return encode(Synthetic(rows=1500, cardinalities=(60, 20, 5)), None, tmp_path_factory.mktemp("clicks") / "data")
+
+
+@pytest.fixture(scope="module")
+def visits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("visits")
+    return encode(Adjacency(), pairs_file(folder), folder / "data")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["ctr", "cf"])
+def test_retraining_goes_on_from_what_the_search_found(clicks, visits, method, task, monkeypatch):
+    data, backbone = (clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (visits, MF(dim=4))
+    run, began, ended = Run(None), {}, {}
+    fit = run.fit
+
+    def spy(name, start, data, training=None):
+        began[name], ended[name] = start, fit(name, start, data, training)
+        return ended[name]
+
+    monkeypatch.setattr(run, "fit", spy)
+    found = method(**METHODS[method], training=TRAINING, restart="found")
+    small = compress(backbone.build(data, 0), data, found, "sparsity=0.5", run=run)
+    (search,) = set(began) - {"retrain"}
+    table, net = began["retrain"].table, ended[search]
+    if method is CERP:
+        pairs = [
+            (part.books, part.keep, soft.books)
+            for part, soft in zip(table.compositions, net.table.compositions, strict=True)
+        ]
+    else:
+        pairs = [(table.base, table.kept, net.table.base)]
+    for started, kept, left in pairs:
+        assert 0 < int(kept.sum()) < kept.numel()
+        assert torch.equal(started.detach(), torch.where(kept, left.detach(), 0))
+    head = dict(began["retrain"].named_parameters())
+    for name, value in net.named_parameters():
+        if not name.startswith("table."):
+            assert torch.equal(head[name], value)
+    total = data.schema.rows * 4
+    assert small.values == total - total // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_published_start_is_the_default(method):
+    assert method().restart == "first"
+
+
+@pytest.mark.parametrize("method", [OptEmbed, OptEmbedD])
+def test_a_search_can_start_from_the_trained_model(visits, method, monkeypatch):
+    run, began = Run(None), {}
+    fit = run.fit
+
+    def spy(name, start, data, training=None):
+        began[name] = start
+        return fit(name, start, data, training)
+
+    monkeypatch.setattr(run, "fit", spy)
+    trained = fit("original", MF(dim=4).build(visits, 0), visits, TRAINING)
+    method(**SMALL, training=TRAINING, origin="trained").prepare(trained, visits, run)
+    assert torch.equal(began["supernet"].table.base, trained.table.weight())
