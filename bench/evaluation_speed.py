@@ -1,9 +1,9 @@
 """Full evaluation of Gowalla: every user, every item, NDCG@20 and Recall@20, d = 64.
 
-``ours`` is ``pocketrec.evaluation.metrics.ranking``; ``reference`` is one matrix product, a scatter of ``-inf`` and ``topk`` per
-block of 2,048 users in torch, with the same vectorised metrics behind it. Both run in one process, in turn, and must
-find the same figures. Vectors are those of a trained run (``--run``), or drawn: normal, item lengths growing with
-popularity.
+``ours`` is ``pocketrec.evaluation.metrics.ranking``; ``reference`` is one matrix product, a scatter of ``-inf`` and
+``topk`` per block of 2,048 users in torch, with the same vectorised metrics behind it. Both run in one process, in
+turn, and must find the same figures. Vectors are those of a trained run (``--run``), or drawn: normal, item lengths
+growing with popularity.
 
     python bench/evaluation_speed.py [--run DIR] [--rounds 7]
 """

@@ -11,9 +11,9 @@ Public names load their module on first use, so ``import pocketrec`` is cheap an
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from pocketrec.registry import AXES
 
 if TYPE_CHECKING:
     from pocketrec import backbones, methods, sources
@@ -47,9 +47,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "artifact": ("Contents",),
-    "backbone": ("Backbone", "ClickModel", "Model", "RankingModel"),
-    "dataset": ("Dataset", "Split", "encode"),
+    "compression.budget": ("Budget",),
+    "compression.compress": ("compress",),
+    "compression.ladder": ("Method",),
+    "compression.measure": ("Measurement", "measure"),
+    "data.dataset": ("Dataset", "Split"),
+    "data.encode": ("encode",),
     "errors": (
         "ArtifactError",
         "BudgetError",
@@ -61,16 +64,17 @@ _HOME = {
         "StorageError",
         "UnsupportedOp",
     ),
-    "measure": ("Measurement", "measure"),
-    "method": ("Budget", "Method", "compress"),
-    "run": ("Run",),
+    "format.artifact": ("Contents",),
+    "models.backbone": ("Backbone", "ClickModel", "Model", "RankingModel"),
+    "models.pruned": ("PrunedTable",),
+    "models.table": ("Block", "DenseTable", "Table"),
     "runtime": ("open",),
     "schema": ("Field", "Schema"),
-    "table": ("Block", "DenseTable", "PrunedTable", "Table"),
-    "train": ("Training", "load", "train"),
+    "training.loop": ("Training",),
+    "training.run": ("Run",),
+    "training.train": ("load", "train"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
-_AXES = ("sources", "backbones", "methods")
 
 __all__ = [
     "ArtifactError",
@@ -112,17 +116,8 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """The package's own type: importing the submodule ``pocketrec.training.loop`` must not hide the function ``train``."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _MODULE and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
 def __getattr__(name: str) -> Any:
-    if name in _AXES:
+    if name in AXES:
         return importlib.import_module(f"pocketrec.{name}")
     if name not in _MODULE:
         raise AttributeError(f"module 'pocketrec' has no attribute {name!r}")
@@ -133,6 +128,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
-
-
-sys.modules[__name__].__class__ = _Package

@@ -8,21 +8,29 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pocketrec.errors import ConfigError
 
 Axis = Literal["sources", "backbones", "methods"]
 
+AXES: tuple[Axis, ...] = get_args(Axis)
 
-def modules(axis: Axis) -> dict[str, str]:
-    """Plug-in name -> where it is loaded from; nothing is imported yet but the axis package."""
+
+def modules(axis: Axis, *, installed: bool = True) -> dict[str, str]:
+    """Plug-in name -> where it is loaded from; nothing is imported yet but the axis package.
+
+    Args:
+        axis: which plug-ins.
+        installed: those of other distributions, too.
+    """
     package = importlib.import_module(f"pocketrec.{axis}")
-    found = {m.name: f"pocketrec.{axis}.{m.name}" for m in pkgutil.iter_modules(package.__path__)}
-    return dict(sorted({**found, **_installed(axis)}.items()))
+    own = {m.name: f"pocketrec.{axis}.{m.name}" for m in pkgutil.iter_modules(package.__path__)}
+    return dict(sorted({**own, **(_installed(axis) if installed else {})}.items()))
 
 
 @cache
@@ -51,10 +59,14 @@ def load(axis: Axis, name: str) -> type[Any]:
     return classes[0]
 
 
-def public(axis: Axis, attribute: str) -> type[Any]:
-    """The plug-in class by its class name, for ``pocketrec.<axis>.<ClassName>``."""
-    wanted = attribute.lower()
-    for name in modules(axis):
-        if name.replace("_", "") == wanted and (cls := load(axis, name)).__name__ == attribute:
-            return cls
-    raise AttributeError(f"module 'pocketrec.{axis}' has no attribute {attribute!r}")
+def attributes(axis: Axis) -> tuple[Callable[[str], type[Any]], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of an axis's package: its classes by name, loaded on first use."""
+
+    def find(attribute: str) -> type[Any]:
+        wanted = attribute.lower()
+        for name in modules(axis):
+            if name.replace("_", "") == wanted and (cls := load(axis, name)).__name__ == attribute:
+                return cls
+        raise AttributeError(f"module 'pocketrec.{axis}' has no attribute {attribute!r}")
+
+    return find, lambda: sorted(load(axis, name).__name__ for name in modules(axis))

@@ -87,7 +87,7 @@ def test_method(name, check, lab):
     check(examinee, lab)
 
 
-@pytest.mark.parametrize("axis", ["sources", "backbones", "methods"])
+@pytest.mark.parametrize("axis", registry.AXES)
 def test_every_axis_has_twenty_checks_with_a_reason(axis):
     checks = testing.checks(axis)
     assert len(checks) >= 20

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pocketrec import kernel
 from pocketrec.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=[*kernel.LEVELS, "numpy"])

@@ -385,13 +385,13 @@ def test_digest_is_sha256() -> None:
 # ---- array files -------------------------------------------------------------------------------------------------
 
 DTYPES = ["?", "i1", "u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8"]
-arrays = hnp.arrays(
+any_arrays = hnp.arrays(
     st.sampled_from(DTYPES).map(np.dtype), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 )
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(st.text("abc.é", min_size=1, max_size=4), arrays, max_size=4), documents)
+@given(st.dictionaries(st.text("abc.é", min_size=1, max_size=4), any_arrays, max_size=4), documents)
 def test_arrays_round_trip_and_other_readers_agree(
     tmp_path_factory: pytest.TempPathFactory, given_arrays: Any, meta: Any
 ) -> None:

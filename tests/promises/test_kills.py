@@ -108,7 +108,7 @@ def laboratory(tmp_path_factory):
     write_logs(folder)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("POCKETREC")} | {"OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forked_command.py")), str(folder)],
+        [sys.executable, str(Path(__file__).parents[1] / "support" / "forked_command.py"), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,

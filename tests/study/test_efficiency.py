@@ -50,7 +50,7 @@ def store(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-def profile(lab, store, backbone, method, name, **more):
+def profiled(lab, store, backbone, method, name, **more):
     data = lab.data(backbone.task)
     return profile.profile(
         backbone, method, data, training=TRAINING, profile=name, repeats=3, store=store, **more
@@ -156,7 +156,7 @@ def test_steps_are_computed_anew_while_timing(tmp_path):
     ],
 )  # fmt: skip
 def test_every_phase_is_told(lab, store, backbone, method, name, phases):
-    found = profile(lab, store, backbone, method, name)
+    found = profiled(lab, store, backbone, method, name)
     expected = []
     for label, batches in phases.items():
         loop = [f"{label} step", f"{label} epoch"] if label in ("train", "retrain") else []
@@ -186,7 +186,7 @@ def test_a_table_joins_with_a_form_of_its_own(lab, store, monkeypatch):
         return self if name == self.forms[0] else DenseTable(self.schema, self.blocks, self.weight().detach())
 
     monkeypatch.setattr(PrunedTable, "form", form)
-    found = profile(lab, store, CLICKS, MagPrune(), "server")
+    found = profiled(lab, store, CLICKS, MagPrune(), "server")
     torch_phases = [(r["phase"], r["batch"]) for r in found if "packed" not in r["phase"]]
     assert torch_phases == [
         ("find mask", None), ("build cache", None), ("inference on-demand codes", 2048),

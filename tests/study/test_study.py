@@ -390,9 +390,9 @@ def test_ranking_data_with_two_stages_and_baked_vectors(tmp_path):
 def test_two_processes_share_a_study(finished, tmp_path):
     small = tmp_path / "plan.py"
     small.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from study_cases import plan\nfrom pocketrec.study.runner import bench\n"
-        f"print(bench(plan(anatomy=True), {str(tmp_path / 'out')!r}))\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
+        "from study_cases import plan\nfrom pocketrec.study.runner import run_study\n"
+        f"print(run_study(plan(anatomy=True), {str(tmp_path / 'out')!r}))\n"
     )
     both = [subprocess.Popen([sys.executable, str(small)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outs = [p.communicate(timeout=100)[0] for p in both]
@@ -405,8 +405,8 @@ def test_two_processes_share_a_study(finished, tmp_path):
 def test_killed_anywhere_a_study_ends_with_the_same_records(finished, tmp_path):
     script = tmp_path / "plan.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from study_cases import plan\nfrom pocketrec.study.runner import bench\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
+        "from study_cases import plan\nfrom pocketrec.study.runner import run_study\n"
         f"bench(plan(anatomy=True), {str(tmp_path / 'out')!r})\n"
     )
     kills = 0

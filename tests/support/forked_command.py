@@ -17,14 +17,14 @@ from typing import Any
 
 import torch.profiler
 
-from pocketrec import cli, registry  # noqa: F401
+from pocketrec import cli, registry
 from pocketrec.command import verbs as commands  # noqa: F401
 from pocketrec.compression import compress, measure  # noqa: F401
 from pocketrec.data import dataset  # noqa: F401
 from pocketrec.training import loop  # noqa: F401
 from pocketrec.training.run import Run
 
-for axis in ("sources", "backbones", "methods"):
+for axis in registry.AXES:
     for name in registry.modules(axis):
         registry.load(axis, name)
 torch.optim.Adam([torch.zeros(1)])

@@ -1,8 +1,8 @@
 """Gradients of a lowered head with respect to the looked-up vectors, and nothing else.
 
-:class:`LoweredHead` runs a :class:`~pocketrec.format.program.Program` with torch and pulls a slope back to ``vectors``. Each op has a
-hand-written vector-Jacobian product: no autograd graph, no weight gradients. Scoring needs little else, and is bound by
-the matrix products.
+:class:`LoweredHead` runs a :class:`~pocketrec.format.program.Program` with torch and pulls a slope back to
+``vectors``. Each op has a hand-written vector-Jacobian product: no autograd graph, no weight gradients. Scoring needs
+little else, and is bound by the matrix products.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class LoweredHead:
     gradients written in place.
 
     Example:
-        >>> head = Head.of(Program((Op("dot", ("vectors",), "score"),)))
+        >>> head = LoweredHead.of(Program((Op("dot", ("vectors",), "score"),)))
         >>> head.logits(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
         tensor([11.])
         >>> head.pull(torch.ones(1))

@@ -154,7 +154,7 @@ class DCNMixModel(ClickModel):
         """One ``mixture`` per cross layer, then the perceptron."""
         gate = array(self.gate)
         ops, x = [Op("flatten", ("vectors",), "x0")], "x0"
-        for i, cross in enumerate(cast("list[Mixture]", list(self.crosses))):
+        for i, cross in enumerate(cast("list[CrossMixture]", list(self.crosses))):
             tensors = {name: array(p) for name, p in cross.named_parameters()}
             ops.append(Op("mixture", ("x0", x), f"x{i + 1}", tensors={**tensors, "gate": gate}))
             x = f"x{i + 1}"

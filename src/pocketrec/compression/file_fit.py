@@ -104,4 +104,5 @@ def _least(ladder: Ladder, dense: Small, error: BudgetError) -> Table:
 
 
 def with_ladder_table(small: Small, table: Table) -> Small:
+    """The same model around another table."""
     return replace(small, model=small.model.with_table(table))

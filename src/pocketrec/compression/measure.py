@@ -52,7 +52,8 @@ class Measurement:
         digest: SHA-256 that names what was measured.
         logits: ``(N,)`` per row of the split, where predictions were asked for.
         ranking: figures per user, for ranking data.
-        beyond: what the lists are like beyond accuracy, for ranking data, see :mod:`pocketrec.evaluation.beyond_accuracy`.
+        beyond: what the lists are like beyond accuracy, for ranking data; see
+            :mod:`pocketrec.evaluation.beyond_accuracy`.
     """
 
     quality: Mapping[str, float | None]

@@ -88,6 +88,7 @@ def counted_values(table: Table) -> int:
 
 
 def file_kind(model: Model) -> FileKind:
+    """What a file of the model is: ``ctr``, or ``ego`` or ``baked`` of a ranking model."""
     if not isinstance(model, RankingModel):
         return "ctr"
     return "ego" if model.propagates else "baked"

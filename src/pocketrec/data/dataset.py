@@ -183,6 +183,7 @@ class Dataset:
 
 
 def write_description(folder: Path, schema: Schema, tally: Tally, notes: list[str], recipe: Mapping[str, Any]) -> None:
+    """Seal a folder: schema, digests of all files, and how it was encoded."""
     files = {f.name: {"bytes": f.stat().st_size, "sha256": file_digest(f)} for f in sorted(folder.iterdir())}
     content = {"format": FORMAT, "schema": schema.to_json(), "files": files}
     document = {
@@ -197,6 +198,7 @@ def write_description(folder: Path, schema: Schema, tally: Tally, notes: list[st
 
 
 def read_description(path: Path) -> dict[str, Any]:
+    """What the folder of a data set says of itself; a damaged one raises :class:`DataError`."""
     file = path / DOCUMENT
     if not file.is_file():
         raise DataError(f"{path}: expected a folder that `encode` wrote, but there is no {DOCUMENT} in it.")

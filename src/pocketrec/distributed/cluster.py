@@ -1,4 +1,4 @@
-"""A Ray cluster: how one is reached, what a task takes of a node, and helpers that compute the parts of a run's steps."""
+"""A Ray cluster: how one is reached, what a task takes of a node, and helpers that compute parts of a run's steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayError, RayTaskError
 
 from pocketrec.errors import ConfigError, StorageError
-from pocketrec.study.plan import Plan
 from pocketrec.training.run import Helpers, Run
 from pocketrec.training.steps import StepPart
 
@@ -36,7 +35,7 @@ def helpers(address: str, threads: int = 1) -> Iterator[Helpers]:
     """Helpers of a :class:`~pocketrec.training.run.Run`: what it can do in parts, tasks of a cluster do.
 
     Args:
-        address: as for :func:`on_cluster`.
+        address: ``local:N``, ``ray://HOST:PORT``, ``HOST:PORT`` or ``auto``.
         threads: of each task.
 
     Example:
@@ -53,11 +52,6 @@ class Share:
 
     threads: int
     gpus: int
-
-    @classmethod
-    def of(cls, plan: Plan) -> Share:
-        """What each job of a plan takes."""
-        return cls(plan.threads, int(plan.device.startswith("cuda")))
 
     def task(self, function: Callable[..., Any]) -> Any:
         """A function as a Ray task."""

@@ -38,8 +38,8 @@ Origin = Literal["fresh", "trained"]
 class MaskedTable(Table):
     """A pruned table in training: ``base * keep`` is learned, and entries outside ``keep`` stay zero.
 
-    It reads as the :class:`~pocketrec.models.pruned.PrunedTable` of its values does: a row that is stored nowhere reads its
-    field's out-of-vocabulary row where that is the field's absent row, else zeros.
+    It reads as the :class:`~pocketrec.models.pruned.PrunedTable` of its values does: a row that is stored nowhere reads
+    its field's out-of-vocabulary row where that is the field's absent row, else zeros.
 
     Args:
         table: mask and values to start from; its ``fill`` must be zero.

@@ -42,7 +42,7 @@ _FILE = slice(8 + len(_LEAD), 8 + len(_LEAD) + 64)
 _HEADER = slice(_FILE.stop + len(_BETWEEN), _FILE.stop + len(_BETWEEN) + 64)
 _KEYS = {"checks", "chunks", "format", "head", "info", "kind", "schema", "table", "vocabulary"}
 _PARTS = ("table", "vocabulary", "head")
-_T = TypeVar("_Part")
+_T = TypeVar("_T")
 _BROKEN = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 

@@ -1,13 +1,5 @@
-"""Plug-in axis: one file each; ``pocketrec.methods.ClassName`` loads on first use."""
+"""Plug-in axis, one file each: a way to a smaller table. ``pocketrec.methods.ClassName`` loads on first use."""
 
-from __future__ import annotations
+from pocketrec.registry import attributes
 
-from typing import Any
-
-from pocketrec import registry
-
-
-def __getattr__(name: str) -> type[Any]:
-    if name.startswith("_"):
-        raise AttributeError(name)
-    return registry.public("methods", name)
+__getattr__, __dir__ = attributes("methods")

@@ -121,6 +121,7 @@ def counted_cells(schema: Schema, blocks: Sequence[Block]) -> Tensor:
 
 
 def check_matrix(name: str, matrix: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise :class:`ConfigError` where a matrix has another shape or type."""
     if matrix.shape != shape or matrix.dtype != dtype:
         raise ConfigError(f"`{name}` must be {dtype} {shape}, but got {matrix.dtype} {tuple(matrix.shape)}.")
 

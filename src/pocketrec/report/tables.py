@@ -346,14 +346,15 @@ def ranked(study: Study) -> Sheet:
         block = formats.budget(budget)
         for method, rank in sorted(found.average.items(), key=lambda item: item[1]):
             rows.append(
-                SheetRow((SheetEntry.of(method), SheetEntry(f"{rank:.2f}", rank), SheetEntry(f"{found.critical:.2f}", found.critical),
-                     SheetEntry(f"{found.p:.3g}", found.p), SheetEntry(str(found.blocks), found.blocks)), block)
+                SheetRow((SheetEntry.of(method), SheetEntry(f"{rank:.2f}", rank),
+                          SheetEntry(f"{found.critical:.2f}", found.critical), SheetEntry(f"{found.p:.3g}", found.p),
+                          SheetEntry(str(found.blocks), found.blocks)), block)
             )  # fmt: skip
     return Sheet(
         "ranks",
         "Ranks across data sets",
-        (SheetColumn("method", words=True), SheetColumn("average rank"), SheetColumn("critical difference"), SheetColumn("Friedman p"),
-         SheetColumn("pairs")),
+        (SheetColumn("method", words=True), SheetColumn("average rank"), SheetColumn("critical difference"),
+         SheetColumn("Friedman p"), SheetColumn("pairs")),
         tuple(rows),
         ("1 is best. Two methods differ at 5 % where their ranks are further apart than the critical difference "
          "(Nemenyi), which few pairs of data set and backbone can hardly show.",),
@@ -558,8 +559,8 @@ def short(study: Study) -> Sheet:
             gain = mean / max(others) - 1 if others else None
             recall = study.mean(place, "test", "recall@10")
             told = "–" if gain is None else f"{100 * gain:+.1f} %".replace("-", "−")
-            rows.append(SheetRow((*_place(place), SheetEntry(formats.quality(mean), mean), _ratio(recall), SheetEntry(told, gain)),
-                            str(pair)))  # fmt: skip
+            rows.append(SheetRow((*_place(place), SheetEntry(formats.quality(mean), mean), _ratio(recall),
+                                  SheetEntry(told, gain)), str(pair)))  # fmt: skip
     return Sheet(
         "top-10",
         "Quality in the first ten places",

@@ -1,9 +1,9 @@
 """A study on a Ray cluster: every job, every trial of a search and every shard of a scoring run is a task of its own.
 
-The driver does what :func:`pocketrec.study.runner.in_process` does, but has the work done: it alone writes the journal and the
-searches' store, and it holds the lock of each job's group. All work in one folder, on a file system that they share. A
-task whose node dies is run again on another, and goes on from the checkpoint that it left in the store; so the records
-are those of one process.
+The driver does what :func:`pocketrec.study.runner.in_process` does, but has the work done: it alone writes the journal
+and the searches' store, and it holds the lock of each job's group. All work in one folder, on a file system that they
+share. A task whose node dies is run again on another, and goes on from the checkpoint that it left in the store; so the
+records are those of one process.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def on_cluster(address: str) -> Workers:
     connect = connection(address)
 
     def work(context: Workspace, known: JournalState, tell: Progress) -> None:
-        share = Share.of(context.plan)
+        share = share_of(context.plan)
         with connect(share), _place(context, share) as place:
             _Driver(context, known, tell, place).work()
 
@@ -94,6 +94,11 @@ def on_cluster(address: str) -> Workers:
 
 
 # ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+def share_of(plan: Plan) -> Share:
+    """What each job of a plan takes of a node."""
+    return Share(plan.threads, int(plan.device.startswith("cuda")))
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,8 @@ def check_files_say_what_tables_say(method: Method, lab: Lab) -> None:
 def check_short_storage_is_close(method: Method, lab: Lab) -> None:
     """fp16 and int8 files differ from fp32 by at most their rounding.
 
-    The vectors of a :class:`~pocketrec.families.compositional.table.ComposedTable` may be off by a few roundings of their factors.
+    The vectors of a :class:`~pocketrec.families.compositional.table.ComposedTable` may be off by a few roundings of
+    their factors.
     """
     storages: tuple[tuple[Storage, float], ...] = (("fp16", 1e-3), ("int8", 1 / 127))
     for storage, relative in storages:

@@ -50,7 +50,7 @@ def check_name_is_plain(plugin: Any, _lab: Lab) -> None:
 
 def check_name_is_unique(plugin: Any, _lab: Lab) -> None:
     """A registered name leads back to this class."""
-    for axis in ("sources", "backbones", "methods"):
+    for axis in registry.AXES:
         if plugin.name in registry.modules(axis) and isinstance(plugin, registry.load(axis, plugin.name)):
             require(registry.load(axis, plugin.name) is type(plugin), f"{plugin.name!r} to name one class only")
 

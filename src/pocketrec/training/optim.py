@@ -109,7 +109,8 @@ class DenseAdam(Optimizer):
 class LazyAdam(Optimizer):
     """Adam that touches only the rows a batch reads, with closed-form catch-up; dense on the head.
 
-    Cost and memory traffic of a step do not depend on the number of rows. See :mod:`pocketrec.training.row_adam` for the rule.
+    Cost and memory traffic of a step do not depend on the number of rows. See :mod:`pocketrec.training.row_adam` for
+    the rule.
 
     Args:
         model: a model around a :class:`~pocketrec.models.table.DenseTable` that looks rows up.

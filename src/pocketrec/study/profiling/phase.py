@@ -1,7 +1,7 @@
 """One phase of a model's life in a process of its own: the time that it takes, and what its memory is made of.
 
-``python -m pocketrec.study.profiling.phase FILE`` does the :class:`Workload` in a JSON file and prints its findings as JSON. Memory
-is what Linux counts as resident: private pages, and those pages of mapped files that were touched.
+``python -m pocketrec.study.profiling.phase FILE`` does the :class:`Workload` in a JSON file and prints its findings as
+JSON. Memory is what Linux counts as resident: private pages, and those pages of mapped files that were touched.
 
 ``packages``
     The interpreter and the libraries that the phase imports.
@@ -195,7 +195,7 @@ def _sized(task: Workload, model: Model, data: Dataset, method: Method, run: Sto
     from pocketrec.compression.small import Small
 
     budget = Budget.parse(task.budget)
-    ladder = compress.prepare(model, data, run)
+    ladder = method.prepare(model, data, run)
     storage = "fp32" if budget.kind == "sparsity" else "int8"
     return ladder, sized(ladder, Small(model, data, method, budget, storage))
 

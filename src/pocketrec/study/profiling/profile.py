@@ -1,4 +1,4 @@
-"""Time and memory of every phase of a model's life, each in a fresh process; see :mod:`pocketrec.study.profiling.phase`.
+"""Time and memory of every phase of a model's life, each in a fresh process (:mod:`pocketrec.study.profiling.phase`).
 
 Phases of the uncompressed model: ``train``, one ``train step``, one ``train epoch``. Of a method: ``find mask``
 (preparing it and sizing its table), ``retrain`` where it trains afterwards, both with ``step`` and ``epoch`` where
@@ -97,8 +97,8 @@ def profile(
     Returns:
         Records of kind ``efficiency`` without labels: ``phase``, ``profile``, ``batch`` (``None`` where the phase takes
         all rows as it likes), ``threads``, ``ms`` (``p50``, ``p10``, ``p90``, ``repeats``), ``peak_mib`` (see
-        :mod:`pocketrec.study.profiling.phase`), ``extrapolated``, ``device``; ``joules`` per call where energy counters can be
-        read, ``device_peak_mib`` on a GPU.
+        :mod:`pocketrec.study.profiling.phase`), ``extrapolated``, ``device``; ``joules`` per call where energy counters
+        can be read, ``device_peak_mib`` on a GPU.
 
     Raises:
         ConfigError: an argument is out of range, or there is no GPU.

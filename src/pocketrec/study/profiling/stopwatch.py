@@ -39,7 +39,7 @@ def quantiles(milliseconds: Sequence[float] | NDArray[np.float64]) -> dict[str, 
     """Median, 10th and 90th percentile, and how many values they are of.
 
     Example:
-        >>> spread([3.0, 1.0, 2.0])
+        >>> quantiles([3.0, 1.0, 2.0])
         {'p50': 2.0, 'p10': 1.2, 'p90': 2.8, 'repeats': 3}
     """
     p10, p50, p90 = np.quantile(np.asarray(milliseconds, np.float64), (0.1, 0.5, 0.9)).round(6).tolist()

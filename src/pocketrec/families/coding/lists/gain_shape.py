@@ -2,9 +2,9 @@
 
 Items ``v`` are coded as ``gain (C_a + scale q)``: a shared vector near the direction of ``v``, and what is left by a
 trellis code. Each item takes the code of least ``loss + lambda * bits``, where the loss of an error is that of
-:mod:`pocketrec.attribution.list_margin` and a code of ``R`` bits a coordinate leaves a share ``D(R)`` of the energy. Users
-come from the items that they like, so decoded items are their codebook: a user is a sum of a few, found by beam search,
-plus a trellis code, the same for all. Lists do not depend on the length of a user's vector, so none is stored.
+:mod:`pocketrec.attribution.list_margin` and a code of ``R`` bits a coordinate leaves a share ``D(R)`` of the energy.
+Users come from the items that they like, so decoded items are their codebook: a user is a sum of a few, found by beam
+search, plus a trellis code, the same for all. Lists do not depend on the length of a user's vector, so none is stored.
 
 Reference:
     Gain-shape coding: Gersho and Gray, "Vector quantization and signal compression", 1992, section 12.10. Sums of

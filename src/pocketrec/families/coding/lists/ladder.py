@@ -34,7 +34,8 @@ class ListCodingLadder(Ladder):
         values: Meets budgets in values.
         data: Its validation rows judge a touch-up.
         run: Keeps touch-ups; its seed is that of the samples that shared vectors are learned on.
-        touch_up: Most epochs at each rate of :func:`~pocketrec.families.coding.lists.touch_up.touch_up_lists`; 0 does not train.
+        touch_up: Most epochs at each rate of :func:`~pocketrec.families.coding.lists.touch_up.touch_up_lists`; 0 for no
+            training.
     """
 
     model: Model

@@ -44,10 +44,10 @@ _TINY = 1e-20
 class DistilledLists(RankingModel):
     """A model that learns the lists of another one; labels are not read.
 
-    With the dense scores ``s`` of a user and its gap ``s_k - s_5k`` (see :mod:`pocketrec.attribution.list_margin`), items
-    have the probabilities ``p = softmax(s / (tau gap))``. The coded scores ``r`` make ``q = softmax(a r)``, and the
-    loss is the mean of ``KL(p, q)`` in nats. Lists do not depend on a user's length, so each user has the ``a`` of its
-    own least loss. Sums go over the ``5 k`` best items and a sample of all.
+    With the dense scores ``s`` of a user and its gap ``s_k - s_5k`` (see :mod:`pocketrec.attribution.list_margin`),
+    items have the probabilities ``p = softmax(s / (tau gap))``. The coded scores ``r`` make ``q = softmax(a r)``, and
+    the loss is the mean of ``KL(p, q)`` in nats. Lists do not depend on a user's length, so each user has the ``a`` of
+    its own least loss. Sums go over the ``5 k`` best items and a sample of all.
 
     Args:
         dense: the teacher; its scores are inner products of rows of its table.

@@ -25,10 +25,11 @@ _TINY = 1e-20
 
 
 class TrainableTrellisTable(Unsettled):
-    """A :class:`~pocketrec.families.coding.lists.table.TrellisTable` to be trained: ``v_i = g_i x_i``, ``x_i = C_a + s q_i``.
+    """A :class:`~pocketrec.families.coding.lists.table.TrellisTable` to be trained.
 
-    A user is ``sum_k c_k x_k / |x_k| + t r``. Look-ups round ``C`` and ``log g`` to what the file can hold, and
-    gradients pass as if they did not. Which shared vector, which atoms and all trellis codes stay.
+    ``v_i = g_i x_i``, ``x_i = C_a + s q_i``. A user is ``sum_k c_k x_k / |x_k| + t r``. Look-ups round ``C`` and ``log
+    g`` to what the file can hold, and gradients pass as if they did not. Which shared vector, which atoms and all
+    trellis codes stay.
 
     Attributes:
         shared: ``C``, ``(K, D)``.
