@@ -3,8 +3,8 @@
 ``record`` runs the suite once under coverage and notes which tests run which line, and how long each takes. ``check``
 draws ``--sample`` changes from the storeys below, seeded: a comparison, an operator, a number, a condition turned round
 or a statement left out; for each it runs the tests that reach the line, quickest first, in a forked process that reads
-a changed copy of the package. A change is noticed where a test fails, or runs out of time. Lines that no test reaches are
-drawn like all others, and count as not noticed.
+a changed copy of the package. A change is noticed where a test fails, or runs out of time. Lines that no test reaches
+are drawn like all others, and count as not noticed.
 
     python bench/mutants.py record --out .mutants
     python bench/mutants.py check --out .mutants --sample 200
