@@ -25,7 +25,8 @@ from pocketrec.report import chart, formats, papers
 from pocketrec.report.compare import evidence
 from pocketrec.report.records import Pairing, Place, Study
 from pocketrec.report.sheet import Sheet, SheetColumn, SheetEntry, SheetRow
-from pocketrec.report.tables import retention, standings, wall
+from pocketrec.report.tables.published import wall
+from pocketrec.report.tables.transfer import retention, standings
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ import numpy as np
 from pocketrec.report import formats
 from pocketrec.report.chart import AxisScale, Bar, Figure, Format, Line, Marker, bars, svg
 from pocketrec.report.records import DENSE, METRICS, ORIGINAL, JournalRecord, Metric, Pairing, Place, Study, deviation
-from pocketrec.report.tables import PARTS
+from pocketrec.report.tables.cost import PARTS
 
 FRONTIERS: tuple[tuple[str, tuple[str, ...], Format, AxisScale], ...] = (
     ("learned values", ("values",), formats.amount, "log"),

@@ -17,7 +17,9 @@ from pocketrec.report.compare import Evidence
 from pocketrec.report.figures import TitledFigure
 from pocketrec.report.records import METRICS, JournalRecord, Pairing, Place, Study
 from pocketrec.report.sheet import Sheet
-from pocketrec.report.tables import PARTS, budgets, flat, searched_names
+from pocketrec.report.tables.cost import PARTS
+from pocketrec.report.tables.place import budgets
+from pocketrec.report.tables.provenance import flat, searched_names
 
 TEMPLATE = "page.html.j2"
 

@@ -13,7 +13,7 @@ from pocketrec.report.chart import poster
 from pocketrec.report.compare import REPLICATES
 from pocketrec.report.evidence_file import NAME, content, known_evidence
 from pocketrec.report.records import Study
-from pocketrec.report.tables import sheets
+from pocketrec.report.tables.every import sheets
 
 
 @dataclass(frozen=True)
