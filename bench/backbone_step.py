@@ -12,7 +12,6 @@ its own products.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import time
 from collections.abc import Callable
@@ -171,10 +170,6 @@ def main() -> None:
         for name, model in models.items()
     ]
     table.sort(key=lambda row: (row["task"], row["step_ms"]))
-    with (RESULTS / "backbone_step.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
     batched, loop = (took[name, "loss"] for name in ("dcn_mix", "dcn_mix, loop over experts"))
     lines = [
         "# Time of a training step",

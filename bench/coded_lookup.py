@@ -13,13 +13,12 @@ One thread. In every round each reader takes a turn over the same fresh batches,
 timed as a whole by the thread's processor time. A ratio is that of two turns of one round; given are medians over the
 rounds, and the range of the middle 80 %.
 
-Writes ``bench/results/coded_lookup.md`` and ``.csv``.
+Writes ``bench/results/coded_lookup.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -230,10 +229,6 @@ def main() -> None:
                 results += records(case, args.rounds)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "coded_lookup.md").write_text(report(results))
-    with (RESULTS / "coded_lookup.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(results)
     print(report(results))
 
 

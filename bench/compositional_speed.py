@@ -11,13 +11,12 @@ time of the thread. Look-ups need no gradient.
 - QR, divisor 5: two gathers and a product; there is nothing to gain.
 
 A training step is loss, backward and update on one batch of 2,048 rows of MovieLens-1M with DeepFM at sparsity 0.8, as
-the training loop does it. Writes ``bench/results/compositional_speed.md`` and ``.csv``.
+the training loop does it. Writes ``bench/results/compositional_speed.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -260,10 +259,6 @@ def main() -> None:
     results = look_ups(rounds) + training_steps(rounds)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "compositional_speed.md").write_text(report(results))
-    with (RESULTS / "compositional_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(results)
     print(report(results))
 
 

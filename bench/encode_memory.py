@@ -1,7 +1,7 @@
 """Peak memory of ``encode`` follows the number of distinct values, not the number of rows.
 
 Encodes 10^6 and 10^7 rows with the same distinct values, from csv, from parquet and from the generator, each in a child
-process, and compares the peak resident sizes. Writes ``results/encode_memory.csv`` and ``results/encode_memory.md``.
+process, and compares the peak resident sizes. Writes ``results/encode_memory.md``.
 
     python bench/encode_memory.py
 """
@@ -98,9 +98,8 @@ def peak_kib() -> int:
 
 
 def write_results(rows: list[dict[str, float | str]]) -> None:
-    """Write csv and markdown; exit with 1 where the larger log needs more than ``LIMIT`` times the memory."""
+    """Write the table; exit with 1 where the larger log needs more than ``LIMIT`` times the memory."""
     frame = pl.DataFrame(rows)
-    frame.write_csv(RESULTS / "encode_memory.csv")
     small, large = (frame.filter(pl.col("rows") == n).sort("format") for n in ROWS)
     ratios = dict(zip(small["format"], large["peak_mib"] / small["peak_mib"], strict=True))
     lines = [

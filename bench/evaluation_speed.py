@@ -11,7 +11,6 @@ growing with popularity.
 from __future__ import annotations
 
 import argparse
-import csv
 import subprocess
 import sys
 import time
@@ -146,11 +145,7 @@ def compare(vectors: Vectors, seen: Csr, truth: Csr, threads: int, rounds: int) 
 
 
 def write(rows: list[dict[str, object]], peaks: dict[str, int], vectors: str) -> None:
-    """The csv and the page."""
-    with (RESULTS / "evaluation_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "peak_mib"])
-        writer.writeheader()
-        writer.writerows({**row, "peak_mib": peaks[str(row["side"])]} for row in rows)
+    """The page."""
     lines = [
         "# Full evaluation of Gowalla",
         "",

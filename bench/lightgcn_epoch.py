@@ -4,13 +4,12 @@ Run from the repository's root: ``POCKETREC_DATA=... python bench/lightgcn_epoch
 process, round by round, on the same batches; a round times a few whole steps (loss, gradient, fused Adam) of each. An
 epoch is the median step times the number of steps. Drawing the batches is timed apart. The reference is the published
 way: ``torch.sparse.mm`` per layer under autograd, all rows in every layer, losses in plain torch. Peak memory comes
-from one child process per variant. Writes ``bench/results/lightgcn_epoch.md`` and ``.csv``.
+from one child process per variant. Writes ``bench/results/lightgcn_epoch.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import subprocess
 import sys
@@ -202,11 +201,7 @@ def main() -> None:
 
 
 def write(rows: list[dict[str, object]], notes: list[str], per_epoch: int, rounds: int, steps: int) -> None:
-    """``bench/results/lightgcn_epoch.csv`` and ``.md``."""
-    with (RESULTS / "lightgcn_epoch.csv").open("w", newline="") as stream:
-        table = csv.DictWriter(stream, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
+    """``bench/results/lightgcn_epoch.md``."""
     head = " | ".join(rows[0])
     lines = [
         "# A training epoch of LightGCN on Gowalla", "",

@@ -5,14 +5,12 @@ One thread, one process; every reader has arrays of its own. In each round every
 rotating: some batches untimed, then fresh batches of Zipf(1.1) ids, each timed by the thread's processor time and by
 the wall. Readers are checked to give the same vectors. The base of the ratios is ``csr numba``, as published code does
 it (a scalar loop over rows that writes kept entries into an output filled with the codebook); without numba it is
-``csr c++``, the same loop compiled with ``-O3``, and the results say so. Writes ``bench/results/lookup.md`` and
-``.csv``.
+``csr c++``, the same loop compiled with ``-O3``, and the results say so. Writes ``bench/results/lookup.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import importlib
 import subprocess
@@ -247,10 +245,6 @@ def main() -> None:
     results = [r for s in arguments.sparsity for r in measure(shape, s, arguments.rounds)]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "lookup.md").write_text(report(results))
-    with (RESULTS / "lookup.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(results)
     print(report(results))
 
 

@@ -10,7 +10,6 @@ selection, vocabulary, packing, writing. One thread; one budget per fresh proces
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -110,7 +109,7 @@ def trial(folder: Path, budget: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and write bench/results/new_budget.{md,csv}."""
+    """Measure and write bench/results/new_budget.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trial", nargs=2, metavar=("FOLDER", "BUDGET"), help=argparse.SUPPRESS)
@@ -147,10 +146,6 @@ def write(results: dict[str, list[dict[str, float]]]) -> None:
         }
         for budget, trials in results.items()
     ]
-    with (RESULTS / "new_budget.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
     lines = [
         "# A new budget from a stored scoring run",
         "",

@@ -11,7 +11,6 @@ one process: ``nn.Embedding`` over the dense table, the compiled kernel at each 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -215,7 +214,7 @@ def report(passes: list[dict[str, Any]], reads: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure and write bench/results/rate_distortion_speed.{md,csv}."""
+    """Measure and write bench/results/rate_distortion_speed.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000, help="of the scoring pass")
     parser.add_argument("--rounds", type=int, default=3)
@@ -246,11 +245,6 @@ def main() -> None:
                       "wall": round(float(np.median(t[:, 1])), 1), "ratio": round(median / base, 2)})  # fmt: skip
     text = report(passes, reads)
     (RESULTS / "rate_distortion_speed.md").write_text(text)
-    for kind, rows in (("", passes), ("_lookup", reads)):
-        with (RESULTS / f"rate_distortion_speed{kind}.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[-1]))
-            table.writeheader()
-            table.writerows(rows)
     print(text)
 
 

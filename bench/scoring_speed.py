@@ -13,7 +13,6 @@ the vectors through it in every step, as the released code does.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import time
 from collections.abc import Callable
@@ -150,7 +149,7 @@ def scatter(tables: ScoreSums, ids: Tensor, player: Tensor, delta: Tensor) -> No
 
 
 def main() -> None:
-    """Measure and write bench/results/scoring_speed.{md,csv}."""
+    """Measure and write bench/results/scoring_speed.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8, help="steps of a walk that are run")
@@ -206,10 +205,6 @@ def write(best: dict[str, float], table: int, base: int, after: int, peak: int) 
     """Ratios against the better batch size of each baseline."""
     plain = min(s for n, s in best.items() if n.startswith("plain"))
     published = min(s for n, s in best.items() if n.startswith("published"))
-    with (RESULTS / "scoring_speed.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["variant", "seconds_per_1000_samples", "times_plain", "times_published_imputer"])
-        rows.writerows([n, f"{s:.5f}", f"{plain / s:.1f}", f"{published / s:.1f}"] for n, s in best.items())
     lines = [
         "# Cost of Shapley scoring",
         "",

@@ -9,7 +9,6 @@ shows its own noise. Entries that no sample reads are left out.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 from typing import get_args
@@ -39,7 +38,7 @@ def overlap(one: NDArray[np.float32], other: NDArray[np.float32], sparsity: floa
 
 
 def main() -> None:
-    """Score and write bench/results/shapley_accuracy.{md,csv}."""
+    """Score and write bench/results/shapley_accuracy.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=8192)
     parser.add_argument("--walks", type=int, default=32, help="antithetic pairs of walks of the reference")
@@ -78,10 +77,6 @@ def main() -> None:
         pearson, spearman = np.corrcoef(found, truth)[0, 1], spearmanr(found, truth)[0]
         rows.append((name, pearson, spearman, *kept, scores.gap, seconds))
     results = Path(__file__).parent / "results"
-    with (results / "shapley_accuracy.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["estimator", "pearson", "spearman", *(f"overlap_{s}" for s in SPARSITIES), "gap", "seconds"])
-        table.writerows((name, *(f"{x:.5f}" for x in figures)) for name, *figures in rows)
     lines = [
         "# Owen gradients against permutation walks",
         "",

@@ -3,12 +3,11 @@
 Run from the repository's root: ``python bench/size.py``. 39 fields, 1,086,810 rows, 16 columns, a linear weight a row,
 a DeepFM head with a perceptron of 3 x 400. Rows that keep a value keep their linear weight too (byte budgets). Every
 figure is counted on the contents of a file: the vocabulary is built from one string a row. A parameter is one of the
-17,388,960 values of the embedding. Writes ``bench/results/size.md`` and ``.csv``.
+17,388,960 values of the embedding. Writes ``bench/results/size.md``.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
 from pathlib import Path
 
@@ -126,10 +125,6 @@ def main() -> None:
         results += [measure(shape, hashes, keep, i, s, k) for i in indexes for s in STORAGES for k in KEYS]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "size.md").write_text(report(results))
-    with (RESULTS / "size.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(results)
     print(report(results))
 
 

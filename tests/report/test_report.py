@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import signal
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -24,7 +25,8 @@ from pocketrec.report import chart, formats, papers
 from pocketrec.report.compare import evidence
 from pocketrec.report.records import Pairing, Place, Study
 from pocketrec.report.sheet import Sheet, SheetColumn, SheetEntry, SheetRow
-from pocketrec.report.tables import retention, standings, wall
+from pocketrec.report.tables.published import wall
+from pocketrec.report.tables.transfer import retention, standings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,6 +196,63 @@ def test_without_predictions_seeds_alone_decide_and_the_report_says_so(tmp_path)
     assert "computed again" not in written.page.read_text(encoding="utf-8")
 
 
+def test_without_predictions_a_report_takes_what_they_came_to_from_its_evidence(tmp_path):
+    study = write_study(tmp_path / "kept", seeds=(0, 1))
+    report.write(study, replicates=100)
+    before = tables_of(study)
+    for name in ("predictions", "labels"):
+        shutil.rmtree(study / name)
+    written = report.write(study, replicates=100)
+    assert tables_of(study) == before
+    assert any(r["resampled"] == "seeds and rows" for r in rows(study, "comparisons"))
+    assert "computed again" not in written.page.read_text(encoding="utf-8")
+    (study / "report" / "evidence.json").rename(study / "evidence.json")
+    shutil.rmtree(study / "report")
+    report.write(study, replicates=100)
+    assert tables_of(study) == before
+
+
+def test_evidence_of_other_records_or_draws_does_not_count(tmp_path):
+    study = write_study(tmp_path / "kept", seeds=(0, 1))
+    report.write(study, replicates=100)
+    shutil.rmtree(study / "predictions")
+    evidence_of = (study / "report" / "evidence.json").read_bytes()
+    report.write(study, replicates=200)
+    assert {r["resampled"] for r in rows(study, "comparisons")} == {"seeds"}
+    (study / "evidence.json").write_bytes(evidence_of)
+    journal = Journal(study / "journal")
+    last = next(r for r in journal.read() if r["kind"] == "cell" and r["data"] == "criteo" and r["method"] == "shaver")
+    journal.append({**last, "test": {**last["test"], "auc": last["test"]["auc"] - 0.01}})
+    report.write(study, replicates=100)
+    found = {(r["data"], r["resampled"]) for r in rows(study, "comparisons")}
+    assert found == {("criteo", "seeds"), ("avazu", "seeds and rows"), ("gowalla", "seeds and rows")}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[", b"[]", b'{"pairs": [{}]}', b'{"pairs": 1}', None],
+    ids=["torn", "list", "nameless", "number", "marks"],
+)
+def test_damaged_evidence_is_refused(tmp_path, content):
+    study = write_study(tmp_path / "kept", seeds=(0, 1))
+    report.write(study, replicates=100)
+    shutil.rmtree(study / "predictions")
+    path = study / "report" / "evidence.json"
+    if content is None:
+        document = json.loads(path.read_bytes())
+        for pair in document["pairs"]:
+            for found in pair["metrics"].values():
+                del found["marks"]
+        content = json.dumps(document).encode()
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"evidence\.json .*is damaged"):
+        report.write(study, replicates=100)
+
+
+def tables_of(study):
+    return {p.name: p.read_bytes() for p in (study / "report").iterdir() if p.suffix in (".md", ".csv")}
+
+
 def test_one_seed_without_predictions_allows_no_claim(tmp_path):
     study = write_study(tmp_path / "one", predictions=False, seeds=(0,), gaps=False)
     report.write(study)
@@ -259,10 +318,10 @@ def test_published_retention_agrees_with_the_papers_table_7():
     checked = 0
     for (sparsity, method), shares in papers.transfer().items():
         for column, (data, backbone, metric) in columns.items():
-            row = papers.published().get((data, backbone, method, sparsity))
+            row = papers.published_rows().get((data, backbone, method, sparsity))
             if row is None or shares[column] is None:
                 continue
-            original = papers.published()[data, backbone, "original", "0"]
+            original = papers.published_rows()[data, backbone, "original", "0"]
             assert row.figures[metric] / original.figures[metric] == pytest.approx(shares[column], abs=6e-5)
             checked += 1
     assert checked > 70
@@ -358,7 +417,7 @@ def test_what_tables_tell_of_themselves_is_a_table(folder, written):
 
 
 def test_the_papers_opt_embed_of_ranking_is_our_opt_embed_d():
-    known = papers.published()
+    known = papers.published_rows()
     assert known["gowalla", "lightgcn", "optembedd", "80"].figures["ndcg@20"] == 0.1168
     assert ("criteo", "deepfm", "optembedd", "80") not in known
     assert ("criteo", "deepfm", "optembed", "80") in known

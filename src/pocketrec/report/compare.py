@@ -69,7 +69,7 @@ class Evidence:
         against: difference from the original, by place.
         marks: ``best`` and ``second`` by place, only where significant.
         comparisons: behind the marks.
-        how: what was resampled; ``None`` where nothing can be said.
+        from_file: whether it was written by an earlier report, whose predictions are gone.
     """
 
     metric: Metric
@@ -77,6 +77,7 @@ class Evidence:
     against: Mapping[Place, Interval] = field(default_factory=dict)
     marks: Mapping[Place, Mark] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
+    from_file: bool = False
 
     @property
     def how(self) -> list[IntervalBasis]:

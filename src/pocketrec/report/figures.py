@@ -12,7 +12,7 @@ import numpy as np
 from pocketrec.report import formats
 from pocketrec.report.chart import AxisScale, Bar, Figure, Format, Line, Marker, bars, svg
 from pocketrec.report.records import DENSE, METRICS, ORIGINAL, JournalRecord, Metric, Pairing, Place, Study, deviation
-from pocketrec.report.tables import PARTS
+from pocketrec.report.tables.cost import PARTS
 
 FRONTIERS: tuple[tuple[str, tuple[str, ...], Format, AxisScale], ...] = (
     ("learned values", ("values",), formats.amount, "log"),
@@ -109,7 +109,7 @@ def _curves(study: Study, place: Place) -> list[Line]:
     return lines
 
 
-def search(study: Study, method: str) -> list[TitledFigure]:
+def search_figures(study: Study, method: str) -> list[TitledFigure]:
     """What each trial of a method's searches came to on validation, and the best so far."""
     by_search: dict[tuple[Pairing, str], list[JournalRecord]] = {}
     for r in study.of_kind("trial"):

@@ -17,7 +17,9 @@ from pocketrec.report.compare import Evidence
 from pocketrec.report.figures import TitledFigure
 from pocketrec.report.records import METRICS, JournalRecord, Pairing, Place, Study
 from pocketrec.report.sheet import Sheet
-from pocketrec.report.tables import PARTS, budgets, flat, searched_names
+from pocketrec.report.tables.cost import PARTS
+from pocketrec.report.tables.place import budgets
+from pocketrec.report.tables.provenance import flat, searched_names
 
 TEMPLATE = "page.html.j2"
 
@@ -73,7 +75,7 @@ def page(study: Study, known: Mapping[Pairing, Mapping[str, Evidence]], sheets: 
     return environment.get_template(TEMPLATE).render(
         study=study,
         counts=study.count(),
-        facts=facts(study),
+        facts=study_facts(study),
         sheets=by_slug,
         quality=[s for s in sheets if s.slug.startswith("quality-")],
         published=[s for s in sheets if s.slug.startswith("published-")],
@@ -93,7 +95,7 @@ def legend(study: Study) -> list[LegendEntry]:
     return [LegendEntry(swatch(figures.style(study, m)), m) for m in study.methods]
 
 
-def facts(study: Study) -> list[tuple[str, str]]:
+def study_facts(study: Study) -> list[tuple[str, str]]:
     """What the study is, in a few lines."""
     machine = study.machine
     versions = machine.get("versions", {})
@@ -120,7 +122,7 @@ def section(study: Study, method: str) -> MethodSection:
         swatch(style),
         plugin if plugin != method else "",
         tuple(found),
-        tuple(figures.search(study, method)),
+        tuple(figures.search_figures(study, method)),
         tuple(_seconds(study, method)),
     )
 
@@ -166,6 +168,7 @@ def checked(study: Study, known: Mapping[Pairing, Mapping[str, Evidence]]) -> tu
         abs(interval.estimate - float(np.mean(list(study.values(place, metric.name).values()))))
         for pair, by_metric in known.items()
         for metric in METRICS[study.task(pair) or "ctr"]
-        for place, interval in by_metric.get(metric.name, Evidence(metric)).intervals.items()
+        if not (found := by_metric.get(metric.name, Evidence(metric))).from_file
+        for place, interval in found.intervals.items()
     ]
     return len(gaps), max(gaps, default=0.0)

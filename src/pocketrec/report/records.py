@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from pocketrec.errors import ArtifactError, DataError
 from pocketrec.files import Journal, parse_json
 from pocketrec.format.arrays import open_arrays
+from pocketrec.schema import Task
 
 ORIGINAL = "original"
 DENSE = "dense"
 
 JournalRecord = Mapping[str, Any]
-Task = Literal["ctr", "cf"]
 StoredArrays = Mapping[str, NDArray[Any]]
 
 

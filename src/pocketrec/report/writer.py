@@ -1,4 +1,4 @@
-"""A study's folder in, its report out: csv and markdown tables, pictures, and one page."""
+"""A study's folder in, its report out: csv and markdown tables, pictures, evidence, and one page."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from pocketrec.files import atomic_write
 from pocketrec.report import figures
 from pocketrec.report.chart import poster
-from pocketrec.report.compare import REPLICATES, evidence
+from pocketrec.report.compare import REPLICATES
+from pocketrec.report.evidence_file import NAME, content, known_evidence
 from pocketrec.report.records import Study
-from pocketrec.report.tables import sheets
+from pocketrec.report.tables.every import sheets
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ReportFiles:
 def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) -> ReportFiles:
     """Write ``FOLDER/report`` from the records in ``FOLDER``; the same records give the same bytes.
 
+    Where predictions are gone, what they came to is taken from ``FOLDER/evidence.json`` or that of its report, if it is
+    of the same records and draws.
+
     Args:
         folder: of a study, finished or not: what is missing is shown as such.
         replicates: draws of the bootstrap, at least 100; evidence cannot be finer than 2 in that many.
@@ -53,12 +57,12 @@ def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) ->
 
     Raises:
         DataError: the folder has no study.
-        ArtifactError: a record or a file of predictions is damaged.
+        ArtifactError: a record, a file of predictions or of evidence is damaged.
     """
     from pocketrec.report.page import page
 
     study = Study.read(folder)
-    known = {pair: evidence(study, pair, replicates=replicates, seed=seed) for pair in study.pairs}
+    known = known_evidence(study, replicates=replicates, seed=seed)
     made = sheets(study, known)
     out = study.folder / "report"
     out.mkdir(exist_ok=True)
@@ -74,6 +78,8 @@ def write(folder: str | Path, *, replicates: int = REPLICATES, seed: int = 0) ->
             pictures.append(out / f"frontier-{pair.data}-{pair.backbone}.svg")
             made_of = [(d.title, d.svg) for d in drawn]
             atomic_write(pictures[-1], poster(f"{study.plan['name']}: {pair}", names, made_of).encode())
+    if (kept := content(study, known, replicates=replicates, seed=seed)) is not None:
+        atomic_write(out / NAME, kept)
     target = out / "index.html"
     atomic_write(target, page(study, known, made).encode())
     return ReportFiles(target, tuple(tables), tuple(pictures), study.count())
