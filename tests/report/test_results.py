@@ -11,7 +11,7 @@ import pytest
 from pocketrec import report
 from pocketrec.report.records import Study
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 STUDIES = sorted(plan.parent for plan in RESULTS.glob("*/plan.json"))
 RECORDS = ("plan.json", "machine.json", "journal", "ledger.journal", "evidence.json")
 
