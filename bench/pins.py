@@ -54,15 +54,10 @@ AXES: tuple[Axis, ...] = ("sources", "backbones", "methods")
 PRODUCT = ("deepfm", "dcn_mix", "neumf", "lightgcn")
 """Backbones of ``tests/test_product.py``."""
 
-<<<<<<< HEAD
-TRAINING = pr.Training(epochs=1, batch_size=256, learning_rate=1e-2)
-TIMES = re.compile(r"seconds|latency|memory|rss|machine|_us$|_ms$|per_second|load|started|ended|host|time|cpu|peak")
-=======
 TRAINING = {"epochs": 1, "batch_size": 256, "learning_rate": 1e-2}
 TIMES = re.compile(
     r"seconds|latency|memory|rss|machine|_us$|_ms$|^ms$|per_second|load|started|ended|host|time|cpu|peak"
 )
->>>>>>> g/pins
 """Names of what differs from one call to the next."""
 
 VERBS = ("train", "compress", "measure", "recommend", "inspect", "bench", "report", "demo", "encode")
@@ -130,11 +125,7 @@ def digest(*parts: bytes | np.ndarray) -> str:
 def method_of(name: str) -> Any:
     """The method at its defaults; one that trains does so for an epoch."""
     plugin = registry.load("methods", name)
-<<<<<<< HEAD
-    return plugin(training=(TRAINING,)) if plugin.trains else plugin()
-=======
     return plugin(training=(pr.Training(**TRAINING),)) if plugin.trains else plugin()
->>>>>>> g/pins
 
 
 def product(lab: Lab, folder: Path) -> Record:

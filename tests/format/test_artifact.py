@@ -108,10 +108,7 @@ def test_the_same_contents_are_the_same_bytes_in_every_process(golden: Path, tmp
     code = "import sys; from artifact_cases import click; click().contents.write(sys.argv[1])"
     for seed in range(3):
         path = tmp_path / str(seed)
-        environment = os.environ | {
-            "PYTHONHASHSEED": str(seed),
-            "PYTHONPATH": str(Path(__file__).parents[1] / "support"),
-        }
+        environment = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parent)}
         subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=True)
         assert path.read_bytes() == golden.read_bytes()
 

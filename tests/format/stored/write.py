@@ -41,10 +41,7 @@ from safetensors.numpy import save_file
 import pocketrec as pr
 from pocketrec import methods
 from pocketrec.data.source import Batch, Column, Scan, Source
-<<<<<<< HEAD
-=======
 from pocketrec.layouts.hash_mlp import HashMlpBlock, codes
->>>>>>> g/pins
 from pocketrec.randomness import generator
 from pocketrec.schema import Task
 
@@ -52,12 +49,9 @@ SHOPS, DAYS, ITEMS, ROWS = 160, 7, 90, 3000
 USERS, FILMS = 60, 270
 TEACH = pr.Training(epochs=3, batch_size=256, learning_rate=1e-2)
 SHORT = (pr.Training(epochs=1, batch_size=256, learning_rate=1e-2),)
-<<<<<<< HEAD
-=======
 SLOW = (pr.Training(epochs=8, batch_size=256, learning_rate=3e-2, weight_decay=1e-2),)
 """Small weights, so that rounding is not magnified."""
 
->>>>>>> g/pins
 SMALL: dict[str, dict[str, Any]] = {
     "deepfm": {"dim": 8, "hidden": (16, 8)},
     "dcn_mix": {"dim": 4, "hidden": (8, 8), "rank": 4},
@@ -160,11 +154,7 @@ def composed() -> Iterator[tuple[str, Made]]:
         Made("fm", methods.TTRec(cores=2, cache_share=0, order="id", training=SHORT), how=int8),
     )
     yield "tensor-train-fp16-mf", Made("mf", methods.TTRec(cores=4, training=SHORT), how=fp16)
-<<<<<<< HEAD
-    net = {"functions": 32, "depth": 2, "training": SHORT}
-=======
     net = {"functions": 8, "depth": 1, "training": SLOW}
->>>>>>> g/pins
     yield "hash-mlp-linear-fm", Made("fm", methods.DHE(**net, hot=5), how=fp32)
     gauss = methods.DHE(**net, code="gaussian", last_layer="bn_mish", norm="after", order="id")
     yield "hash-mlp-mish-affine-fm", Made("fm", gauss, how=int8)
@@ -226,36 +216,6 @@ class Workshop:
             small = pr.compress(model, data, made.method, made.budget, run=pr.Run(None, seed=2), **made.how)
         path = self.out / f"{name}.safetensors"
         sizes = small.save(path)
-<<<<<<< HEAD
-        arrays, inputs = self.expected(path, data)
-        save_file(arrays, path.with_suffix(".expected.safetensors"), {"inputs": json.dumps(inputs)})
-        layouts = sorted({b.layout for b in pr.open(path).artifact.packed.blocks})
-        sys.stdout.write(f"{name}: {sizes['file']} B, {', '.join(layouts)}\n")
-
-    def expected(self, path: Path, data: pr.Dataset) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-        """What the file says."""
-        reader = pr.open(path)
-        artifact, names = reader.artifact, [f.name for f in reader.schema.fields]
-        inputs = raw_clicks() if reader.kind == "ctr" else raw_pairs()
-        found = [artifact.vocabulary.lookup_row([row[n] for n in names]) for row in inputs]
-        fields = np.repeat(np.arange(len(names)), artifact.vocabulary.keys)
-        arrays = {
-            "rows": np.array(found, np.int64),
-            "fields": fields.astype(np.int64),
-            "vectors": table(artifact, fields, np.arange(len(fields))),
-            "absent": table(artifact, np.arange(len(names)), np.full(len(names), -1)),
-        }
-        if reader.kind != "ego":
-            arrays["scores"] = reader.logits(arrays["rows"])
-        if reader.kind == "baked":
-            lists = [reader.recommend(user, 12, range(user)) for user in (0, 7, USERS - 1)]
-            arrays["users"] = np.array([0, 7, USERS - 1])
-            arrays["items"] = np.array([[item for item, _ in ranked] for ranked in lists])
-            arrays["list_scores"] = np.array([[score for _, score in ranked] for ranked in lists], np.float32)
-        stored = {**artifact.packed.arrays(), **artifact.vocabulary.arrays()}
-        arrays |= {f"stored.{n}": np.array(a) for n, a in stored.items() if np.issubdtype(a.dtype, np.integer)}
-        return arrays, inputs
-=======
         arrays, inputs = expected(path)
         save_file(arrays, path.with_suffix(".expected.safetensors"), {"inputs": json.dumps(inputs)})
         layouts = sorted({b.to_json()["layout"] for b in pr.open(path).artifact.packed.blocks})
@@ -285,7 +245,6 @@ def expected(path: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     stored = {**artifact.packed.arrays(), **artifact.vocabulary.arrays()}
     arrays |= {f"stored.{n}": np.array(a) for n, a in stored.items() if np.issubdtype(a.dtype, np.integer)}
     return arrays, inputs
->>>>>>> g/pins
 
 
 def table(artifact: Any, fields: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -293,9 +252,6 @@ def table(artifact: Any, fields: np.ndarray, rows: np.ndarray) -> np.ndarray:
     found = [artifact.packed.lookup(rows[i : i + 1, None], fields[i : i + 1])[0, 0] for i in range(len(rows))]
     check = [artifact.packed.lookup_numpy(rows[i : i + 1, None], fields[i : i + 1])[0, 0] for i in range(len(rows))]
     np.testing.assert_allclose(found, check, rtol=1e-6, atol=1e-6)
-<<<<<<< HEAD
-    return np.array(found, np.float32)
-=======
     vectors = np.array(found, np.float32)
     for block in artifact.packed.blocks:
         if isinstance(block, HashMlpBlock):
@@ -314,7 +270,6 @@ def wide(block: HashMlpBlock, slots: np.ndarray) -> np.ndarray:
         if i + 2 < len(block.widths) or s["end"] != "linear":
             x = x * np.tanh(np.logaddexp(0, x))
     return x * block.arrays["gain"] + block.arrays["shift"] if s["end"] == "mish_affine" else x
->>>>>>> g/pins
 
 
 def raw_clicks() -> list[dict[str, Any]]:
