@@ -43,10 +43,11 @@ from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR, QRPlan
 from pocketrec.methods.tt_rec import TTComposition, TTPlan, TTRec
 from pocketrec.models.backbone import Model, noise
+from pocketrec.models.table import Lookup
 from pocketrec.packed import Packed, PackedRange
-from pocketrec.training.hooks import ActiveTable
+from pocketrec.training.hooks import LearningTable
 from pocketrec.training.optim import DenseAdam
-from pocketrec.training.run import Run
+from pocketrec.training.run import M, Run
 
 BATCHES = (64, 2048)
 PLAIN_IDS = 1024
@@ -156,12 +157,12 @@ def look_ups(rounds: int) -> list[dict[str, Any]]:
     return results
 
 
-def models(data: Dataset) -> dict[str, Model]:
+def models(data: Dataset) -> dict[str, Model[Lookup]]:
     """The dense model, and each method's at sparsity 0.8."""
     dense = ML_1M.build(data, 0)
     budget = dense.table.values() - int(0.8 * dense.table.values())
     methods = {"QR": QR(), "TT-Rec, no cache": TTRec(cache_share=0), "TT-Rec": TTRec(), "DHE": DHE()}
-    made: dict[str, Model] = {"dense": dense}
+    made: dict[str, Model[Lookup]] = {"dense": dense}
     for name, method in methods.items():
         draft = ML_1M.build(data, 0)
         made[name] = draft.with_table(method.prepare(draft, data, Run(None)).at_values(budget))
@@ -175,7 +176,7 @@ def models(data: Dataset) -> dict[str, Model]:
 class Caught(Exception):
     """The first model that a method trains."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model[Lookup]) -> None:
         super().__init__()
         self.model = model
 
@@ -183,12 +184,12 @@ class Caught(Exception):
 class First(Run):
     """A run that trains nothing, but tells what it was asked to."""
 
-    def fit(self, name: str, model: Model, data: Dataset, training: Any = None) -> Model:
+    def fit(self, name: str, model: M, data: Dataset, training: Any = None) -> M:
         """Raise :class:`Caught`."""
         raise Caught(model)
 
 
-def searching(method: Method, data: Dataset, budget: int) -> Model:
+def searching(method: Method, data: Dataset, budget: int) -> Model[Lookup]:
     """The model that a method trains in its search."""
     model, run = ML_1M.build(data, 0), First(None)
     try:
@@ -211,14 +212,14 @@ def training_steps(rounds: int) -> list[dict[str, Any]]:
         for name, model in made.items():
             start = time.thread_time()
             table, random = model.table, noise(0, "noise", step + 2)
-            if isinstance(table, ActiveTable):
+            if isinstance(table, LearningTable):
                 drawn = model.with_table(table.drawn(noise(0, "table", step + 2)))
                 (drawn.loss(batch, random) + table.penalty(batch[0], 0)).backward()
             else:
                 model.loss(batch, random).backward()
             optimizers[name].step()
-            if isinstance(table, ActiveTable):
-                table.observe()
+            if isinstance(table, LearningTable):
+                table.after_step()
             if step >= 0:
                 times[name].append((time.thread_time() - start) * 1e6)
     return [

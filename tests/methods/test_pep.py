@@ -26,7 +26,7 @@ from pocketrec.models.backbone import noise
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, DenseTable
 from pocketrec.schema import Field, Schema
-from pocketrec.training.hooks import ActiveTable, Rule
+from pocketrec.training.hooks import LearningTable, Rule
 from pocketrec.training.loop import Training
 from pocketrec.training.optim import DenseAdam
 from pocketrec.training.run import Run
@@ -124,7 +124,8 @@ def test_looking_up_is_the_weight_in_any_tiling(granularity, blocks):
     table = soft(granularity, first=-1.0, table=dense(PAIRS, blocks))
     ids = torch.tensor([[0, 6], [5, 14], [3, 9]])
     assert torch.equal(table(ids), table.weight()[ids])
-    assert table.values() == int((table.weight() != 0).sum())
+    above = (table.margins() > 0) & table.cells[table.fields]
+    assert int(above.sum()) == int((table.weight()[table.cells[table.fields]] != 0).sum())
 
 
 @settings(deadline=None, max_examples=15)
@@ -168,8 +169,8 @@ def test_without_weight_decay_nothing_is_ever_pruned():
     for _ in range(50):
         head.table.weight().square().sum().backward()
         optimizer.step()
-        head.table.observe()
-    assert head.table.values() == 80
+        head.table.after_step()
+    assert head.table.alive().tolist() == [80] * 51
 
 
 def test_the_last_to_fall_survive_and_margins_decide_within_a_check():
@@ -180,7 +181,7 @@ def test_the_last_to_fall_survive_and_margins_decide_within_a_check():
     for threshold in (0.2, 0.21, 0.4, 0.55):
         with torch.no_grad():
             table.threshold.fill_(math.log(threshold / (1 - threshold)))
-        table.observe()
+        table.after_step()
     alive = [int((magnitudes > t).sum()) for t in (0.2, 0.21, 0.4, 0.55)]
     assert table.alive().tolist() == [80, *alive]
     ranked = table.keys()[:, :4].reshape(-1).argsort()
@@ -194,7 +195,7 @@ def test_a_revived_entry_counts_from_its_last_fall():
     for threshold in (0.5, 0.1, 0.4):
         with torch.no_grad():
             table.threshold.fill_(math.log(threshold / (1 - threshold)))
-        table.observe()
+        table.after_step()
     assert table.falls.fallen[:, :4].unique().tolist() == [3]
     assert table.falls.fallen[:, 4].unique().tolist() == [0]
 
@@ -274,7 +275,7 @@ def test_the_published_rule_stops_at_the_first_check_below_and_may_fail(clicks, 
 def test_the_published_start_prunes_nothing_in_a_short_search(clicks, model):
     method = PEP(start=-150.0, threshold_rate=1e-3, training=(TRAINING,))
     found = method.prepare(model, clicks, Run(None)).found
-    assert found.values() == clicks.schema.rows * 4
+    assert found.alive()[-1] == clicks.schema.rows * 4
     assert float(found.threshold.detach().max()) < -149
 
 
@@ -361,7 +362,7 @@ def test_settings_out_of_range_are_named(bad):
         PEP(**bad)
 
 
-class Hooked(ActiveTable):
+class Hooked(LearningTable):
     """Plain descent on a bias that all vectors share, with a penalty of its own."""
 
     clip = 0.5
@@ -380,11 +381,6 @@ class Hooked(ActiveTable):
 
     def weight(self):
         return self.base + self.bias
-
-    values = stored = pack = None
-
-
-Hooked.__abstractmethods__ = frozenset()
 
 
 def test_rules_and_clipping_of_a_table():

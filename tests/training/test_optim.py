@@ -234,9 +234,5 @@ def test_what_lazy_adam_cannot_train_is_named():
     lazy = LazyAdam(model, 1e-3, 0.0)
     with pytest.raises(UnsupportedOp, match="whole table"):
         lazy.model.table.weight()
-    with pytest.raises(UnsupportedOp, match="in training"):
-        lazy.model.table.pack()
-    assert lazy.model.table.values() == model.table.values()
-    assert lazy.model.table.stored().all()
     with pytest.raises(ConfigError, match="needs a DenseTable"):
         LazyAdam(lazy.model, 1e-3, 0.0)

@@ -22,7 +22,7 @@ from pocketrec.models.table import Block, DenseTable, Table
 from pocketrec.schema import Schema, Task
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
+    from pocketrec.data.dataset import Dataset, Split
 
 BLOCK = 256
 """Rows of the similarity matrix that are computed together: they stay in cache, and no figure depends on it."""
@@ -107,10 +107,11 @@ class LightGCNModel(RankingModel):
         self.workspace = Buffers()
 
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """``(ids (B, 2 + K) int64,)``: every training pair once per epoch, with its negatives."""
-        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=self.config.negatives)
+        """``(ids (B, 2 + K) int64,)``: every pair of the split once per epoch, with its negatives."""
+        negatives = self.config.negatives
+        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=negatives, split=split)
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """``BPR + lambda REG + gamma NCE`` of ``batch = (ids (B, 2 + K),)``; bf16 under autocast, sums in float32."""

@@ -18,7 +18,7 @@ from pocketrec.models.table import Block, DenseTable, Table
 from pocketrec.schema import Schema, Task
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
+    from pocketrec.data.dataset import Dataset, Split
 
 PERCEPTRON, PRODUCT, BOTH = range(3)
 """Which branches an epoch trains."""
@@ -124,12 +124,12 @@ class NeuMFModel(PairModel):
         return self.perceptron(vectors[..., self.config.dim :].flatten(1), noise)
 
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """``(ids (B, 2 + K) int64, branch ())``: every training pair once per epoch, and which branches it trains."""
+        """``(ids (B, 2 + K) int64, branch ())``: every pair of the split once, and which branches it trains."""
         start = self.config.pretraining
         branch = torch.tensor(BOTH if epoch >= 2 * start else PRODUCT if epoch >= start else PERCEPTRON)
-        drawn = super().batches(data, batch_size, seed, epoch, shuffle=shuffle)
+        drawn = super().batches(data, batch_size, seed, epoch, shuffle=shuffle, split=split)
         return ((*batch, branch) for batch in drawn)
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from pocketrec.data.tally import Tally
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.evaluation.metrics import RankingTargets, to_csr
 from pocketrec.files import atomic_write, canonical_json, digest
+from pocketrec.randomness import generator
 from pocketrec.schema import Schema
 
 SplitName = Literal["train", "valid", "test"]
@@ -54,6 +55,22 @@ class Split:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.ids)
+
+    def halves(self, seed: int) -> tuple[Split, Split]:
+        """The rows in two random parts, each in the order of the split: disjoint, together all, equal or 1 apart.
+
+        A pure function of the split and the seed, for searches that learn from one part and judge by the other. Unlike
+        the split, its halves are in memory.
+        """
+        order = generator(seed, "halves").permutation(len(self))
+        middle = (len(self) + 1) // 2
+        first, second = (self._part(np.sort(part)) for part in (order[:middle], order[middle:]))
+        return first, second
+
+    def _part(self, rows: NDArray[np.int64]) -> Split:
+        """Some of the rows."""
+        labels, teacher = (None if column is None else column[rows] for column in (self.labels, self.teacher))
+        return replace(self, ids=self.ids[rows], labels=labels, rows=self.rows[rows], teacher=teacher)
 
     @cached_property
     def wanted(self) -> RankingTargets:

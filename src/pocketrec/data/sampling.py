@@ -1,4 +1,4 @@
-"""Training triples for ranking: every training pair once per epoch, with uniform negatives each."""
+"""Triples for ranking: every pair once per epoch, with uniform negatives each."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ def triples(
     *,
     shuffle: bool = True,
     negatives: int = 1,
+    seen: NDArray[np.integer[Any]] | None = None,
 ) -> NDArray[np.int64]:
     """One epoch of ``(user, positive, negative, ...)``, a pure function of its arguments.
 
     Each pair comes once, in an order drawn from ``(seed, epoch)``; its negatives are uniform and independent over the
-    items that are no training item of the user. They are drawn for all pairs at once, and those that hit a training
-    pair again.
+    items that are not among the user's pairs. They are drawn for all pairs at once, and those that hit a pair again.
 
     Args:
-        pairs: training pairs of global ids (user, item), ``(N, 2)``.
+        pairs: pairs of global ids (user, item), ``(N, 2)``.
         users: number of users; items are ``[users, rows)``.
         rows: rows of the table.
         seed: of the training.
         epoch: counted from 0.
         shuffle: ``False`` keeps the order of the pairs.
         negatives: ``K``, of each pair, at least 1.
+        seen: further pairs ``(M, 2)`` that are no negatives: those of training, where ``pairs`` are not.
 
     Returns:
         Global ids, ``(N, 2 + K)``.
@@ -47,7 +48,8 @@ def triples(
         [[0, 2, 3], [1, 3, 2]]
     """
     positive = np.asarray(pairs, dtype=np.int64)
-    known = np.unique(positive[:, 0] * rows + positive[:, 1])
+    others = np.empty((0, 2), np.int64) if seen is None else np.asarray(seen, dtype=np.int64)
+    known = np.unique(np.concatenate([part[:, 0] * rows + part[:, 1] for part in (positive, others)]))
     full = np.flatnonzero(np.bincount(known // rows, minlength=1) >= rows - users)
     if len(full):
         raise DataError(f"Every user must lack at least one item, but user {full[0]} has all {rows - users}; drop it.")

@@ -1,4 +1,6 @@
-"""Imitation: a computed table learns the vectors of a trained one, before the loss of its own goes on with it.
+"""Distillation: students that learn what another model says, instead of the labels.
+
+In imitation a computed table learns the vectors of a trained one, before the loss of its own goes on with it.
 
 A network that computes vectors needs hundreds of passes before they are any good, and each pass of a ranking model
 computes all of them. To fit given vectors needs those of a batch only, so that this start costs a fraction.
@@ -10,33 +12,33 @@ but a few hundred such steps are worth several epochs of training.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.format.program import Program
-from pocketrec.models.backbone import ClickModel, Model, RankingModel
-from pocketrec.models.table import Table
-from pocketrec.packed import Index, Packed, Storage
+from pocketrec.models.backbone import ClickModel, L, Model, RankingModel, T_co
+from pocketrec.models.table import Lookup
 from pocketrec.schema import Task
 from pocketrec.training.evaluate import validate
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
-    from pocketrec.training.loop import Training
+    from pocketrec.data.dataset import Dataset, Split
 
+
+I_co = TypeVar("I_co", bound=Model[Lookup], default=Model[Lookup], covariant=True)
+"""The model inside a student."""
 
 COOLING = 5
 """By how much the learning rate falls for the last quarter of the epochs."""
@@ -74,8 +76,6 @@ class Lesson:
 
     def stages(self, training: Sequence[Training], task: Task) -> tuple[Training, ...]:
         """The stages, with batches and precision as in the first one of the ``training`` that follows."""
-        from pocketrec.training.loop import Training
-
         first = training[0] if training else Training.default(task)
         last = self.epochs // 4
         parts = ((self.epochs - last, self.learning_rate), (last, self.learning_rate / COOLING))
@@ -88,151 +88,182 @@ class Lesson:
 
 def imitated(
     name: str,
-    draft: Model,
+    draft: Model[L],
     target: Tensor,
     data: Dataset,
     run: Run,
     stages: tuple[Training, ...],
     goal: Imitated = "rows",
-) -> Model:
-    """``draft`` with the table that has learned ``target (n, D)``, or its final vectors; its head as it is."""
-    if isinstance(draft, ClickModel):
-        student: Imitation = ImitatedClicks(draft, target)
-    elif goal == "final":
-        student = ImitatedFinals(draft, cast("RankingModel", draft).propagate(target))
-    else:
-        student = ImitatedRanks(draft, target)
+) -> Model[L]:
+    """A model whose table has learned the rows of another one, or the final vectors; its head rests.
+
+    Args:
+        name: Of the method.
+        draft: The model around the table that learns; it is left as it is.
+        target: Rows of the trained table, ``(n, D)``.
+        data: Training and validation rows.
+        run: Keeps the result.
+        stages: Of the training.
+        goal: See :class:`Lesson`.
+
+    Returns:
+        ``draft`` around the table that has learned.
+    """
+    lesson = TableRows(target)
+    if goal == "final" and isinstance(draft, RankingModel):
+        lesson = FinalVectors(draft.propagate(target))
+    student = student_of(draft, draft.table, lesson)
     return draft.with_table(run.fit(f"{name}-imitation", student, data, stages).table)
 
 
-class Imitation(Model):
-    """A model whose table learns the rows of a matrix, by how often the training meets them; the head rests.
+class Target(nn.Module, ABC):
+    """What a :class:`Student` learns: the loss, and its batches. Its tensors are a part of what identifies a training.
+
+    Attributes:
+        lasting: whether the student ends with the weights of its last epoch, not of the best one on validation.
+    """
+
+    lasting: bool = False
+
+    def batches(
+        self,
+        model: Model[Lookup],
+        data: Dataset,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        *,
+        shuffle: bool = True,
+        split: Split | None = None,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """By default those of the model inside the student; see :meth:`pocketrec.models.backbone.Model.batches`."""
+        return model.batches(data, batch_size, seed, epoch, shuffle=shuffle, split=split)
+
+    @abstractmethod
+    def loss(self, student: Model[Lookup], batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+        """How far the student is from the target on a batch; labels are not read."""
+
+
+class Student(Model[T_co], Generic[T_co, I_co]):
+    """A model that learns a target instead of the labels; head, propagation and scores are those of a model inside.
+
+    The inner model rests: its parameters are not trained unless they are told to require a gradient again. It is always
+    in evaluation mode, without dropout and with fixed batch norms.
+
+    Args:
+        inner: the model whose head it has; it is left as it is.
+        table: what is trained.
+        target: what is learned.
+    """
+
+    inner: I_co
+
+    def __init__(self, inner: I_co, table: T_co, target: Target) -> None:
+        super().__init__()
+        self.backbone = inner.backbone
+        self.schema = inner.schema
+        self.table = table
+        self.lasting = target.lasting
+        headed: Any = inner.with_table(table)
+        del headed.table
+        self.inner = deepcopy(headed).requires_grad_(False)
+        self.target = target
+
+    def batches(
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Those of the target."""
+        return self.target.batches(self.inner, data, batch_size, seed, epoch, shuffle=shuffle, split=split)
+
+    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+        """That of the target."""
+        return self.target.loss(self, batch, noise)
+
+    def lower(self) -> Program:
+        """The head of the model inside."""
+        return self.inner.lower()
+
+
+class ClickStudent(Student[T_co, ClickModel[Lookup]], ClickModel[T_co]):
+    """A click model that learns a target."""
+
+    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """``(B, F, D) -> (B,)`` logits, always in evaluation mode."""
+        return self.inner.head(vectors)
+
+
+class RankingStudent(Student[T_co, RankingModel[Lookup]], RankingModel[T_co]):
+    """A ranking model that learns a target."""
+
+    def propagate(self, weight: Tensor) -> Tensor:
+        """Final rows, as the model inside makes them."""
+        return self.inner.propagate(weight)
+
+    def scores(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores of the model inside."""
+        return self.inner.scores(users, items)
+
+
+def student_of(inner: Model[Lookup], table: L, target: Target) -> ClickStudent[L] | RankingStudent[L]:
+    """The student for a kind of model; see :class:`Student`."""
+    if isinstance(inner, ClickModel):
+        return ClickStudent(inner, table, target)
+    if isinstance(inner, RankingModel):
+        return RankingStudent(inner, table, target)
+    raise UnsupportedOp(f"Only click models and ranking models can learn a target, but got {type(inner).__name__}.")
+
+
+class TableRows(Target):
+    """The rows of a matrix, by how often the training meets them.
 
     The loss is the mean squared error of the rows of a batch, as a share of the matrix's mean square.
 
     Args:
-        student: around the table that learns; it is left as it is.
-        target: ``(n, D)``.
+        matrix: ``(n, D)``.
     """
 
     lasting = True
 
-    target: Tensor
+    matrix: Tensor
     digest: Tensor
 
-    def __init__(self, student: Model, target: Tensor) -> None:
+    def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        self.backbone = student.backbone
-        self.schema = student.schema
-        self.table = student.table
-        headed = student.with_table(student.table)
-        del headed.table
-        self.student = deepcopy(headed).requires_grad_(False)
-        self.register_buffer("target", target, persistent=False)
-        content = sha256(target.numpy().tobytes()).digest()
+        self.register_buffer("matrix", matrix, persistent=False)
+        content = sha256(matrix.numpy().tobytes()).digest()
         self.register_buffer("digest", torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
-    def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Those of the student."""
-        return self.student.batches(data, batch_size, seed, epoch, shuffle=shuffle)
-
-    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+    def loss(self, student: Model[Lookup], batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """``mean (e_i - t_i)^2 / mean t^2`` over the ids ``i`` of a batch."""
         ids = batch[0].long()
-        return (self.table(ids).float() - self.target[ids]).square().mean() / self.target.square().mean()
-
-    def lower(self) -> Program:
-        """The student's head."""
-        return self.student.lower()
+        return (student.table(ids).float() - self.matrix[ids]).square().mean() / self.matrix.square().mean()
 
 
-class ImitatedClicks(Imitation, ClickModel):
-    """A click model's imitation."""
-
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
-        """The student's logits ``(B,)``."""
-        return cast("ClickModel", self.student).head(vectors)
-
-
-class ImitatedRanks(Imitation, RankingModel):
-    """A ranking model's imitation."""
-
-    def propagate(self, weight: Tensor) -> Tensor:
-        """The student's final rows."""
-        return cast("RankingModel", self.student).propagate(weight)
-
-    def scores(self, users: Tensor, items: Tensor) -> Tensor:
-        """The student's scores."""
-        return cast("RankingModel", self.student).scores(users, items)
-
-
-class ImitatedFinals(ImitatedRanks):
-    """A ranking model's imitation of final vectors: ``mean (P e - z)^2 / mean z^2`` over all rows in each step."""
+class FinalVectors(TableRows):
+    """The final vectors of a ranking model: ``mean (P e - z)^2 / mean z^2`` over all rows in each step."""
 
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self,
+        model: Model[Lookup],
+        data: Dataset,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        *,
+        shuffle: bool = True,
+        split: Split | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
         """Nothing to look up, ``STEPS`` times."""
         nothing = torch.empty(0, 0, dtype=torch.int64)
         return ((nothing,) for _ in range(STEPS))
 
-    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+    def loss(self, student: Model[Lookup], batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """The error as a share of the target's mean square; no rows are drawn."""
-        return (self.propagate(self.table.weight()) - self.target).square().mean() / self.target.square().mean()
+        final = cast("RankingStudent[Lookup]", student).propagate(student.table.weight())
+        return (final - self.matrix).square().mean() / self.matrix.square().mean()
 
 
 M = TypeVar("M", bound=Model)
-
-
-class Unsettled(Table):
-    """A table being touched up, which has no file form."""
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """Raises :class:`~pocketrec.errors.UnsupportedOp`."""
-        raise UnsupportedOp("A table being touched up has no file form; settle it first.")
-
-
-class Distilled(ClickModel):
-    """A model that learns the probabilities of another one, in evaluation mode: no dropout, fixed batch norms.
-
-    The loss is the mean cross-entropy of ``sigmoid(teacher)`` and the student's logit. Scalars of the head stay: a file
-    has them in its header, whose length they would change.
-
-    Args:
-        student: whose head is trained; it is left as it is.
-        table: what else is trained.
-        teacher: the dense model.
-    """
-
-    def __init__(self, student: ClickModel, table: Table, teacher: ClickModel) -> None:
-        super().__init__()
-        self.backbone = student.backbone
-        self.schema = student.schema
-        self.table = table
-        headed = student.with_table(table)
-        del headed.table
-        self.student = deepcopy(headed)
-        for parameter in self.student.parameters():
-            parameter.requires_grad_(parameter.ndim > 0)
-        self.teacher = deepcopy(teacher).requires_grad_(False)
-
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
-        """``(B, F, D) -> (B,)`` logits, always in evaluation mode."""
-        return self.student.head(vectors)
-
-    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
-        """Mean cross-entropy in nats against the teacher; labels are not read."""
-        with torch.no_grad():
-            target = self.teacher(batch[0]).sigmoid()
-        return F.binary_cross_entropy_with_logits(self(batch[0]), target)
-
-    def lower(self) -> Program:
-        """The student's head."""
-        return self.student.lower()
 
 
 def stages(epochs: int, batch_size: int, rates: Sequence[float]) -> list[Training]:

@@ -29,7 +29,7 @@ from pocketrec.families.pruning import PruningLadder, carry_uncounted, rank_keys
 from pocketrec.families.retraining import HeadStart, retrain
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
-from pocketrec.models.table import DenseTable
+from pocketrec.models.table import DenseTable, Lookup
 from pocketrec.packed import Index, Storage
 from pocketrec.randomness import generator
 from pocketrec.training.loop import Training, fingerprint
@@ -200,8 +200,8 @@ class EvolvedLadder(Ladder):
         beginning: whether even lengths are among the first candidates.
     """
 
-    net: Model
-    start: Model
+    net: Model[Supernet]
+    start: Model[Lookup]
     dense: DenseTable
     units: Units
     drops: bool
@@ -237,13 +237,8 @@ class EvolvedLadder(Ladder):
 
     def found(self) -> EvolvedLadder:
         """The same search, but retraining starts from the weights and the head of the supernet."""
-        dense = DenseTable(self.dense.schema, self.dense.blocks, self._supernet().base.detach())
+        dense = DenseTable(self.dense.schema, self.dense.blocks, self.net.table.base.detach())
         return replace(self, start=self.net, dense=dense, head="initial")
-
-    def _supernet(self) -> Supernet:
-        if not isinstance(self.net.table, Supernet):
-            raise ConfigError(f"The search must leave a supernet, but got {type(self.net.table).__name__}.")
-        return self.net.table
 
     def _keep(self, values: int) -> NDArray[np.bool_]:
         """Entries that the best lengths for a budget keep, ``(n, D)``."""
@@ -257,7 +252,7 @@ class EvolvedLadder(Ladder):
         sizes = self.units.sizes(on)
         if int(sizes.sum()) == 0:
             return np.zeros(self.dense.matrix.shape, dtype=bool)
-        weight = self._supernet().base.detach()
+        weight = self.net.table.base.detach()
         given = even_lengths(self.units, self.dense.blocks, on, values) if self.beginning == "even" else ()
         found = self.run.once(
             "evolution",
@@ -289,7 +284,7 @@ class EvolvedLadder(Ladder):
         counted = self.units.unit >= 0
         if not self.drops:
             return counted
-        margins = np.where(counted, self._supernet().margins(), -np.inf)
+        margins = np.where(counted, self.net.table.margins(), -np.inf)
         on = margins > 0
         longest = np.where(counted, self.units.longest[self.units.unit], 0)
         order = np.argsort(-margins, axis=None, kind="stable")
@@ -304,7 +299,7 @@ class EvolvedLadder(Ladder):
         margins = np.zeros(self.dense.matrix.shape, np.float32)
         columns = np.zeros(self.dense.matrix.shape, np.int64)
         for group, (left, right) in enumerate(self.units.groups):
-            margins[:, left:right] = self._supernet().margins()[:, group, None]
+            margins[:, left:right] = self.net.table.margins()[:, group, None]
             columns[:, left:right] = -np.arange(right - left)
         chosen = np.zeros(columns.shape, dtype=bool) if keep is None else keep
         keys = carry_uncounted(rank_keys(margins, columns, chosen), self.dense.blocks)

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.evaluation.metrics import auc
 from pocketrec.models.backbone import ClickModel, Model
-from pocketrec.models.table import Block, DenseTable, Table
-from pocketrec.packed import Index, Packed, Storage
+from pocketrec.models.table import Block, DenseTable, Lookup
 from pocketrec.schema import Schema
 from pocketrec.training.evaluate import EVALUATION_ROWS, validate
-from pocketrec.training.hooks import ActiveTable, Rule
+from pocketrec.training.hooks import LearningTable, Rule
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Split
@@ -152,7 +151,7 @@ def unit_step(u: Tensor) -> Tensor:
     return _UnitStep.apply(u)  # pyright: ignore[reportReturnType]
 
 
-class Supernet(ActiveTable):
+class Supernet(LearningTable):
     """A table that trains with random prefix lengths, and with learned thresholds on the rows' L1 norms if asked for.
 
     A row reads zero in a group of columns where its norm there is not above the threshold. Click models draw a length
@@ -228,29 +227,12 @@ class Supernet(ActiveTable):
         """``|e|_1 - t`` of every row, or its norm where there are no thresholds: ``(n, G)``."""
         return self._margins(self.base.detach(), slice(None)).detach().numpy()
 
-    def drawn(self, noise: torch.Generator) -> Table:
+    def drawn(self, noise: torch.Generator) -> Lookup:
         """The table with random lengths."""
         return _SampledNet(self, noise)
 
-    def values(self) -> int:
-        """Scalars of the counted blocks: a supernet removes nothing yet."""
-        return sum(b.values for b in self.blocks if b.counted)
 
-    def stored(self) -> Tensor:
-        """As a dense table."""
-        return self._dense().stored()
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """As a dense table of what it reads."""
-        return self._dense().pack(storage, rows, index)
-
-    def _dense(self) -> DenseTable:
-        return DenseTable(self.schema, self.blocks, self.weight().detach())
-
-
-class _SampledNet(Table):
+class _SampledNet(Lookup):
     """A supernet with the random lengths of one step."""
 
     def __init__(self, net: Supernet, noise: torch.Generator) -> None:
@@ -277,24 +259,10 @@ class _SampledNet(Table):
     def _cut(self, vectors: Tensor, lengths: Tensor) -> Tensor:
         return torch.where(self.net.offset < lengths[..., self.net.group], vectors, 0)
 
-    def values(self) -> int:
-        """As the supernet."""
-        return self.net.values()
-
-    def stored(self) -> Tensor:
-        """As the supernet."""
-        return self.net.stored()
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """As the supernet."""
-        return self.net.pack(storage, rows, index)
-
 
 @torch.no_grad()
 def validation_figures(
-    model: Model, weight: Tensor, units: Units, lengths: Iterable[NDArray[np.int64]], split: Split
+    model: Model[Lookup], weight: Tensor, units: Units, lengths: Iterable[NDArray[np.int64]], split: Split
 ) -> list[float]:
     """The validation figure of every candidate, the model reading ``weight (n, D)`` cut to its lengths ``(n, G)``.
 
@@ -321,7 +289,7 @@ def validation_figures(
     return [auc(split.labels, logits) or 0.0 for logits in keep]
 
 
-def uncounted_values(table: Table) -> NDArray[np.bool_]:
+def uncounted_values(table: Lookup) -> NDArray[np.bool_]:
     """Columns of no counted block, ``(D,)``."""
     columns = np.ones(table.width, dtype=bool)
     for block in table.blocks:

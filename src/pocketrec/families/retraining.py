@@ -15,15 +15,14 @@ from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
 from pocketrec.models.pruned import PrunedTable, own_absent
-from pocketrec.models.table import DenseTable, Table
-from pocketrec.packed import Index, Packed, Storage
+from pocketrec.models.table import DenseTable, Lookup
 from pocketrec.randomness import derive
 from pocketrec.schema import Task
+from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
-    from pocketrec.training.loop import Training
 
 HeadStart = Literal["fresh", "initial"]
 """Where a retrained head starts: from other random numbers than the search, or where the search started."""
@@ -35,7 +34,7 @@ Origin = Literal["fresh", "trained"]
 """Where a method that trains starts: from random numbers, as published, or from the trained model that it is given."""
 
 
-class MaskedTable(Table):
+class MaskedTable(Lookup):
     """A pruned table in training: ``base * keep`` is learned, and entries outside ``keep`` stay zero.
 
     It reads as the :class:`~pocketrec.models.pruned.PrunedTable` of its values does: a row that is stored nowhere reads
@@ -84,20 +83,6 @@ class MaskedTable(Table):
         fill = torch.zeros(self.schema.width, self.width)
         return PrunedTable.from_counts(self.schema, self.blocks, self.base.detach().cpu(), self.kept, fill, self.counts)
 
-    def values(self) -> int:
-        """Kept scalars of the counted blocks."""
-        return self.pruned().values()
-
-    def stored(self) -> Tensor:
-        """Rows that keep something, but the out-of-vocabulary rows."""
-        return self.pruned().stored()
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """As the pruned table packs."""
-        return self.pruned().pack(storage, rows, index)
-
 
 def initial_model(model: Model, data: Dataset, run: Run, origin: Origin = "fresh") -> tuple[Model, DenseTable]:
     """The model as every training of this run starts, and its dense table.
@@ -122,19 +107,17 @@ def initial_model(model: Model, data: Dataset, run: Run, origin: Origin = "fresh
 
 def search_training(training: Sequence[Training], task: Task, epochs: int | None) -> Training:
     """The settings of a search: those of the first stage with dense Adam, by default for half of its epochs."""
-    from pocketrec.training.loop import Training
-
     first = training[0] if training else Training.default(task)
     return replace(first, epochs=epochs or -(-first.epochs // 2), optimizer="adam")
 
 
-def retraining_model(start: Model, head: HeadStart, data: Dataset, run: Run) -> Model:
+def retraining_model(start: Model[Lookup], head: HeadStart, data: Dataset, run: Run) -> Model[Lookup]:
     """The model around which a mask is trained: ``start`` itself, or a fresh one."""
     return start if head == "initial" else start.backbone.build(data, derive(run.seed, "retrain"))
 
 
 def retrain(
-    start: Model, table: PrunedTable, head: HeadStart, data: Dataset, run: Run, training: Sequence[Training]
+    start: Model[Lookup], table: PrunedTable, head: HeadStart, data: Dataset, run: Run, training: Sequence[Training]
 ) -> Model:
     """Train the values of ``table`` under its mask, and the head; the model around the learned pruned table.
 
@@ -156,7 +139,4 @@ def retrain(
         table = PrunedTable.from_counts(table.schema, table.blocks, base, table.keep, table.fill, data.counts)
     masked = start.with_table(MaskedTable(table, data.counts))
     fitted = run.fit("retrain", masked, data, tuple(training) or None)
-    learned = fitted.table
-    if not isinstance(learned, MaskedTable):
-        raise ConfigError(f"Retraining must leave a masked table, but got {type(learned).__name__}.")
-    return fitted.with_table(learned.pruned())
+    return fitted.with_table(fitted.table.pruned())

@@ -417,7 +417,7 @@ class SoftCodebooks(Codebooks):
         second = nn.functional.pad(books[self.bucket :], (0, 0, 0, 2 * self.bucket - len(books)))
         return self.count(self._join(books[: self.bucket], second), epoch)
 
-    def observe(self) -> None:
+    def after_step(self) -> None:
         """Note now and then what is below its threshold."""
         self.falls.observe(self.margins)
 

@@ -341,7 +341,7 @@ class DHEComposition(Composition):
         """Every vector, ``(rows, width)``."""
         return self._network(self.store.every(self.biases[0].device))
 
-    def observe(self) -> None:
+    def after_step(self) -> None:
         """The weights have changed, and a fused optimiser leaves their versions as they were."""
         self._hot = None
 

@@ -20,9 +20,9 @@ from pocketrec.families.retraining import HeadStart, ValueStart, initial_model, 
 from pocketrec.families.thresholds import Falls, check_search, first_threshold, rising_rate, shrink
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
-from pocketrec.models.table import DenseTable, counted_cells
-from pocketrec.packed import Index, Packed, Storage
-from pocketrec.training.hooks import ActiveTable, Rule
+from pocketrec.models.table import DenseTable, Lookup, counted_cells
+from pocketrec.packed import Index, Storage
+from pocketrec.training.hooks import LearningTable, Rule
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
@@ -94,8 +94,6 @@ class PEP(Method):
         steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))
         net = run.fit("search", start.with_table(self._soft(dense, steps)), data, search)
         found = net.table
-        if not isinstance(found, SoftTable):
-            raise ConfigError(f"The search must leave a soft table, but got {type(found).__name__}.")
         if self.restart == "found":
             start, dense = net, DenseTable(found.schema, found.blocks, found.base.detach())
         fill = np.zeros((data.schema.width, dense.width), np.float32)
@@ -110,7 +108,7 @@ class PEP(Method):
         return SoftTable(dense, self.granularity, first, rule, max(1, steps // self.checks), self.clip)
 
 
-class SoftTable(ActiveTable):
+class SoftTable(LearningTable):
     """``sign(e) relu(|e| - sigmoid(s))`` on counted blocks, ``e`` on the others.
 
     Args:
@@ -172,7 +170,7 @@ class SoftTable(ActiveTable):
         shrunk = shrink(vectors, threshold)
         return shrunk if bool(self.cells.all()) else torch.where(self.cells[fields], shrunk, vectors)
 
-    def observe(self) -> None:
+    def after_step(self) -> None:
         """Note now and then what is below its threshold."""
         self.falls.observe(self.margins)
 
@@ -188,26 +186,6 @@ class SoftTable(ActiveTable):
     def alive(self) -> NDArray[np.int64]:
         """Counted entries above their threshold after 0, 1, ... checks."""
         return self.falls.alive(self.cells[self.fields])
-
-    def _now(self) -> PrunedTable:
-        """What it reads now, as a pruned table."""
-        weight = self.weight().detach()
-        fill = torch.zeros(self.schema.width, self.width)
-        return PrunedTable(self.schema, self.blocks, weight, self.margins() > 0, fill, fill)
-
-    def values(self) -> int:
-        """Counted entries above their threshold."""
-        return self._now().values()
-
-    def stored(self) -> Tensor:
-        """Rows with an entry above its threshold."""
-        return self._now().stored()
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """As the pruned table of what it reads now."""
-        return self._now().pack(storage, rows, index)
 
 
 @dataclass(frozen=True)
@@ -226,7 +204,7 @@ class PEPLadder(Ladder):
     pruning: PruningLadder
     found: SoftTable
     method: PEP
-    start: Model
+    start: Model[Lookup]
     data: Dataset
     run: Run
 

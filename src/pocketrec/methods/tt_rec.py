@@ -336,7 +336,7 @@ class TTComposition(Composition):
             return weight
         return weight.index_copy(0, self.cached_slots, self.cache)
 
-    def observe(self) -> None:
+    def after_step(self) -> None:
         """The weights have changed, and a fused optimiser leaves their versions as they were."""
         self._halves = None
 

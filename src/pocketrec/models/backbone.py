@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypeVar
 
 from pocketrec.errors import DataError
 from pocketrec.format.program import Program
-from pocketrec.models.table import Block, Table
+from pocketrec.models.table import Block, Lookup, Table
 from pocketrec.randomness import derive, generator
 from pocketrec.schema import Schema, Task
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
+    from pocketrec.data.dataset import Dataset, Split
+
+L = TypeVar("L", bound=Lookup)
+T_co = TypeVar("T_co", bound=Lookup, default=Table, covariant=True)
+"""What a model looks its vectors up in: while it is trained any look-up will do, else it is a :class:`Table`."""
 
 
 def noise(seed: int, purpose: str, *index: int) -> torch.Generator:
@@ -30,24 +35,49 @@ def noise(seed: int, purpose: str, *index: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, purpose, *index))
 
 
-class Model(nn.Module, ABC):
+def source_of(data: Dataset, seed: int, split: Split | None) -> tuple[Split, int]:
+    """The rows that batches are made of, training by default, and the seed of their order, one for each kind of split.
+
+    Raises:
+        DataError: the split is of another data set.
+    """
+    if split is None:
+        return data.train, seed
+    if split.dataset.digest != data.digest:
+        raise DataError(f"Batches of {data.path} need a split of it, but got one of {split.dataset.path}.")
+    return split, seed if split.name == "train" else derive(seed, split.name)
+
+
+class Model(nn.Module, ABC, Generic[T_co]):
     """One table, one head, one loss. ``with_table`` swaps the table and shares the head.
+
+    ``Model`` is a model around a :class:`~pocketrec.models.table.Table`, which has a form in a file; ``Model[Lookup]`` one
+    around anything that looks vectors up, which is enough to train and to judge it.
 
     Attributes:
         lasting: whether a training ends with the weights of its last epoch, not of the best one on validation.
     """
 
-    lasting: ClassVar[bool] = False
+    lasting: bool = False
 
     backbone: Backbone
     schema: Schema
-    table: Table
+    table: T_co
 
     @abstractmethod
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Training batches of one epoch: a pure function of the arguments; resuming skips the first ones."""
+        """Batches of one epoch: a pure function of the arguments; resuming skips the first ones.
+
+        Args:
+            data: The data set.
+            batch_size: Rows of a batch; the last one may differ.
+            seed: Of the training.
+            epoch: Counted from 0.
+            shuffle: ``False`` keeps the order of the rows.
+            split: Where the rows are from: training by default, or any split of ``data`` or half of one.
+        """
 
     @abstractmethod
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
@@ -57,17 +87,25 @@ class Model(nn.Module, ABC):
     def lower(self) -> Program:
         """The head as data, in evaluation mode (batch norm folded, no dropout)."""
 
-    def with_table(self, table: Table) -> Self:
+    def with_table(self, table: L) -> Model[L]:
         """The same head around another table; nothing is copied."""
-        other = object.__new__(type(self))
-        vars(other).update(vars(self))
-        other._modules = dict(self._modules)
-        other._modules["table"] = table
-        return other
+        return _around(self, table)
 
 
-class ClickModel(Model):
+def _around(model: Model[Lookup], table: Lookup) -> Any:
+    """A model of the same class, in which only the table is another."""
+    other = object.__new__(type(model))
+    vars(other).update(vars(model))
+    other._modules = {**model._modules, "table": table}
+    return other
+
+
+class ClickModel(Model[T_co]):
     """Click prediction: ``logit = head(table(ids))``; loss is the mean binary cross-entropy."""
+
+    def with_table(self, table: L) -> ClickModel[L]:
+        """The same head around another table; nothing is copied."""
+        return _around(self, table)
 
     @abstractmethod
     def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
@@ -83,24 +121,25 @@ class ClickModel(Model):
         return F.binary_cross_entropy_with_logits(self.head(self.table(ids), noise), labels)
 
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
         """``(ids (B, F) int32, labels (B,) float32)`` in an order drawn from ``(seed, epoch)``, or in file order.
 
         A last batch of a single row, which has no variance to normalise by, joins the one before.
         """
-        rows, clicks = len(data.train), data.train.labels
+        read, seed = source_of(data, seed, split)
+        rows, clicks = len(read), read.labels
         if clicks is None:
             raise DataError(f"A click model needs labels, but {data.path} has none; choose a ranking backbone.")
         order = generator(seed, "order", epoch).permutation(rows) if shuffle else None
-        last = max(0, (rows - 2) // batch_size)
+        last = max(0, (rows - 2) // batch_size) if rows else -1
         for step in range(last + 1):
             span = slice(step * batch_size, rows if step == last else (step + 1) * batch_size)
             picked = span if order is None else order[span]
-            yield torch.from_numpy(data.train.ids[picked].copy()), torch.from_numpy(clicks[picked].copy())
+            yield torch.from_numpy(read.ids[picked].copy()), torch.from_numpy(clicks[picked].copy())
 
 
-class RankingModel(Model):
+class RankingModel(Model[T_co]):
     """Top-k recommendation: final vectors per user and item; the lowered program scores a pair ``(B, 2, d)``.
 
     Attributes:
@@ -109,6 +148,10 @@ class RankingModel(Model):
     """
 
     propagates: ClassVar[bool] = True
+
+    def with_table(self, table: L) -> RankingModel[L]:
+        """The same head around another table; nothing is copied."""
+        return _around(self, table)
 
     @abstractmethod
     def propagate(self, weight: Tensor) -> Tensor:

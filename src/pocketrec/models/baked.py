@@ -14,7 +14,7 @@ from pocketrec.models.backbone import Model, RankingModel
 from pocketrec.models.table import Block, DenseTable
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
+    from pocketrec.data.dataset import Dataset, Split
 
 
 class BakedModel(RankingModel):
@@ -61,7 +61,7 @@ class BakedModel(RankingModel):
         return self.source.lower()
 
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Baked vectors are not trained: raises :class:`~pocketrec.errors.UnsupportedOp`."""
         self._refuse()

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from pocketrec.data.sampling import triples
 from pocketrec.errors import ConfigError
-from pocketrec.models.backbone import RankingModel
+from pocketrec.models.backbone import RankingModel, source_of
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
+    from pocketrec.data.dataset import Dataset, Split
 
 Loss = Literal["bpr", "bce"]
 
@@ -69,10 +69,11 @@ class PairModel(RankingModel):
         """Pairs ``(B, 2, D) -> (B,)`` scores; with ``noise`` in training mode."""
 
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """``(ids (B, 2 + K) int64,)``: every training pair once per epoch, with its negatives."""
-        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=self.objective.negatives)
+        """``(ids (B, 2 + K) int64,)``: every pair of the split once per epoch, with its negatives."""
+        negatives = self.objective.negatives
+        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=negatives, split=split)
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """The objective of ``batch = (ids (B, 2 + K),)``; positives and negatives go through one forward pass."""
@@ -102,9 +103,28 @@ def opposed(vectors: Tensor) -> Tensor:
 
 
 def ranking_batches(
-    data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool, negatives: int
+    data: Dataset,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    shuffle: bool,
+    negatives: int,
+    split: Split | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """``(ids (B, 2 + K) int64,)``: user, positive and negatives of every training pair, once per epoch."""
+    """``(ids (B, 2 + K) int64,)``: user, positive and negatives of every pair of a split, once per epoch.
+
+    Args:
+        data: The data set; no pair of its training split is a negative, whatever the split.
+        batch_size: Pairs of a batch.
+        seed: Of the training.
+        epoch: Counted from 0.
+        shuffle: ``False`` keeps the order of the pairs.
+        negatives: ``K``, of each pair.
+        split: Where the pairs are from, training by default.
+    """
     users, rows = data.schema.fields[0].size, data.schema.rows
-    drawn = triples(data.train.ids, users, rows, seed, epoch, shuffle=shuffle, negatives=negatives)
+    read, seed = source_of(data, seed, split)
+    seen = None if split is None else data.train.ids
+    drawn = triples(read.ids, users, rows, seed, epoch, shuffle=shuffle, negatives=negatives, seen=seen)
     return ((batch,) for batch in torch.from_numpy(drawn).split(batch_size))

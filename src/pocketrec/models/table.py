@@ -44,20 +44,15 @@ class Block:
         return (self.stop - self.start) * self.width
 
 
-class Table(nn.Module, ABC):
-    """Ids ``(...)`` of any integer type -> vectors ``(..., D)``, float32.
+class Lookup(nn.Module, ABC):
+    """Ids ``(...)`` of any integer type -> vectors ``(..., D)``, float32: all that a model in training asks of a table.
 
-    Law: ``forward(ids) == weight()[ids]``. Compressed tables also obey the *absent law*: every row that is stored
-    nowhere, and the out-of-vocabulary row, reads its field's ``absent`` row, exactly as the file does.
+    Law: ``forward(ids) == weight()[ids]``.
 
     Attributes:
-        forms: Ways to hold the table for inference, by the names that efficiency is reported under. The first is the
-            table as it is; the others are made by ``form``.
-        computed: Whether vectors are computed when they are read, so that two ways to read them differ by rounding.
+        schema: fields and their rows.
+        blocks: how the matrix is tiled.
     """
-
-    forms: tuple[str, ...] = ("table",)
-    computed: ClassVar[bool] = False
 
     schema: Schema
     blocks: tuple[Block, ...]
@@ -74,6 +69,22 @@ class Table(nn.Module, ABC):
     @abstractmethod
     def weight(self) -> Tensor:
         """The whole matrix ``(n, D)``."""
+
+
+class Table(Lookup, ABC):
+    """A look-up that has a form in a file, and a size.
+
+    Compressed tables obey the *absent law* beside that of :class:`Lookup`: every row that is stored nowhere, and the
+    out-of-vocabulary row, reads its field's ``absent`` row, exactly as the file does.
+
+    Attributes:
+        forms: Ways to hold the table for inference, by the names that efficiency is reported under. The first is the
+            table as it is; the others are made by ``form``.
+        computed: Whether vectors are computed when they are read, so that two ways to read them differ by rounding.
+    """
+
+    forms: tuple[str, ...] = ("table",)
+    computed: ClassVar[bool] = False
 
     def form(self, name: str) -> Table:
         """The same vectors held in another of the ``forms``, at another cost in time and memory."""

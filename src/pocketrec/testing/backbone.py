@@ -88,6 +88,18 @@ def check_batches_cover_the_training_rows(backbone: Backbone, lab: Lab) -> None:
     same("the rows of one epoch", read[np.lexsort(read.T)], expected[np.lexsort(expected.T)])
 
 
+def check_batches_of_any_split(backbone: Backbone, lab: Lab) -> None:
+    """One epoch of another split, or of half of one, reads each of its rows once; the training split is the default."""
+    data = lab.data(backbone.task)
+    model = backbone.build(data, seed=0)
+    for split in (data.valid, *data.valid.halves(0), data.train.halves(0)[0]):
+        read = torch.cat([_pairs(backbone, batch) for batch in model.batches(data, BATCH, 0, 0, split=split)]).numpy()
+        expected = np.asarray(split.ids)
+        same("the rows of one epoch of a split", read[np.lexsort(read.T)], expected[np.lexsort(expected.T)])
+    named, default = (_flat(model.batches(data, BATCH, 0, 1, split=split)) for split in (data.train, None))
+    require(_equal(named, default), "the training split to be read by default")
+
+
 def check_loss_is_a_finite_scalar(backbone: Backbone, lab: Lab) -> None:
     """The loss of a fresh model is one finite float32 number."""
     data = lab.data(backbone.task)

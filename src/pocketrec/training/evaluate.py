@@ -10,12 +10,13 @@ from pocketrec.data.dataset import Split
 from pocketrec.errors import ConfigError
 from pocketrec.evaluation.metrics import auc, mean_ndcg
 from pocketrec.models.backbone import ClickModel, Model, RankingModel
+from pocketrec.models.table import Lookup
 
 EVALUATION_ROWS = 8192
 """Rows per block when a click model is judged; no figure depends on it."""
 
 
-def validate(model: Model, split: Split) -> float | None:
+def validate(model: Model[Lookup], split: Split) -> float | None:
     """AUC of a click model, NDCG@20 of a ranking model; ``None`` where the split is empty or has one class."""
     if len(split) == 0:
         return None
@@ -27,7 +28,7 @@ def validate(model: Model, split: Split) -> float | None:
 
 
 @torch.no_grad()
-def logits(model: ClickModel, split: Split) -> NDArray[np.float32]:
+def logits(model: ClickModel[Lookup], split: Split) -> NDArray[np.float32]:
     """Logits of every row of a split, ``(N,)``, in evaluation mode."""
     device = next(model.parameters()).device
     blocks = [
@@ -38,7 +39,7 @@ def logits(model: ClickModel, split: Split) -> NDArray[np.float32]:
 
 
 @torch.no_grad()
-def _ndcg(model: RankingModel, split: Split) -> float | None:
+def _ndcg(model: RankingModel[Lookup], split: Split) -> float | None:
     """Mean NDCG@20 over users with a validation item; training items are not ranked."""
     vectors = model.propagate(model.table.weight()).cpu().numpy()
     users = split.dataset.schema.fields[0].size

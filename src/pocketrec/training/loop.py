@@ -2,7 +2,7 @@
 
 Batches and noise are pure functions of ``(seed, epoch, step)``, so a killed training goes on from its last checkpoint
 and ends with the same bytes. After every epoch the model is judged on the validation split (AUC, or NDCG@20); the
-weights of the best epoch are the result. An :class:`~pocketrec.training.hooks.ActiveTable` takes part by its hooks.
+weights of the best epoch are the result. An :class:`~pocketrec.training.hooks.LearningTable` takes part by its hooks.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from pocketrec.errors import ConfigError, DataError, DivergedError
 from pocketrec.files import boundary, canonical_json
 from pocketrec.format.arrays import buffer
 from pocketrec.models.backbone import Model, noise
+from pocketrec.models.table import Lookup
 from pocketrec.schema import Task
 from pocketrec.training.document import read_document
 from pocketrec.training.evaluate import validate
-from pocketrec.training.hooks import ActiveTable
+from pocketrec.training.hooks import LearningTable
 from pocketrec.training.optim import DenseAdam, LazyAdam, Optimizer
-from pocketrec.training.run import Run
+from pocketrec.training.run import M, Run
 from pocketrec.training.steps import Arrays, Checkpoint
 
 
@@ -54,6 +55,11 @@ class Training:
             evaluation stay fp32.
         patience: epochs without a better validation figure before the loop ends, at least 1.
         shuffle: a new order of rows in each epoch; ``False`` reads them in file order, as published runs do.
+        schedule: ``constant`` rate, or ``cosine``: the share ``(1 + cos(pi t / T)) / 2`` of it in step ``t`` of ``T``,
+            for dense Adam; parameters whose table gives them a rate of their own keep that.
+
+    Reference:
+        Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017, equation 5, without restarts.
     """
 
     epochs: int = 15
@@ -64,6 +70,7 @@ class Training:
     precision: Literal["fp32", "bf16"] = "fp32"
     patience: int = 2
     shuffle: bool = True
+    schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("patience", 1), ("weight_decay", 0)):
@@ -72,9 +79,28 @@ class Training:
                 raise ConfigError(f"`{name}` must be at least {least}, but got {value}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"`learning_rate` must be above 0, but got {self.learning_rate}.")
-        for name, known in (("optimizer", ("adam", "lazy_adam")), ("precision", ("fp32", "bf16"))):
+        choices = {
+            "optimizer": ("adam", "lazy_adam"),
+            "precision": ("fp32", "bf16"),
+            "schedule": ("constant", "cosine"),
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
+        if self.schedule != "constant" and self.optimizer == "lazy_adam":
+            raise ConfigError(
+                f"`optimizer='lazy_adam'` catches rows up at a constant rate, but got schedule={self.schedule!r}; "
+                "use optimizer='adam'."
+            )
+
+    def rate(self, share: float) -> float:
+        """The learning rate when a ``share`` in [0, 1] of all steps is done.
+
+        Example:
+            >>> Training(learning_rate=0.01, schedule="cosine").rate(0.5)
+            0.005
+        """
+        return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * share) if self.schedule == "cosine" else 1.0)
 
     @classmethod
     def default(cls, task: Task) -> Training:
@@ -118,7 +144,7 @@ def history(path: str | Path) -> list[Epoch]:
     return [Epoch(**e) for e in read_document(Path(path))["history"]]
 
 
-def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Training | Sequence[Training] | None) -> Model:
+def fit_step(run: Run, name: str, model: M, data: Dataset, training: Training | Sequence[Training] | None) -> M:
     """See :meth:`pocketrec.training.run.Run.fit`."""
     if training is None:
         training = Training.default(data.schema.task)
@@ -150,7 +176,7 @@ def _tell_past(run: Run, stage: str, epochs: Iterable[Epoch]) -> None:
         run.watch(stage, number, epoch.metric)
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(model: Model[Lookup]) -> str:
     """SHA-256 over the configuration and every tensor of a model."""
     table = f"{type(model.table).__name__}{model.table.extra_repr()}"
     state = sha256(canonical_json([type(model).__name__, repr(model.backbone), table]))
@@ -160,7 +186,9 @@ def fingerprint(model: Model) -> str:
     return state.hexdigest()
 
 
-def fit(run: Run, stage: str, model: Model, data: Dataset, training: Training, checkpoint: Checkpoint) -> Arrays:
+def fit(
+    run: Run, stage: str, model: Model[Lookup], data: Dataset, training: Training, checkpoint: Checkpoint
+) -> Arrays:
     """Train ``model`` in place; its best learned tensors by name, and ``history (epochs, 2)`` of loss and metric."""
     if len(data.train) == 0:
         raise DataError("Training needs at least one training row, but the split is empty; encode more rows.")
@@ -175,7 +203,7 @@ class _Loop:
     """One training under way."""
 
     def __init__(
-        self, run: Run, stage: str, model: Model, data: Dataset, training: Training, checkpoint: Checkpoint
+        self, run: Run, stage: str, model: Model[Lookup], data: Dataset, training: Training, checkpoint: Checkpoint
     ) -> None:
         self.run = run
         self.stage = stage
@@ -185,6 +213,7 @@ class _Loop:
         self.checkpoint = checkpoint
         self.at = _Position()
         self.optimizer = _optimizer(model, training)
+        self.per_epoch = max(1, math.ceil(len(data.train) / training.batch_size))
         self.best: dict[str, Tensor] = {}
 
     def finished(self) -> bool:
@@ -215,9 +244,7 @@ class _Loop:
         loss.backward()
         for name, gradient in self.optimizer.gradients():
             self._require_finite(f"gradient of {name}", float(gradient.sum()))
-        self.optimizer.step()
-        if isinstance(self.model.table, ActiveTable):
-            self.model.table.observe()
+        self._update()
         at.loss_sum += value
         at.step += 1
         boundary("step")
@@ -225,21 +252,34 @@ class _Loop:
             self.save()
         self._report(value)
 
+    def _update(self) -> None:
+        """The optimiser's step, and what a learning table does before and after it."""
+        table, optimizer = self.model.table, self.optimizer
+        optimizer.set_rate(self.training.rate(self._done() / (self.training.epochs * self.per_epoch)))
+        if not isinstance(table, LearningTable):
+            optimizer.step()
+            return
+        table.before_step(optimizer.table_gradients())
+        optimizer.step()
+        optimizer.forget(table.forget())
+        table.after_step()
+
     def _loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         """The model's loss, and the table's own term if it has one."""
         at, model = self.at, self.optimizer.model
         random = noise(self.run.seed, "noise", at.epoch, at.step)
-        if not isinstance(model.table, ActiveTable):
+        if not isinstance(model.table, LearningTable):
             return model.loss(batch, random)
         drawn = model.table.drawn(noise(self.run.seed, "table", at.epoch, at.step))
         return model.with_table(drawn).loss(batch, random) + model.table.penalty(batch[0], at.epoch)
 
     def _report(self, loss: float) -> None:
-        per_epoch = max(1, math.ceil(len(self.data.train) / self.training.batch_size))
-        done = self.at.epoch * per_epoch + min(self.at.step, per_epoch)
-        self.run.progress(
-            self.stage, done, self.training.epochs * per_epoch, {"epoch": self.at.epoch + 1, "loss": loss}
-        )
+        total = self.training.epochs * self.per_epoch
+        self.run.progress(self.stage, self._done(), total, {"epoch": self.at.epoch + 1, "loss": loss})
+
+    def _done(self) -> int:
+        """Steps that are done, as if every epoch had ``per_epoch``."""
+        return self.at.epoch * self.per_epoch + min(self.at.step, self.per_epoch)
 
     def _judge(self, seconds: float) -> None:
         """Measure the epoch on the validation split and keep its weights if they are the best so far."""
@@ -248,7 +288,7 @@ class _Loop:
         epoch = Epoch(at.loss_sum / max(1, at.step), metric)
         best = at.history[at.best].metric if at.best >= 0 else None
         at.history.append(epoch)
-        lasting = self.model.lasting or (isinstance(self.model.table, ActiveTable) and self.model.table.lasting)
+        lasting = self.model.lasting or (isinstance(self.model.table, LearningTable) and self.model.table.lasting)
         if lasting or metric is None or best is None or metric > best:
             at.best = at.epoch
             self.best = {name: t.detach().clone() for name, t in _learned(self.model).items()}
@@ -289,7 +329,7 @@ class _Loop:
         return {name: _array(t) for name, t in self.best.items()} | {"history": np.array(figures, dtype=np.float64)}
 
 
-def _optimizer(model: Model, training: Training) -> Optimizer:
+def _optimizer(model: Model[Lookup], training: Training) -> Optimizer:
     kind = LazyAdam if training.optimizer == "lazy_adam" else DenseAdam
     return kind(model, training.learning_rate, training.weight_decay)
 
@@ -299,18 +339,18 @@ def _precision(precision: str, device: str) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def _learned(model: Model) -> dict[str, Tensor]:
-    """Every tensor that training changes: trainable parameters, and buffers of the head or of an active table."""
-    active = isinstance(model.table, ActiveTable)
+def _learned(model: Model[Lookup]) -> dict[str, Tensor]:
+    """Every tensor that training changes: trainable parameters, and buffers of the head or of a learning table."""
+    learning = isinstance(model.table, LearningTable)
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if (tensor.requires_grad if isinstance(tensor, nn.Parameter) else active or not name.startswith("table."))
+        if (tensor.requires_grad if isinstance(tensor, nn.Parameter) else learning or not name.startswith("table."))
     }
 
 
 @torch.no_grad()
-def load_learned(model: Model, arrays: Mapping[str, NDArray[Any]]) -> None:
+def load_learned(model: Model[Lookup], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Copy learned tensors into a model."""
     for name, tensor in _learned(model).items():
         tensor.copy_(torch.from_numpy(np.array(arrays[name])))

@@ -6,18 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.models.backbone import Model
-from pocketrec.models.table import DenseTable, Table
-from pocketrec.packed import Index, Packed, Storage
-from pocketrec.training.hooks import ActiveTable, Rule
+from pocketrec.models.table import DenseTable, Lookup
+from pocketrec.training.hooks import LearningTable
 from pocketrec.training.row_adam import BETAS, EPS, RowAdam, RowState
+
+TABLE = "table."
+"""Before the names of the table's parameters in those of the model."""
 
 SYNCHRONISE_ROWS = 1 << 16
 """Rows that are brought up to date at a time: a bound on memory."""
@@ -29,15 +29,27 @@ class Optimizer(ABC):
     ``model`` is the model on which the loss must be computed; it shares all weights with the one given.
     """
 
-    model: Model
+    model: Model[Lookup]
 
     @abstractmethod
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Name and gradient of every tensor that the last ``backward`` reached."""
 
     @abstractmethod
+    def table_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the table's parameters, by their names in the table."""
+
+    @abstractmethod
     def step(self) -> None:
         """Update the weights from the gradients, and forget these."""
+
+    @abstractmethod
+    def set_rate(self, learning_rate: float) -> None:
+        """The learning rate from the next step on, but for parameters that have a rate of their own."""
+
+    @abstractmethod
+    def forget(self, rows: Mapping[str, Tensor]) -> None:
+        """Bring rows ``(k,)`` of the table's parameters up to date and make their moments zero."""
 
     @abstractmethod
     def synchronise(self) -> None:
@@ -55,7 +67,7 @@ class Optimizer(ABC):
 class DenseAdam(Optimizer):
     """Adam with coupled weight decay on all trainable parameters, in one fused pass.
 
-    An :class:`~pocketrec.training.hooks.ActiveTable` may have other rules for some of its parameters.
+    An :class:`~pocketrec.training.hooks.LearningTable` may have other rules for some of its parameters.
 
     Args:
         model: the model to train.
@@ -66,24 +78,33 @@ class DenseAdam(Optimizer):
         Adam: A Method for Stochastic Optimization, 2015, algorithm 1.
     """
 
-    def __init__(self, model: Model, learning_rate: float, weight_decay: float) -> None:
+    def __init__(self, model: Model[Lookup], learning_rate: float, weight_decay: float) -> None:
         self.model = model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         table = model.table
-        rules = table.rules() if isinstance(table, ActiveTable) else {}
-        self._clip = table.clip if isinstance(table, ActiveTable) else 0.0
-        own = {f"table.{name}": rule for name, rule in rules.items()}
+        rules = table.rules() if isinstance(table, LearningTable) else {}
+        self._clip = table.clip if isinstance(table, LearningTable) else 0.0
+        own = {TABLE + name: rule for name, rule in rules.items()}
         common = [p for name, p in self._named.items() if name not in own]
         self._adam = _fused_adam(common, learning_rate, weight_decay)
+        self._scheduled = list(self._adam.param_groups)
         for name, rule in own.items():
             if rule.kind == "adam":
-                group = {"params": [self._named[name]], "lr": rule.learning_rate, "weight_decay": rule.weight_decay}
+                rate = learning_rate if rule.learning_rate is None else rule.learning_rate
+                group = {"params": [self._named[name]], "lr": rate, "weight_decay": rule.weight_decay}
                 self._adam.add_param_group(group)
+                if rule.learning_rate is None:
+                    self._scheduled.append(self._adam.param_groups[-1])
         self._plain = [(self._named[name], rule) for name, rule in own.items() if rule.kind == "sgd"]
+        self._rate = learning_rate
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients of the last ``backward``."""
         return ((name, p.grad) for name, p in self._named.items() if p.grad is not None)
+
+    def table_gradients(self) -> dict[str, Tensor]:
+        """Those of the last ``backward``."""
+        return {name.removeprefix(TABLE): g for name, g in self.gradients() if name.startswith(TABLE)}
 
     def step(self) -> None:
         """Update the weights."""
@@ -92,7 +113,17 @@ class DenseAdam(Optimizer):
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         for parameter, rule in self._plain:
-            _descend(parameter, rule)
+            _descend(parameter, self._rate if rule.learning_rate is None else rule.learning_rate, rule.weight_decay)
+
+    def set_rate(self, learning_rate: float) -> None:
+        """Set it in every group that follows the training's."""
+        self._rate = learning_rate
+        for group in self._scheduled:
+            group["lr"] = learning_rate
+
+    def forget(self, rows: Mapping[str, Tensor]) -> None:
+        """Zero the moments of single rows; plain descent has none."""
+        _forget(self._adam, self._named, rows)
 
     def synchronise(self) -> None:
         """Nothing is ever late."""
@@ -118,16 +149,17 @@ class LazyAdam(Optimizer):
         weight_decay: ``lambda``, at least 0.
 
     Raises:
-        ConfigError: the table is not dense.
+        ConfigError: the table is not dense, or has more to say in its training than a row can be told.
         UnsupportedOp: the model asks for the whole table, as graph models do.
     """
 
-    def __init__(self, model: Model, learning_rate: float, weight_decay: float) -> None:
+    def __init__(self, model: Model[Lookup], learning_rate: float, weight_decay: float) -> None:
         if not isinstance(model.table, DenseTable):
             raise ConfigError(
                 f"`optimizer='lazy_adam'` needs a DenseTable, but the model has a {type(model.table).__name__}; "
                 "use 'adam'."
             )
+        _require_plain(model.table)
         self._table = RowState.start(model.table.matrix.detach())
         self._rows = RowAdam(self._table, learning_rate, weight_decay)
         self._steps = 0
@@ -149,12 +181,26 @@ class LazyAdam(Optimizer):
         yield from ((name, p.grad) for name, p in self._named.items() if p.grad is not None)
         yield from (("table.matrix", r.vectors.grad) for r in self._reads if r.vectors.grad is not None)
 
+    def table_gradients(self) -> dict[str, Tensor]:
+        """``matrix``: sparse ``(n, D)``, with the rows that were read."""
+        shape = self._table.weight.shape
+        if not (read := self._with_gradients()):
+            return {}
+        rows, place, gradients = self._gradient(read)
+        sums = gradients.new_zeros(len(rows), shape[1])
+        sums.index_add_(0, place.flatten().long(), gradients.reshape(-1, shape[1]))
+        return {"matrix": torch.sparse_coo_tensor(rows[None], sums, shape, check_invariants=False).coalesce()}
+
+    def _with_gradients(self) -> list[tuple[_Read, Tensor]]:
+        """Look-ups that the last ``backward`` reached."""
+        return [(r, r.vectors.grad) for r in self._reads if r.vectors.grad is not None]
+
     def step(self) -> None:
         """Update the head and the rows that were read."""
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self._steps += 1
-        if read := [(r, r.vectors.grad) for r in self._reads if r.vectors.grad is not None]:
+        if read := self._with_gradients():
             self._rows.update(*self._gradient(read), self._steps)
         self._reads.clear()
 
@@ -165,6 +211,23 @@ class LazyAdam(Optimizer):
             return only.rows, only.place, gradient
         rows, place = self._rows.distinct(torch.cat([r.ids.flatten() for r, _ in read]))
         return rows, place, torch.cat([gradient.flatten(0, -2) for _, gradient in read])
+
+    def set_rate(self, learning_rate: float) -> None:
+        """Refuse another rate than that of the start, at which rows are caught up."""
+        if learning_rate != self._rows.learning_rate:
+            raise UnsupportedOp(
+                f"Lazy Adam catches rows up at the constant rate {self._rows.learning_rate:g}, but got "
+                f"{learning_rate:g}; use optimizer='adam'."
+            )
+
+    def forget(self, rows: Mapping[str, Tensor]) -> None:
+        """Bring rows of the matrix up to date, and zero their moments."""
+        if (which := rows.get("matrix")) is not None:
+            distinct = which.long().unique()
+            self._rows.catch_up(distinct, self._steps)
+            self._table.first.index_fill_(0, distinct, 0.0)
+            self._table.second.index_fill_(0, distinct, 0.0)
+        _forget(self._adam, self._named, {name: r for name, r in rows.items() if name != "matrix"})
 
     def synchronise(self) -> None:
         """Bring every row up to date, in blocks of rows."""
@@ -189,6 +252,21 @@ class LazyAdam(Optimizer):
         self._steps = int(state["steps"])
 
 
+def _require_plain(table: DenseTable) -> None:
+    """Refuse a table whose training needs more than its rows, one by one."""
+    learning = isinstance(table, LearningTable) and (
+        type(table).drawn is not LearningTable.drawn
+        or type(table).penalty is not LearningTable.penalty
+        or bool(table.rules())
+        or table.clip > 0
+    )
+    if learning or type(table).forward is not DenseTable.forward:
+        raise ConfigError(
+            f"`optimizer='lazy_adam'` trains single rows of a matrix by one rule, but {type(table).__name__} looks up, "
+            "draws, penalises, clips or updates in its own way; use 'adam'."
+        )
+
+
 @dataclass(frozen=True)
 class _Read:
     """One look-up: the ids, the distinct rows among them, the place of each id in these, and the vectors."""
@@ -199,7 +277,7 @@ class _Read:
     vectors: Tensor
 
 
-class _Lookups(Table):
+class _Lookups(Lookup):
     """A dense table seen through a lazy optimiser: rows are brought up to date when they are read."""
 
     def __init__(self, table: DenseTable, optimizer: LazyAdam) -> None:
@@ -218,31 +296,18 @@ class _Lookups(Table):
             "`optimizer='lazy_adam'` needs a model that looks rows up, but this one reads the whole table; use 'adam'."
         )
 
-    def values(self) -> int:
-        """Scalars of the counted blocks."""
-        return sum(b.values for b in self.blocks if b.counted)
-
-    def stored(self) -> Tensor:
-        """Every row."""
-        return torch.ones(self.schema.rows, dtype=torch.bool)
-
-    def pack(
-        self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
-    ) -> Packed:
-        """Not offered."""
-        raise UnsupportedOp("A table in training cannot be packed; pack the model's own table.")
-
 
 def _fused_adam(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Adam:
-    """Torch's Adam in one pass over all parameters."""
-    return torch.optim.Adam(parameters, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
+    """Torch's Adam in one pass over all parameters, of which there may be none."""
+    group = [{"params": parameters}]
+    return torch.optim.Adam(group, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
 
 
 @torch.no_grad()
-def _descend(parameter: nn.Parameter, rule: Rule) -> None:
+def _descend(parameter: nn.Parameter, learning_rate: float, weight_decay: float) -> None:
     """A step of plain gradient descent."""
     if parameter.grad is not None:
-        parameter.sub_(rule.learning_rate * (parameter.grad + rule.weight_decay * parameter))
+        parameter.sub_(learning_rate * (parameter.grad + weight_decay * parameter))
         parameter.grad = None
 
 
@@ -251,6 +316,18 @@ def _moments(adam: torch.optim.Adam, named: Mapping[str, nn.Parameter]) -> dict[
     return {
         f"{name}.{key}": value for name, p in named.items() if p in adam.state for key, value in adam.state[p].items()
     }
+
+
+def _forget(adam: torch.optim.Adam, named: Mapping[str, nn.Parameter], rows: Mapping[str, Tensor]) -> None:
+    """Zero the moments of rows of a table's parameters."""
+    for name, which in rows.items():
+        if TABLE + name not in named:
+            known = ", ".join(n.removeprefix(TABLE) for n in named if n.startswith(TABLE)) or "none"
+            raise ConfigError(f"`forget` must name trained parameters of the table ({known}), but got {name!r}.")
+        state = adam.state.get(named[TABLE + name], {})
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                state[key].index_fill_(0, which.long(), 0.0)
 
 
 def _restore_moments(adam: torch.optim.Adam, named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:

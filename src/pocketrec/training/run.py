@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
@@ -25,8 +25,11 @@ from pocketrec.training.steps import Abandoned, Arrays, Checkpoint, Progress, Si
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
     from pocketrec.models.backbone import Model
+    from pocketrec.models.table import Lookup
     from pocketrec.training.loop import Training
 
+
+M = TypeVar("M", bound="Model[Lookup]")
 
 STEPS = "log.journal"
 """In a folder of steps: what each took, beside their files, since the same step has the same bytes."""
@@ -177,9 +180,7 @@ class Run:
         with nullcontext() if self.store is None else waited(Lock(finished.with_suffix(".lock"))):
             yield
 
-    def fit(
-        self, name: str, model: Model, data: Dataset, training: Training | Sequence[Training] | None = None
-    ) -> Model:
+    def fit(self, name: str, model: M, data: Dataset, training: Training | Sequence[Training] | None = None) -> M:
         """A trained copy of ``model``, from its present weights on; trained at most once per model, data and settings.
 
         Args:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError
 from pocketrec.families.compositional.region import Region
-from pocketrec.models.table import Block, oov_rows
+from pocketrec.models.table import Block, Table, oov_rows
 from pocketrec.packed import FileBlock, Index, Packed, PackedRange, Storage, file_range
 from pocketrec.schema import Schema
-from pocketrec.training.hooks import ActiveTable, Rule
+from pocketrec.training.hooks import LearningTable, Rule
 
 if TYPE_CHECKING:
     pass
@@ -33,7 +33,7 @@ class Composition(nn.Module, ABC):
     """Computes the vectors of ``rows`` slots from its parameters.
 
     Attributes:
-        lasting: see :class:`~pocketrec.training.hooks.ActiveTable`.
+        lasting: see :class:`~pocketrec.training.hooks.LearningTable`.
         clip: see there.
         penalised: whether there is a ``penalty``.
         forms: Ways to hold it for inference; the first is the composition as it is.
@@ -74,8 +74,15 @@ class Composition(nn.Module, ABC):
         """Its own term of the loss for the slots of a batch, ``(m,)``."""
         return 0.0
 
-    def observe(self) -> None:
-        """Look at the weights after each step."""
+    def before_step(self, gradients: Mapping[str, Tensor]) -> None:
+        """See :meth:`~pocketrec.training.hooks.LearningTable.before_step`."""
+
+    def forget(self) -> Mapping[str, Tensor]:
+        """See :meth:`~pocketrec.training.hooks.LearningTable.forget`."""
+        return {}
+
+    def after_step(self) -> None:
+        """Look at the weights after each step; may change its own."""
 
     def facts(self) -> Mapping[str, float]:
         """Figures that say how it is made, by name."""
@@ -107,7 +114,7 @@ class Plan(Protocol):
         ...
 
 
-class ComposedTable(ActiveTable):
+class ComposedTable(LearningTable, Table):
     """A table of compositions, one per region, beside dense uncounted blocks.
 
     Args:
@@ -192,10 +199,20 @@ class ComposedTable(ActiveTable):
                 total = total + part.penalty(self._slots(i)[inside], epoch)
         return total
 
-    def observe(self) -> None:
+    def before_step(self, gradients: Mapping[str, Tensor]) -> None:
+        """Each composition looks at its gradients."""
+        for i, part in enumerate(self.compositions):
+            mark = f"parts.{i}."
+            part.before_step({n.removeprefix(mark): g for n, g in gradients.items() if n.startswith(mark)})
+
+    def forget(self) -> Mapping[str, Tensor]:
+        """Those of all compositions."""
+        return {f"parts.{i}.{name}": r for i, p in enumerate(self.compositions) for name, r in p.forget().items()}
+
+    def after_step(self) -> None:
         """Each composition looks at its weights."""
         for part in self.compositions:
-            part.observe()
+            part.after_step()
 
     def with_parts(self, parts: Sequence[Composition], weight: Tensor) -> ComposedTable:
         """The same regions and slots with other compositions; uncounted blocks start from ``weight (n, D)``."""

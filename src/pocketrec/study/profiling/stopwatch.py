@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.training.run import Run
+from pocketrec.training.run import M, Run
 from pocketrec.training.steps import Abandoned, Arrays, Checkpoint
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
-    from pocketrec.models.backbone import Model
     from pocketrec.training.loop import Training
 
 POWERCAP = Path("/sys/class/powercap")
@@ -202,9 +201,7 @@ class Stopwatch(Run):
             self._epochs = len(arrays["history"])
         return arrays
 
-    def fit(
-        self, name: str, model: Model, data: Dataset, training: Training | Sequence[Training] | None = None
-    ) -> Model:
+    def fit(self, name: str, model: M, data: Dataset, training: Training | Sequence[Training] | None = None) -> M:
         """See :meth:`pocketrec.training.run.Run.fit`; while timing, each stage is cut short."""
         from pocketrec.training.loop import Training
 
@@ -215,7 +212,7 @@ class Stopwatch(Run):
             model = self._stage(name, model, data, stage)
         return model
 
-    def _stage(self, name: str, model: Model, data: Dataset, stage: Training) -> Model:
+    def _stage(self, name: str, model: M, data: Dataset, stage: Training) -> M:
         """Time some steps, then take the result from the store; neither counts as elapsed."""
         started = time.perf_counter_ns()
         own = stage if self._batch is None else replace(stage, batch_size=self._batch)

@@ -6,17 +6,20 @@ that the file keeps its size to the byte.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pocketrec.data.dataset import Dataset
 from pocketrec.families.coding.clicks.table import CodedTable
-from pocketrec.families.distillation import Distilled, Unsettled, better, stages
+from pocketrec.families.distillation import ClickStudent, Target, better, stages
 from pocketrec.layouts.transform import MOST_PLANES, Section, coder
-from pocketrec.models.backbone import ClickModel
+from pocketrec.models.backbone import ClickModel, L, Model
+from pocketrec.models.table import Lookup
 from pocketrec.training.run import Run
 
 RATES = (1e-3, 2e-4)
@@ -28,7 +31,7 @@ _UNIT = 127
 """What the largest entry of a direction is in the file."""
 
 
-class TrainableCodedTable(Unsettled):
+class TrainableCodedTable(Lookup):
     """A coded table whose means, scales and directions can be trained: ``e_i = m_f + sum_j level_ij s_fcj b_fj``.
 
     Attributes:
@@ -80,14 +83,6 @@ class TrainableCodedTable(Unsettled):
         """The whole matrix ``(n, D)``."""
         return self(torch.arange(self.schema.rows))
 
-    def values(self) -> int:
-        """Coded scalars: no level of a code is zero."""
-        return int(self.units.count_nonzero())
-
-    def stored(self) -> Tensor:
-        """Rows of some class."""
-        return self.kinds >= 0
-
     @torch.no_grad()
     def settled(self, coded: CodedTable) -> CodedTable:
         """The table that it came from, around what was learned, rounded as a file has it."""
@@ -101,6 +96,35 @@ class TrainableCodedTable(Unsettled):
             sections.append(Section(section.planes, coder(section.bits, scales), rounded))
         centre = self.centre.numpy().astype(np.float16)
         return CodedTable(self.schema, self.blocks, centre, sections, coded.classes.numpy(), coded.codes.numpy())
+
+
+class Probabilities(Target):
+    """The probabilities of another model: mean cross-entropy of ``sigmoid(teacher)`` and the student's logit.
+
+    Args:
+        teacher: the dense model; it is left as it is.
+    """
+
+    def __init__(self, teacher: ClickModel[Lookup]) -> None:
+        super().__init__()
+        self.teacher = deepcopy(teacher).requires_grad_(False)
+
+    def loss(self, student: Model[Lookup], batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+        """Mean cross-entropy in nats against the teacher."""
+        with torch.no_grad():
+            target = self.teacher(batch[0]).sigmoid()
+        return F.binary_cross_entropy_with_logits(student(batch[0]), target)
+
+
+def touched_up(model: ClickModel, teacher: ClickModel, table: L) -> ClickStudent[L]:
+    """A model around ``table`` that learns the teacher's probabilities, by its head, too.
+
+    Scalars of the head stay: a file has them in its header, whose length they would change.
+    """
+    student = ClickStudent(model, table, Probabilities(teacher))
+    for parameter in student.inner.parameters():
+        parameter.requires_grad_(parameter.ndim > 0)
+    return student
 
 
 def touch_up(model: ClickModel, dense: ClickModel, data: Dataset, run: Run, epochs: int) -> ClickModel:
@@ -117,6 +141,6 @@ def touch_up(model: ClickModel, dense: ClickModel, data: Dataset, run: Run, epoc
         A model of the same codes: its file has the same size.
     """
     coded = cast("CodedTable", model.table)
-    student = Distilled(model, TrainableCodedTable(coded), dense)
-    fitted = cast("Distilled", run.fit("touch-up", student, data, stages(epochs, BATCH, RATES)))
-    return better(model, fitted.student.with_table(cast("TrainableCodedTable", fitted.table).settled(coded)), data)
+    student = touched_up(model, dense, TrainableCodedTable(coded))
+    fitted = run.fit("touch-up", student, data, stages(epochs, BATCH, RATES))
+    return better(model, fitted.inner.with_table(fitted.table.settled(coded)), data)

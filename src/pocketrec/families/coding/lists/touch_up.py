@@ -7,7 +7,7 @@ learned by heart. Codes stay as they are, so that the file keeps its size to the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -18,15 +18,14 @@ from pocketrec.attribution.list_margin import EDGE, LEAST_GAP, LIST, ListMargin
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.families.coding.lists.table import TrellisTable
 from pocketrec.families.coding.lists.trainable import TrainableTrellisTable
-from pocketrec.families.distillation import better, stages
-from pocketrec.format.program import Program
-from pocketrec.models.backbone import Model, RankingModel
-from pocketrec.models.table import DenseTable
+from pocketrec.families.distillation import Target, better, stages, student_of
+from pocketrec.models.backbone import Model
+from pocketrec.models.table import Lookup
 from pocketrec.randomness import generator
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
+    from pocketrec.data.dataset import Dataset, Split
 
 RATES = (2e-3, 2e-4)
 """Learning rates of the stages."""
@@ -41,8 +40,8 @@ _NEWTON_STEPS = 6
 _TINY = 1e-20
 
 
-class DistilledLists(RankingModel):
-    """A model that learns the lists of another one; labels are not read.
+class Lists(Target):
+    """The lists of another model.
 
     With the dense scores ``s`` of a user and its gap ``s_k - s_5k`` (see :mod:`pocketrec.attribution.list_margin`),
     items have the probabilities ``p = softmax(s / (tau gap))``. The coded scores ``r`` make ``q = softmax(a r)``, and
@@ -51,57 +50,57 @@ class DistilledLists(RankingModel):
 
     Args:
         dense: the teacher; its scores are inner products of rows of its table.
-        table: what is trained.
         margin: the teacher's best items.
     """
 
-    propagates: ClassVar[bool] = False
-
+    matrix: Tensor
     lists: Tensor
     weight: Tensor
 
-    def __init__(self, dense: Model, table: TrainableTrellisTable, margin: ListMargin) -> None:
+    def __init__(self, dense: Model[Lookup], margin: ListMargin) -> None:
         super().__init__()
-        self.backbone = dense.backbone
-        self.schema = dense.schema
-        self.table = table
-        self.program = dense.lower()
         matrix = dense.table.weight().detach().clone()
-        self.teacher = DenseTable(dense.schema, dense.table.blocks, matrix).requires_grad_(False)
-        weight = product_weight(self.program)
+        self.register_buffer("matrix", matrix)
+        weight = product_weight(dense.lower())
         weight = np.ones(matrix.shape[1], np.float32) if weight is None else weight.astype(np.float32)
         self.register_buffer("weight", torch.from_numpy(weight.copy()), persistent=False)
         lists = torch.from_numpy(margin.items[:, : EDGE * LIST].astype(np.int64))
         self.register_buffer("lists", lists, persistent=False)
 
     def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True
+        self,
+        model: Model[Lookup],
+        data: Dataset,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        *,
+        shuffle: bool = True,
+        split: Split | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """``(users (B,),)``, each once."""
+        """``(users (B,),)``, each once; no split is read."""
         users = np.arange(len(self.lists))
         if shuffle:
             users = generator(seed, "order", epoch).permutation(len(users))
         for begin in range(0, len(users), batch_size):
             yield (torch.from_numpy(users[begin : begin + batch_size].copy()),)
 
-    def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
+    def loss(self, student: Model[Lookup], batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """Mean divergence of the student's lists from the teacher's."""
         (users,) = batch
-        first, second = self.schema.fields
+        first, second = student.schema.fields
         items = second.size - second.oov
         own, drawn = self.lists[users], torch.randint(items, (OTHERS,), generator=noise).to(users.device)
         there = own >= 0
         best = own.clamp_min(0)
         with torch.no_grad():
-            target = self._scores(
-                self.teacher.matrix[first.offset + users], self.teacher.matrix[second.offset :], best, drawn
-            )
+            target = self._scores(self.matrix[first.offset + users], self.matrix[second.offset :], best, drawn)
             target = target / (TEMPERATURE * _gaps(target[:, : own.shape[1]], there))
             known = there.float().log()
             counts = torch.cat([known, known.new_full((len(users), OTHERS), np.log(items / OTHERS))], dim=1)
             logs = (target + counts).log_softmax(dim=1)
             p = logs.exp()
-        found = self._scores(*cast("TrainableTrellisTable", self.table).vectors(users), best, drawn)
+        found = self._scores(*cast("TrainableTrellisTable", student.table).vectors(users), best, drawn)
         own_logs = (logit_scale(found.detach(), p, counts) * found + counts).log_softmax(dim=1)
         return torch.where(p > 0, p * (logs - own_logs), 0.0).sum(dim=1).mean()
 
@@ -110,18 +109,6 @@ class DistilledLists(RankingModel):
         users = users * self.weight
         own = torch.bmm(F.embedding(best, items), users[:, :, None])[:, :, 0]
         return torch.cat([own, users @ F.embedding(drawn, items).T], dim=1)
-
-    def propagate(self, weight: Tensor) -> Tensor:
-        """The identity."""
-        return weight
-
-    def scores(self, users: Tensor, items: Tensor) -> Tensor:
-        """``(B, D), (I, D) -> (B, I)`` scores."""
-        return (users * self.weight) @ items.T
-
-    def lower(self) -> Program:
-        """The teacher's head."""
-        return self.program
 
 
 def logit_scale(scores: Tensor, p: Tensor, counts: Tensor) -> Tensor:
@@ -161,6 +148,6 @@ def touch_up_lists(model: Model, dense: Model, margin: ListMargin, data: Dataset
         A model of the same codes: its file has the same size.
     """
     coded = cast("TrellisTable", model.table)
-    student = DistilledLists(dense, TrainableTrellisTable(coded), margin)
+    student = student_of(dense, TrainableTrellisTable(coded), Lists(dense, margin))
     fitted = run.fit("touch-up", student, data, stages(epochs, BATCH, RATES))
-    return better(model, model.with_table(cast("TrainableTrellisTable", fitted.table).settled(coded)), data)
+    return better(model, model.with_table(fitted.table.settled(coded)), data)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec.families.coding.lists.table import TrellisTable
-from pocketrec.families.distillation import Unsettled
 from pocketrec.layouts.trellis import (
     CENTROID_BITS,
     CODES,
@@ -20,11 +19,12 @@ from pocketrec.layouts.trellis import (
     code_values,
     geometric,
 )
+from pocketrec.models.table import Lookup
 
 _TINY = 1e-20
 
 
-class TrainableTrellisTable(Unsettled):
+class TrainableTrellisTable(Lookup):
     """A :class:`~pocketrec.families.coding.lists.table.TrellisTable` to be trained.
 
     ``v_i = g_i x_i``, ``x_i = C_a + s q_i``. A user is ``sum_k c_k x_k / |x_k| + t r``. Look-ups round ``C`` and ``log
@@ -99,16 +99,6 @@ class TrainableTrellisTable(Unsettled):
         """The whole matrix ``(n, D)``."""
         parts = self.vectors(torch.arange(len(self.atoms), device=self.atoms.device))
         return self.fill.index_copy(0, self.places, torch.cat(parts))
-
-    def values(self) -> int:
-        """Scalars that are trained."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def stored(self) -> Tensor:
-        """Every row but out-of-vocabulary rows."""
-        stored = torch.zeros(self.schema.rows, dtype=torch.bool)
-        stored[self.places] = True
-        return stored
 
     @torch.no_grad()
     def settled(self, coded: TrellisTable) -> TrellisTable:
