@@ -15,7 +15,7 @@ import pocketrec as pr
 from pocketrec.attribution.samples import ClickSamples, RankingSamples, training_rows
 from pocketrec.attribution.scores import ScoreSums
 from pocketrec.attribution.whole_table import _table_gradient, attribute_lists, attribute_propagated
-from pocketrec.compression.budget import Budget
+from pocketrec.compression.budget import Budget, Room
 from pocketrec.compression.compress import compress
 from pocketrec.compression.ladder import Method
 from pocketrec.compression.small import Small
@@ -234,7 +234,7 @@ def test_test_rows_change_nothing(clicks: Dataset, click_model: Model, tmp_path:
     assert not np.array_equal(noisy.test.ids, clicks.test.ids)
     for method in METHODS:
         ladders = [method.prepare(click_model, d, Run(None)) for d in (clicks, noisy)]
-        assert torch.equal(*(ladder.at_values(300).weight() for ladder in ladders))
+        assert torch.equal(*(ladder.table(Room(values=300)).weight() for ladder in ladders))
 
 
 def test_a_cap_draws_training_rows_once(clicks: Dataset) -> None:

@@ -134,9 +134,9 @@ def retraining_model(start: Model, head: HeadStart, data: Dataset, run: Run) -> 
 
 
 def retrain(
-    start: Model, table: PrunedTable, head: HeadStart, data: Dataset, run: Run, training: Sequence[Training]
+    start: Model, table: Table, head: HeadStart, data: Dataset, run: Run, training: Sequence[Training]
 ) -> Model:
-    """Train the values of ``table`` under its mask, and the head; the model around the learned pruned table.
+    """Train the values of a pruned ``table`` under its mask, and the head; the model around the learned table.
 
     Args:
         start: the model as the search started.
@@ -145,7 +145,12 @@ def retrain(
         data: training and validation rows.
         run: keeps the result.
         training: stages; none for the defaults of the task.
+
+    Raises:
+        ConfigError: the table is not a pruned one.
     """
+    if not isinstance(table, PrunedTable):
+        raise ConfigError(f"Retraining needs a pruned table, but got {type(table).__name__}.")
     start = retraining_model(start, head, data, run)
     if head == "fresh":
         fresh, base = start.table.weight().detach(), table.base.detach().clone()
