@@ -107,6 +107,19 @@ def _least(make: Callable[[Budget], Small]) -> int:
     return caught.value.least_bytes
 
 
+def test_the_least_of_a_refusal_does_not_hang_on_the_digits_of_the_budget(
+    clicks: Dataset, click_model: Model, tmp_path: Path
+) -> None:
+    least = set()
+    for budget in ("1B", "10B", "1000B"):
+        with pytest.raises(BudgetError) as refusal:
+            compress(click_model, clicks, MagPrune(), budget)
+        least.add(refusal.value.least_bytes)
+    assert len(least) == 1
+    small = compress(click_model, clicks, MagPrune(), f"{least.pop()}B")
+    assert small.save(tmp_path / "least")["file"] == small.budget.amount
+
+
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize("share", [0.15, 0.4, 0.8])
 def test_share_of_table_bytes_holds(clicks: Dataset, click_model: Model, method: Method, share: float) -> None:

@@ -199,8 +199,8 @@ class Unsettled(Table):
 class Distilled(ClickModel):
     """A model that learns the probabilities of another one, in evaluation mode: no dropout, fixed batch norms.
 
-    The loss is the mean cross-entropy of ``sigmoid(teacher)`` and the student's logit. Scalars of the head stay: a file
-    has them in its header, whose length they would change.
+    The loss is the mean cross-entropy of ``sigmoid(teacher)`` and the student's logit. Single numbers of the head
+    stay as the dense model has them.
 
     Args:
         student: whose head is trained; it is left as it is.
