@@ -29,6 +29,7 @@ from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from torch import Tensor
 from torch.nn import functional as F
 
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.families.compositional.table import Composition
@@ -165,8 +166,8 @@ def models(data: Dataset) -> dict[str, Model[Lookup]]:
     made: dict[str, Model[Lookup]] = {"dense": dense}
     for name, method in methods.items():
         draft = ML_1M.build(data, 0)
-        made[name] = draft.with_table(method.prepare(draft, data, Run(None)).at_values(budget))
-    pruned = MagPrune().prepare(dense, data, Run(None)).at_values(budget)
+        made[name] = draft.with_table(method.prepare(draft, data, Run(None)).table(Room(values=budget)))
+    pruned = MagPrune().prepare(dense, data, Run(None)).table(Room(values=budget))
     made["any mask, retraining"] = dense.with_table(MaskedTable(pruned, data.counts))
     for method in (PEP(), CERP(), OptEmbed(), OptEmbedD()):
         made[f"{type(method).__name__}, search"] = searching(method, data, budget)
@@ -194,7 +195,8 @@ def searching(method: Method, data: Dataset, budget: int) -> Model[Lookup]:
     model, run = ML_1M.build(data, 0), First(None)
     try:
         ladder = method.prepare(model, data, run)
-        ladder.finish(model.with_table(ladder.at_values(budget)))
+        room = Room(values=budget)
+        ladder.finish(model.with_table(ladder.table(room)), room)
     except Caught as caught:
         return caught.model
     raise SystemExit(f"expected {method.name} to train, but it does not")

@@ -24,6 +24,7 @@ from pocketrec.backbones.neumf import NeuMF
 from pocketrec.compression.compress import compress
 from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
+from pocketrec.families.retraining import initial_model
 from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR
 from pocketrec.models.backbone import Backbone
@@ -192,11 +193,11 @@ def tried(backbone: Backbone, budget: str, method: Method, data: Dataset, run: R
     model = backbone.build(data, run.seed)
     found = ["–", "–", "–"]
     if isinstance(method, PEP):
-        ladder = method.prepare(model, data, run)
-        alive = ladder.found.alive()
-        found[:2] = f"{ladder.found.threshold.detach().sigmoid().median():.3f}", f"{alive[-1] / alive[0]:.3f}"
+        net, table = method.search(*initial_model(model, data, run), data, run)
+        alive = table.alive()
+        found[:2] = f"{table.threshold.detach().sigmoid().median():.3f}", f"{alive[-1] / alive[0]:.3f}"
         if method.restart == "found":
-            found[2] = f"{validate(ladder.start, data.valid):.4f}"
+            found[2] = f"{validate(net, data.valid):.4f}"
     trained = validate(compress(model, data, method, budget, run=run).model, data.valid)
     return " | ".join([*found, f"{trained:.4f}"])
 

@@ -35,7 +35,7 @@ def deepfm(fields: int, dim: int, rng: np.random.Generator) -> Program:
     ops = [
         Op("columns", ("vectors",), "e", {"start": 0, "stop": dim}),
         Op("columns", ("vectors",), "w", {"start": dim, "stop": dim + 1}),
-        Op("sum", ("w",), "linear", {"bias": float(rng.normal())}),
+        Op("sum", ("w",), "linear", tensors={"bias": np.array(rng.normal(), np.float32)}),
         Op("fm", ("e",), "fm"),
         Op("flatten", ("e",), "h0"),
     ]

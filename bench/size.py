@@ -55,7 +55,7 @@ def head() -> Program:
         ops.append(Op("relu" if outputs > 1 else "sum", (f"y{i}",), f"x{i + 1}"))
     ops += [
         Op("fm", ("e",), "pairs"),
-        Op("sum", ("w",), "wide", {"bias": 0.0}),
+        Op("sum", ("w",), "wide", tensors={"bias": np.zeros((), np.float32)}),
         Op("add", (f"x{len(widths) - 1}", "pairs", "wide"), "logit"),
     ]
     return Program(tuple(ops))

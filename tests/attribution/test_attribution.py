@@ -29,7 +29,7 @@ def deepfm(fields: int, dim: int, hidden: tuple[int, ...], seed: int, scale: flo
     ops = [
         Op("columns", ("vectors",), "e", {"start": 0, "stop": dim}),
         Op("columns", ("vectors",), "w", {"start": dim, "stop": dim + 1}),
-        Op("sum", ("w",), "linear", {"bias": 0.1}),
+        Op("sum", ("w",), "linear", tensors={"bias": np.array(0.1, np.float32)}),
         Op("fm", ("e",), "fm"),
         Op("flatten", ("e",), "h0"),
     ]

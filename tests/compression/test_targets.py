@@ -9,6 +9,7 @@ from study_cases import pairs_file
 
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.neumf import NeuMF
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Method
 from pocketrec.data.encode import encode
 from pocketrec.errors import BudgetError
@@ -101,10 +102,10 @@ def step(method: Method, table: Table) -> int:
 def test_any_number_of_values_is_met_or_refused_with_the_least(ladders, method, task, share):
     ladder, dense, _ = ladders[method, task]
     asked = int(share * dense.values())
-    values, table = reached(ladder.at_values, asked, "least_values")
+    values, table = reached(lambda values: ladder.table(Room(values=values)), asked, "least_values")
     if values > asked:
         with pytest.raises(BudgetError):
-            ladder.at_values(values - 1)
+            ladder.table(Room(values=values - 1))
     if method in EXACT:
         assert table.values() == min(values, dense.values())
     else:
@@ -119,7 +120,7 @@ def test_any_number_of_values_is_met_or_refused_with_the_least(ladders, method, 
 def test_any_number_of_bytes_is_met_or_refused_with_the_least(ladders, method, task, share, storage):
     ladder, dense, data = ladders[method, task]
     asked = int(share * packed_bytes(dense, data, storage))
-    size, table = reached(lambda size: ladder.at_bytes(size, storage), asked, "least_bytes")
+    size, table = reached(lambda size: ladder.table(Room(size_bytes=size, storage=storage)), asked, "least_bytes")
     assert size >= asked
     waste = size - packed_bytes(table, data, storage)
     assert waste >= 0

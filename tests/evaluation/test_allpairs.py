@@ -27,9 +27,14 @@ def layer(inputs: int, outputs: int) -> dict[str, np.ndarray]:
 PAIR = Op("flatten", ("vectors",), "pair")
 HEADS = {
     "inner product": INNER_PRODUCT,
-    "weighted": Program((Op("dot", ("vectors",), "s", {"bias": 0.5}, {"weight": drawn(D)}),)),
+    "weighted": Program(
+        (Op("dot", ("vectors",), "s", tensors={"bias": np.array(0.5, np.float32), "weight": drawn(D)}),)
+    ),
     "some columns": Program(
-        (Op("columns", ("vectors",), "c", {"start": 1, "stop": 3}), Op("dot", ("c",), "s", {"bias": -1.0}))
+        (
+            Op("columns", ("vectors",), "c", {"start": 1, "stop": 3}),
+            Op("dot", ("c",), "s", tensors={"bias": np.array(-1.0, np.float32)}),
+        )
     ),
     "perceptron": Program(
         (
@@ -60,7 +65,7 @@ HEADS = {
             Op("linear", ("b",), "c", tensors=layer(8, 4)),
             Op("relu", ("c",), "d"),
             Op("linear", ("d",), "e", tensors=layer(4, 1)),
-            Op("sum", ("e",), "deep", {"bias": 0.5}),
+            Op("sum", ("e",), "deep", tensors={"bias": np.array(0.5, np.float32)}),
             Op("add", ("product", "deep"), "s"),
         )
     ),

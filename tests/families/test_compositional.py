@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import pocketrec as pr
 from pocketrec import registry
+from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError
 from pocketrec.families.compositional.ladder import ComposedLadder
@@ -424,7 +425,7 @@ def test_a_cache_by_accesses_holds_the_slots_that_were_looked_up_most_in_the_war
 def test_accesses_of_click_data_are_the_counts_times_epochs(clicks, model):
     method = TTRec(cache_by="accesses", warm_up=2, training=TRAINING)
     run = Run(None)
-    draft = model.with_table(method.prepare(model, clicks, run).at_values(model.table.values() // 2))
+    draft = model.with_table(method.prepare(model, clicks, run).table(Room(values=model.table.values() // 2)))
     (part,) = draft.table.compositions
     (ended,) = method._train(draft, clicks, run).table.compositions
     slots = slots_of(draft.table.regions[0], clicks, "file")
@@ -568,7 +569,7 @@ def test_hot_rows_of_dhe_are_the_frequent_ones_and_cost_four_bytes_each_in_a_fil
         slots = slots_of(small.table.regions[0], clicks, "file")
         np.testing.assert_array_equal(part.plan.hot, np.sort(slots[frequent]))
         with pytest.raises(BudgetError) as caught:
-            method.prepare(model, clicks, Run(None)).at_bytes(10, "fp32")
+            method.prepare(model, clicks, Run(None)).table(Room(size_bytes=10))
         assert caught.value.least_bytes == sizes[hot]
     assert sizes[7] - sizes[0] == 4 * 7
     assert sizes[10**9] - sizes[0] == 4 * clicks.schema.rows
@@ -648,8 +649,9 @@ def test_files_score_as_the_trained_model_does(method, model, clicks, tmp_path):
 def test_training_changes_the_table_and_lowers_the_loss(method, model, clicks):
     run = Run(None)
     ladder = method.prepare(model, clicks, run)
-    draft = ladder.at_values(model.table.values() // 2)
-    final = ladder.finish(model.with_table(draft))
+    room = Room(values=model.table.values() // 2)
+    draft = ladder.table(room)
+    final = ladder.finish(model.with_table(draft), room)
     assert not torch.equal(draft.weight(), final.table.weight())
     curve = [record["loss"] for record in run.logged() if record.get("stage") == method.name and "loss" in record]
     assert curve[-1] < curve[0]
@@ -660,19 +662,19 @@ def test_sizes_are_known_before_training(method, model, clicks):
     ladder = method.prepare(model, clicks, Run(None))
     for storage in ("fp32", "fp16", "int8"):
         with pytest.raises(BudgetError) as caught:
-            ladder.at_bytes(10, storage)
+            ladder.table(Room(size_bytes=10, storage=storage))
         for size in (caught.value.least_bytes, 2 * caught.value.least_bytes):
-            table = ladder.at_bytes(size, storage)
+            table = ladder.table(Room(size_bytes=size, storage=storage))
             stored = np.flatnonzero(table.stored().numpy())
             rows = pr.vocabulary.Vocabulary.build(clicks.schema, table.stored().numpy(), clicks.hashes)[1]
             assert table.pack(storage, rows).size_bytes <= size
             assert len(stored) == len(rows)
     with pytest.raises(BudgetError) as caught:
-        ladder.at_values(1)
+        ladder.table(Room(values=1))
     least = caught.value.least_values
-    assert 1 < ladder.at_values(least).values() <= least
+    assert 1 < ladder.table(Room(values=least)).values() <= least
     with pytest.raises(BudgetError):
-        ladder.at_values(least - 1)
+        ladder.table(Room(values=least - 1))
 
 
 def test_slots_are_places_in_the_file_and_unknown_rows_come_last(clicks):
@@ -702,7 +704,7 @@ def test_any_tiling_of_blocks_will_do(name, scope, clicks, model):
     ladder = ComposedLadder(
         name, model.with_table(dense), clicks, Run(None), scope, "file", ladder.plan, ladder.least, ladder.train
     )
-    table = ladder.at_values(n * 5)
+    table = ladder.table(Room(values=n * 5))
     assert len(table.regions) == (4 if scope == "block" else 2)
     assert table.values() <= n * 5
     weight = table.weight()
@@ -748,12 +750,12 @@ def test_every_budget_of_every_tiling_is_kept_and_unreachable_ones_name_the_leas
     ladder = ComposedLadder(method.name, start, SimpleNamespace(), Run(None), scope, "id", plan, least, lambda m: m)
     values = data.draw(st.integers(0, dense.values()))
     with pytest.raises(BudgetError) as caught:
-        ladder.at_values(-1)
+        ladder.table(Room(values=-1))
     fewest = caught.value.least_values
     with pytest.raises(BudgetError):
-        ladder.at_values(fewest - 1)
+        ladder.table(Room(values=fewest - 1))
     values = max(values, fewest)
-    table = ladder.at_values(values)
+    table = ladder.table(Room(values=values))
     assert table.values() <= values
     for region, part in zip(table.regions, table.compositions, strict=True):
         assert part.values() <= -(-values * region.values // dense.values())
@@ -775,16 +777,16 @@ def test_a_fixed_configuration_has_one_size(clicks, model):
     ):
         ladder = method.prepare(model, clicks, Run(None))
         with pytest.raises(BudgetError) as caught:
-            ladder.at_values(size - 1)
+            ladder.table(Room(values=size - 1))
         assert caught.value.least_values == size
         for values in (size, size + 1, 2 * size):
-            assert ladder.at_values(values).values() == size
+            assert ladder.table(Room(values=values)).values() == size
         with pytest.raises(BudgetError) as caught:
-            ladder.at_bytes(10, "fp32")
-        assert ladder.at_bytes(caught.value.least_bytes, "fp32").values() == size
+            ladder.table(Room(size_bytes=10))
+        assert ladder.table(Room(size_bytes=caught.value.least_bytes)).values() == size
     ladder = TTRec(ranks=(4, 3)).prepare(model, clicks, Run(None))
     for values in (train, train + width - 1, train + 5 * width):
-        assert ladder.at_values(values).values() == train + (values - train) // width * width
+        assert ladder.table(Room(values=values)).values() == train + (values - train) // width * width
 
 
 @settings(max_examples=40, deadline=None)
@@ -846,7 +848,7 @@ def in_file_of(table: QuantisedTable) -> np.ndarray:
 def test_quantised_tables_are_within_half_a_step(clicks, model):
     weight = model.table.weight().detach()
     for bits in (8, 4):
-        table = PTQ(bits=bits).prepare(model, clicks, Run(None)).at_values(model.table.values())
+        table = PTQ(bits=bits).prepare(model, clicks, Run(None)).table(Room(values=model.table.values()))
         step = (weight.max() - weight.min()) / (2**bits - 1)
         embedding = (table.weight() - weight)[:, :8]
         assert float(embedding.abs().max()) <= 0.5 * float(step) + 1e-6

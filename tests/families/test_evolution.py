@@ -16,6 +16,7 @@ import pocketrec as pr
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.backbones.neumf import NeuMF
+from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.families.evolution import Evolution, fit_lengths
@@ -341,7 +342,7 @@ def test_sizes_are_exact_and_fields_have_one_length(clicks, model, sparsity):
     keep = small.table.keep[:, :4].int()
     assert bool((keep[:, 1:] <= keep[:, :-1]).all())
     start = DeepFM(dim=4, hidden=(8,)).build(clicks, 0)
-    draft = OptEmbed(**SHORT).prepare(model, clicks, run).at_values(small.values)
+    draft = OptEmbed(**SHORT).prepare(model, clicks, run).table(Room(values=small.values))
     assert torch.equal(draft.base, start.table.weight())
 
 

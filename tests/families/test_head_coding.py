@@ -16,6 +16,7 @@ from pocketrec.attribution.lowered import LoweredHead
 from pocketrec.backbones.dcn_mix import DCNMix
 from pocketrec.backbones.dcnv2 import DCNv2
 from pocketrec.backbones.deepfm import DeepFM
+from pocketrec.compression import file_fit
 from pocketrec.compression.compress import compress
 from pocketrec.compression.measure import measure
 from pocketrec.errors import ArtifactError, BudgetError, UnsupportedOp
@@ -175,6 +176,15 @@ def test_file_and_model_score_alike(lab, tmp_path, backbone, amount):
     recommender = runtime.open(tmp_path / "small")
     rows = recommender.artifact.vocabulary.file_rows(data.hashes)[np.array(data.test.ids[:64])]
     assert_allclose(recommender.logits(rows), found[:64], atol=1e-4)
+
+
+def test_a_head_that_leaves_no_room_for_a_table_is_given_fewer_bits(lab, monkeypatch):
+    data, model, method = lab.data("ctr"), lab.model(BACKBONES[0]), RateDistortion()
+    with pytest.raises(BudgetError) as error:
+        compress(model, data, method, "10 B")
+    monkeypatch.setattr(file_fit, "_GROWTH", -300)
+    limit = error.value.least_bytes + 60
+    assert error.value.least_bytes <= compress(model, data, method, f"{limit} B").sizes["file"] <= limit
 
 
 def test_a_head_stays_where_it_is_not_to_be_coded(lab):

@@ -8,6 +8,7 @@ from study_cases import pairs_file
 
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
+from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.data.encode import encode
 from pocketrec.errors import ConfigError, UnsupportedOp
@@ -43,7 +44,7 @@ def visits(tmp_path_factory):
 
 
 def draft(method, model, data, run, share=0.5):
-    table = method.prepare(model, data, run).at_values(int(share * model.table.values()))
+    table = method.prepare(model, data, run).table(Room(values=int(share * model.table.values())))
     return model.with_table(table)
 
 

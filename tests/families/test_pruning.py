@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pocketrec.compression.budget import Room
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
 from pocketrec.families.pruning import PruningLadder, RankingScope, fill_rows, largest, ordered, protect
 from pocketrec.format.vocabulary import Vocabulary
@@ -94,9 +95,9 @@ def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
 @settings(max_examples=60, deadline=None)
 def test_values_budget_is_met_exactly(seed: int, share: float, ties: bool) -> None:
     ladder = click_ladder(seed, ties=ties)
-    block = ladder.table.blocks[0]
+    block = ladder.dense.blocks[0]
     values = block.values - int(block.values * share)
-    table = ladder.at_values(values)
+    table = ladder.table(Room(values=values))
     assert table.values() == values
     assert table.keep[:, block.right :].all()
     kept = ladder.scores[:, : block.right][table.keep[:, : block.right].numpy()]
@@ -108,8 +109,8 @@ def test_values_budget_is_met_exactly(seed: int, share: float, ties: bool) -> No
 @settings(max_examples=30, deadline=None)
 def test_masks_are_nested(seed: int, one: float, other: float) -> None:
     ladder = click_ladder(seed, ties=True)
-    low, high = sorted(int(ladder.table.blocks[0].values * s) for s in (one, other))
-    assert not (ladder.at_values(low).keep & ~ladder.at_values(high).keep).any()
+    low, high = sorted(int(ladder.dense.blocks[0].values * s) for s in (one, other))
+    assert not (ladder.table(Room(values=low)).keep & ~ladder.table(Room(values=high)).keep).any()
 
 
 @given(st.integers(0, 10**6), st.integers(0, 4), st.sampled_from(["joint", "block"]), st.floats(0.5, 1))
@@ -117,33 +118,35 @@ def test_masks_are_nested(seed: int, one: float, other: float) -> None:
 def test_selection_moves_with_the_rows(seed: int, n_min: int, scope: RankingScope, share: float) -> None:
     ladder = ranking_ladder(seed, scope, n_min)
     rng, values = np.random.default_rng(seed + 1), int(ladder.scores.size * share)
-    order = np.concatenate([b.start + rng.permutation(b.stop - b.start) for b in ladder.table.blocks])
-    moved = PruningLadder(ladder.table, ladder.scores[order], ladder.fill, ladder.counts, scope, n_min)
-    np.testing.assert_array_equal(moved.at_values(values).keep, ladder.at_values(values).keep[order])
+    order = np.concatenate([b.start + rng.permutation(b.stop - b.start) for b in ladder.dense.blocks])
+    moved = PruningLadder(ladder.dense, ladder.scores[order], ladder.fill, ladder.counts, scope, n_min)
+    np.testing.assert_array_equal(moved.table(Room(values=values)).keep, ladder.table(Room(values=values)).keep[order])
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1))
 @settings(max_examples=30, deadline=None)
 def test_kept_entries_are_untouched_and_removed_ones_read_the_placeholder(seed: int, share: float) -> None:
     ladder = click_ladder(seed)
-    dim, fields = ladder.table.blocks[0].right, torch.from_numpy(ladder.schema.field_of_row.astype(np.int64))
-    table = ladder.at_values(int(ladder.table.blocks[0].values * share))
+    dim, fields = ladder.dense.blocks[0].right, torch.from_numpy(ladder.schema.field_of_row.astype(np.int64))
+    table = ladder.table(Room(values=int(ladder.dense.blocks[0].values * share)))
     named = torch.ones(ladder.schema.rows, dtype=torch.bool)
     named[[f.oov_row for f in ladder.schema.fields]] = False
-    expected = torch.where(table.keep, ladder.table.weight(), table.fill[fields])
+    expected = torch.where(table.keep, ladder.dense.weight(), table.fill[fields])
     assert torch.equal(table.weight()[named], expected[named])
-    everything, nothing = (ladder.at_values(int(v)).weight()[named] for v in (ladder.table.blocks[0].values, 0))
-    assert torch.equal(everything, ladder.table.weight()[named])
+    everything, nothing = (
+        ladder.table(Room(values=int(v))).weight()[named] for v in (ladder.dense.blocks[0].values, 0)
+    )
+    assert torch.equal(everything, ladder.dense.weight()[named])
     assert torch.equal(nothing[:, :dim], torch.from_numpy(ladder.fill)[fields][named][:, :dim])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_block_scope_gives_each_block_its_share(seed: int) -> None:
     ladder = ranking_ladder(seed, "block")
-    total = sum(b.values for b in ladder.table.blocks)
-    table = ladder.at_values(total - int(total * 0.8))
+    total = sum(b.values for b in ladder.dense.blocks)
+    table = ladder.table(Room(values=total - int(total * 0.8)))
     assert table.values() == total - int(total * 0.8)
-    for block in ladder.table.blocks:
+    for block in ladder.dense.blocks:
         kept = int(table.keep[block.start : block.stop].sum())
         assert abs(kept - block.values * 0.2) <= 1
 
@@ -152,8 +155,8 @@ def test_block_scope_gives_each_block_its_share(seed: int) -> None:
 @pytest.mark.parametrize("n_min", [1, 2, 3])
 def test_every_row_keeps_n_min(scope: str, n_min: int) -> None:
     ladder = ranking_ladder(7, scope, n_min)
-    total = sum(b.values for b in ladder.table.blocks)
-    table = ladder.at_values(total // 2)
+    total = sum(b.values for b in ladder.dense.blocks)
+    table = ladder.table(Room(values=total // 2))
     assert table.values() == total // 2
     assert (table.keep.sum(dim=1) >= n_min).all()
     for row in range(ladder.schema.rows):
@@ -164,7 +167,7 @@ def test_every_row_keeps_n_min(scope: str, n_min: int) -> None:
 def test_n_min_that_breaks_the_budget_is_a_budget_error() -> None:
     ladder = ranking_ladder(8, n_min=4)
     with pytest.raises(BudgetError, match="n_min=4") as caught:
-        ladder.at_values(10)
+        ladder.table(Room(values=10))
     assert caught.value.least_values == 4 * ladder.schema.rows
     with pytest.raises(ConfigError, match="n_min=9"):
         ranking_ladder(8, n_min=9)
@@ -194,16 +197,16 @@ def test_bytes_budget_holds_and_is_used(
         _check_fit(ladder, limit, storage, index, vocabulary)
         return
     with pytest.raises(BudgetError) as caught:
-        ladder.at_bytes(limit, storage, index=index, vocabulary=vocabulary)
+        ladder.table(Room(size_bytes=limit, storage=storage, index=index, keys=vocabulary))
     assert caught.value.least_bytes is not None
     assert caught.value.least_bytes > limit
-    least = ladder.at_bytes(caught.value.least_bytes, storage, index=index, vocabulary=vocabulary)
+    least = ladder.table(Room(size_bytes=caught.value.least_bytes, storage=storage, index=index, keys=vocabulary))
     assert packed_size(least, storage, index=index, vocabulary=vocabulary) <= caught.value.least_bytes
 
 
 def _check_fit(ladder: PruningLadder, limit: int, storage: Storage, index: Index, vocabulary: bool) -> None:
     """The table fits, and the next entry would not, but for the absent rows and the steps of the offsets."""
-    table = ladder.at_bytes(limit, storage, index=index, vocabulary=vocabulary)
+    table = ladder.table(Room(size_bytes=limit, storage=storage, index=index, keys=vocabulary))
     assert packed_size(table, storage, index=index, vocabulary=vocabulary) <= limit
     flat = table.keep.numpy() | ~(np.arange(ladder.schema.rows) != ladder.schema.offsets[1:, None] - 1).all(0)[:, None]
     order = np.argsort(ladder.scores.ravel(), kind="stable")
@@ -211,7 +214,7 @@ def _check_fit(ladder: PruningLadder, limit: int, storage: Storage, index: Index
     if best:
         keep = table.keep.clone()
         keep.view(-1)[best[0]] = True
-        wider = PrunedTable.from_counts(ladder.schema, ladder.table.blocks, table.base, keep, table.fill, ladder.counts)
+        wider = PrunedTable.from_counts(ladder.schema, ladder.dense.blocks, table.base, keep, table.fill, ladder.counts)
         own = (4 + 4 * table.width) * ladder.schema.width
         slack = own + 4 * ladder.schema.rows // 64
         assert packed_size(wider, storage, index=index, vocabulary=vocabulary) > limit - slack
@@ -221,7 +224,7 @@ def _check_fit(ladder: PruningLadder, limit: int, storage: Storage, index: Index
 def test_size_is_exact_without_ties(storage: Storage) -> None:
     ladder = ranking_ladder(9)
     for limit in range(700, 4 * ladder.scores.size, 97):
-        table = ladder.at_bytes(limit, storage)
+        table = ladder.table(Room(size_bytes=limit, storage=storage))
         size = packed_size(table, storage)
         assert size <= limit
         if not table.keep.all():

@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file
 from pocketrec import files, runtime
 from pocketrec.errors import ArtifactError, ConfigError, StorageError, UnsupportedOp
 from pocketrec.format import arrays
-from pocketrec.format.artifact import CHUNK, Artifact, Contents
+from pocketrec.format.artifact import CHUNK, FORMAT, Artifact, Contents
 from pocketrec.format.program import Op, Program
 from pocketrec.format.vocabulary import Vocabulary, hash64
 from pocketrec.packed import Packed, PackedRange
@@ -53,6 +54,42 @@ def refused(call: Callable[[], object]) -> bool:
 
 
 # ---- what is written is read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0, -1 / 3, 1.1754944e-38, 3.4e38])
+def test_the_size_of_a_file_does_not_hang_on_what_is_learned(tmp_path: Path, bias: float) -> None:
+    contents = click().contents
+    *ops, last = contents.program.ops
+    learned = [replace(op, tensors=op.tensors | {"bias": np.array(bias, np.float32)}) if op.output == "wide" else op
+               for op in ops]  # fmt: skip
+    other = replace(contents, program=Program((*learned, last)))
+    assert other.write(tmp_path / "a") == contents.sizes()
+    assert Artifact(tmp_path / "a").program.ops[-2].tensors["bias"] == np.float32(bias)
+
+
+def test_a_number_of_an_earlier_format_is_read_from_the_header(golden: Path) -> None:
+    """Files of format 1 have a learned number among the attributes of its op, in JSON."""
+    meta, entries, payload = parts(golden)
+    now, vectors = click().contents.program, np.ones((3, 2, 5), np.float32)
+    (place,) = (i for i, op in enumerate(meta["head"]) if op["output"] == "wide")
+    entry = entries.pop(f"head.{place}.bias")
+    start, stop = entry["data_offsets"]
+    for other in entries.values():
+        if other["data_offsets"][0] >= stop:
+            other["data_offsets"] = [n - (stop - start) for n in other["data_offsets"]]
+    meta["head"][place] |= {"attributes": {"bias": 0.1}, "tensors": []}
+    put(golden, signed(meta | {"format": 1}, entries, payload[:start] + payload[stop:]))
+    before = Artifact(golden).program
+    assert [dict(op.attributes) for op in before.ops] == [dict(op.attributes) for op in now.ops]
+    np.testing.assert_allclose(before(vectors), now(vectors) - 0.15, rtol=1e-6)
+
+
+def test_blank_bytes_take_the_place_of_digits(tmp_path: Path) -> None:
+    one, other = (replace(click().contents, info={"n": n}, blank=9 - len(str(n))) for n in (7, 123456789))
+    assert one.write(tmp_path / "one") == other.write(tmp_path / "other") == one.sizes()
+    assert [Artifact(tmp_path / name).info["n"] for name in ("one", "other")] == [7, 123456789]
+    with safe_open(tmp_path / "one", "numpy") as file:
+        assert len(file.keys()) == len(one._arrays())
 
 
 @pytest.mark.parametrize(
@@ -245,7 +282,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused_politely(golden: Path) -> None:
     meta, entries, payload = parts(golden)
-    put(golden, signed(meta | {"format": 2, "more": [1]}, entries, payload))
+    put(golden, signed(meta | {"format": FORMAT + 1, "more": [1]}, entries, payload))
     with pytest.raises(ArtifactError, match="written by a newer version"):
         Artifact(golden)
 

@@ -31,7 +31,7 @@ MIXTURE = {
 LINEAR = {"weight": drawn(4, FLAT), "bias": drawn(4)}
 CROSS = {"weight": drawn(FLAT, FLAT), "bias": drawn(FLAT)}
 FLATTEN = Op("flatten", ("vectors",), "x")
-SUM = Op("sum", ("y",), "out", {"bias": 0.25})
+SUM = Op("sum", ("y",), "out", tensors={"bias": np.array(0.25, np.float32)})
 
 
 def by_experts(x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ CASES = {
     "sum": ([Op("sum", ("vectors",), "out")], lambda v: v.sum((1, 2))),
     "add": ([Op("sum", ("vectors",), "x"), Op("add", ("x", "x"), "out")], lambda v: 2 * v.sum((1, 2))),
     "dot": (
-        [Op("dot", ("vectors",), "out", {"bias": 0.5}, {"weight": drawn(DIM)})],
+        [Op("dot", ("vectors",), "out", tensors={"bias": np.array(0.5, np.float32), "weight": drawn(DIM)})],
         lambda v: (torch.tensor(drawn(DIM)) * v[:, 0] * v[:, 1]).sum(1) + 0.5,
     ),
     "nonzero_mean": (

@@ -16,6 +16,7 @@ import pocketrec as pr
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.backbones.neumf import NeuMF
+from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError
 from pocketrec.families.compositional.region import Region
@@ -287,7 +288,7 @@ def test_four_blocks_have_a_pair_each_or_one_per_column_range(visits, scope):
 
 def test_users_count_once_in_the_regulariser(visits):
     model = NeuMF(dim=4, hidden=(8,)).build(visits, 0)
-    draft = CERP(training=(TRAINING,)).prepare(model, visits, Run(None)).at_values(280)
+    draft = CERP(training=(TRAINING,)).prepare(model, visits, Run(None)).table(Room(values=280))
     table = draft.with_parts([soft(part, eta=3.0) for part in draft.compositions], draft.weight().detach())
     ids = torch.tensor([[4, 31, 40], [4, 32, 40], [2, 31, 69]])
     weight = table.weight().detach()

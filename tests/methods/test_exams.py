@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pocketrec import registry, testing
-from pocketrec.compression.ladder import Method
+from pocketrec.compression.ladder import Finished, Method
 from pocketrec.data.source import Batch, Column, Scan, Source
 from pocketrec.families.pruning import PruningLadder
 from pocketrec.methods.mag_prune import MagPrune
@@ -151,8 +151,36 @@ class Hoarder(Faulty):
 
 
 class _Hoard(PruningLadder):
-    def at_values(self, values):
-        return super().at_values(values + 5)
+    def table(self, room):
+        return super().table(room if room.values is None else replace(room, values=room.values + 5))
+
+
+class Grower(Faulty):
+    """Makes tables of the right size, and finishes larger ones."""
+
+    def prepare(self, model, data, run):
+        ladder = MagPrune().prepare(model, data, run)
+        return Finished(ladder, lambda draft, room: draft.with_table(ladder.table(replace(room, **more(room)))))
+
+
+def more(room):
+    return {"size_bytes": room.most + 4000} if room.values is None else {"values": room.values + 5}
+
+
+@dataclass(frozen=True)
+class Late(Method):
+    """Trains what it is given, and makes its exact cut afterwards: other entries than those of its draft stay."""
+
+    name: ClassVar[str] = "late"
+    trains: ClassVar[bool] = True
+    training: tuple[Training, ...] = (Training(epochs=1, batch_size=64, learning_rate=0.1),)
+
+    def prepare(self, model, data, run):
+        def cut(draft, room):
+            trained = run.fit("late", model, data, self.training)
+            return trained.with_table(MagPrune().prepare(trained, data, run).table(room))
+
+        return Finished(MagPrune().prepare(model, data, run), cut)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +191,8 @@ class _Hoard(PruningLadder):
         (method.check_same_seed_same_bytes, Forgetter()),
         (method.check_a_stored_run_serves_again, Forgetter()),
         (method.check_removes_what_was_asked, Hoarder()),
+        (method.check_final_tables_stay_in_their_room, Grower()),
+        (method.check_files_are_within_budget, Grower()),
         (plugin.check_needs_no_argument, MagPrune()),
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
@@ -173,6 +203,20 @@ def test_faulty_methods_fail(check, faulty, tmp_path):
         return
     with pytest.raises(ExamFailed):
         check(faulty, Lab(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        method.check_removes_what_was_asked,
+        method.check_final_tables_stay_in_their_room,
+        method.check_shares_are_kept,
+        method.check_files_are_within_budget,
+        method.check_same_seed_same_bytes,
+    ],
+)
+def test_a_method_may_cut_after_its_training(check, lab):
+    check(Late(), lab)
 
 
 def test_reading_the_test_split_fails(tmp_path):

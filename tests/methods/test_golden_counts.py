@@ -88,11 +88,8 @@ class Asked(Ladder):
     def __init__(self) -> None:
         self.values: list[int] = []
 
-    def at_values(self, values: int):
-        self.values.append(values)
-
-    def at_bytes(self, size_bytes, storage, *, index="compact", vocabulary=False):
-        raise NotImplementedError
+    def table(self, room):
+        self.values.append(room.values)
 
 
 @golden("magprune")

@@ -15,7 +15,7 @@ import pocketrec as pr
 from pocketrec.attribution.samples import ClickSamples, RankingSamples, training_rows
 from pocketrec.attribution.scores import ScoreSums
 from pocketrec.attribution.whole_table import _table_gradient, attribute_lists, attribute_propagated
-from pocketrec.compression.budget import Budget
+from pocketrec.compression.budget import Budget, Room
 from pocketrec.compression.compress import compress
 from pocketrec.compression.ladder import Method
 from pocketrec.compression.small import Small
@@ -105,6 +105,19 @@ def _least(make: Callable[[Budget], Small]) -> int:
     assert caught.value.least_bytes is not None
     assert str(f"{caught.value.least_bytes:,}") in str(caught.value)
     return caught.value.least_bytes
+
+
+def test_the_least_of_a_refusal_does_not_hang_on_the_digits_of_the_budget(
+    clicks: Dataset, click_model: Model, tmp_path: Path
+) -> None:
+    least = set()
+    for budget in ("1B", "10B", "1000B"):
+        with pytest.raises(BudgetError) as refusal:
+            compress(click_model, clicks, MagPrune(), budget)
+        least.add(refusal.value.least_bytes)
+    assert len(least) == 1
+    small = compress(click_model, clicks, MagPrune(), f"{least.pop()}B")
+    assert small.save(tmp_path / "least")["file"] == small.budget.amount
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -234,7 +247,7 @@ def test_test_rows_change_nothing(clicks: Dataset, click_model: Model, tmp_path:
     assert not np.array_equal(noisy.test.ids, clicks.test.ids)
     for method in METHODS:
         ladders = [method.prepare(click_model, d, Run(None)) for d in (clicks, noisy)]
-        assert torch.equal(*(ladder.at_values(300).weight() for ladder in ladders))
+        assert torch.equal(*(ladder.table(Room(values=300)).weight() for ladder in ladders))
 
 
 def test_a_cap_draws_training_rows_once(clicks: Dataset) -> None:

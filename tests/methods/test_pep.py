@@ -17,10 +17,11 @@ from torch.nn import functional as F
 import pocketrec as pr
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
+from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import BudgetError, ConfigError, UnsupportedOp
 from pocketrec.families.pruning import carry_uncounted, rank_keys
-from pocketrec.families.retraining import MaskedTable
+from pocketrec.families.retraining import MaskedTable, initial_model
 from pocketrec.methods.pep import PEP, SoftTable
 from pocketrec.models.backbone import noise
 from pocketrec.models.pruned import PrunedTable
@@ -245,7 +246,7 @@ def test_sparsity_is_exact_and_the_mask_survives_retraining(clicks, model, scope
     small = compress(model, clicks, method, f"sparsity={sparsity}", run=run)
     total = clicks.schema.rows * 4
     assert small.values == total - int(total * sparsity)
-    draft = ladder.at_values(small.values)
+    draft = ladder.table(Room(values=small.values))
     assert torch.equal(draft.keep, small.table.keep)
     assert bool((small.table.base[~draft.keep] == 0).all())
     start = DeepFM(dim=4, hidden=(8,)).build(clicks, 0).table.weight()
@@ -254,7 +255,7 @@ def test_sparsity_is_exact_and_the_mask_survives_retraining(clicks, model, scope
 
 def test_masks_of_smaller_budgets_lie_in_those_of_larger_ones(clicks, model):
     ladder = PEP(training=(TRAINING,)).prepare(model, clicks, Run(None))
-    masks = [ladder.at_values(values).keep[:, :4] for values in (600, 300, 100, 10)]
+    masks = [ladder.table(Room(values=values)).keep[:, :4] for values in (600, 300, 100, 10)]
     assert all(bool((small <= large).all()) for large, small in pairwise(masks))
 
 
@@ -263,18 +264,19 @@ def test_the_published_rule_stops_at_the_first_check_below_and_may_fail(clicks, 
     exact = PEP(training=(TRAINING,), reach=0.05)
     published = PEP(training=(TRAINING,), reach=0.05, stop="published")
     ladder = published.prepare(model, clicks, run)
-    alive = ladder.found.alive()
+    alive = published.search(*initial_model(model, clicks, run), clicks, run)[1].alive()
     wanted = int(alive[len(alive) // 2]) + 1
-    assert ladder.at_values(wanted).values() == alive[alive <= wanted][0]
-    assert exact.prepare(model, clicks, run).at_values(wanted).values() == wanted
+    assert ladder.table(Room(values=wanted)).values() == alive[alive <= wanted][0]
+    assert exact.prepare(model, clicks, run).table(Room(values=wanted)).values() == wanted
     with pytest.raises(BudgetError, match="search longer") as caught:
-        ladder.at_values(int(alive[-1]) - 1)
-    assert ladder.at_values(caught.value.least_values).values() == alive[-1]
+        ladder.table(Room(values=int(alive[-1]) - 1))
+    assert ladder.table(Room(values=caught.value.least_values)).values() == alive[-1]
 
 
 def test_the_published_start_prunes_nothing_in_a_short_search(clicks, model):
     method = PEP(start=-150.0, threshold_rate=1e-3, training=(TRAINING,))
-    found = method.prepare(model, clicks, Run(None)).found
+    run = Run(None)
+    _, found = method.search(*initial_model(model, clicks, run), clicks, run)
     assert found.alive()[-1] == clicks.schema.rows * 4
     assert float(found.threshold.detach().max()) < -149
 

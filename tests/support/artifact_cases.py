@@ -54,7 +54,7 @@ def click(users: int = 5, items: int = 3, width: int = 2, storage: Storage = "in
         Op("linear", ("x",), "y", {}, {"weight": np.ones((1, 2 * width), np.float32), "bias": np.zeros(1, np.float32)}),
         Op("sum", ("y",), "deep"),
         Op("fm", ("e",), "pairs"),
-        Op("sum", ("w",), "wide", {"bias": 0.25}),
+        Op("sum", ("w",), "wide", tensors={"bias": np.array(0.25, np.float32)}),
         Op("add", ("deep", "pairs", "wide"), "logit"),
     ))  # fmt: skip
     return Case(Contents("ctr", schema, vocabulary, packed, program, {"method": "test"}), table, texts)

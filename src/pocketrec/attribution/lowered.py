@@ -152,7 +152,7 @@ class _Sum(Node):
     """``(B, ...) -> (B,)``; the gradient is the slope everywhere."""
 
     def value(self, *inputs: Tensor) -> Tensor:
-        return inputs[0].flatten(1).sum(dim=1, dtype=torch.float32) + float(self.op.attributes.get("bias", 0.0))
+        return inputs[0].flatten(1).sum(dim=1, dtype=torch.float32) + float(self.op.tensors.get("bias", 0.0))
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
         x = self.inputs[0]
@@ -180,7 +180,7 @@ class Dot(Node):
         """``(B, 2, d) -> (B,)``."""
         product = inputs[0][:, 0] * inputs[0][:, 1]
         product = product if self.weight is None else product * self.weight
-        return product.sum(dim=-1) + float(self.op.attributes.get("bias", 0.0))
+        return product.sum(dim=-1) + float(self.op.tensors.get("bias", 0.0))
 
     def pull(self, slope: Tensor) -> tuple[Tensor, ...]:
         """``(B,) -> (B, 2, d)``."""

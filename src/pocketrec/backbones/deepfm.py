@@ -12,7 +12,7 @@ from pocketrec.errors import ConfigError
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import Backbone, ClickModel, noise
 from pocketrec.models.first_values import click_blocks, click_table
-from pocketrec.models.perceptron import Perceptron, batch_norms, linear_layers
+from pocketrec.models.perceptron import Perceptron, array, batch_norms, linear_layers
 from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema, Task
 
@@ -103,7 +103,7 @@ class DeepFMModel(ClickModel):
         ops = [
             Op("columns", ("vectors",), "embedding", {"start": 0, "stop": self.dim}),
             Op("columns", ("vectors",), "weights", {"start": self.dim, "stop": self.dim + 1}),
-            Op("sum", ("weights",), "linear", {"bias": float(self.bias.detach())}),
+            Op("sum", ("weights",), "linear", tensors={"bias": array(self.bias)}),
             Op("fm", ("embedding",), "pairs"),
             Op("flatten", ("embedding",), "hidden0"),
             *self.perceptron.lower("hidden0"),

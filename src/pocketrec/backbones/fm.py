@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import Backbone, ClickModel, noise
 from pocketrec.models.first_values import check_least, click_blocks, click_table
+from pocketrec.models.perceptron import array
 from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema, Task
 
@@ -80,7 +81,7 @@ class FMModel(ClickModel):
             (
                 Op("columns", ("vectors",), "embedding", {"start": 0, "stop": self.dim}),
                 Op("columns", ("vectors",), "weights", {"start": self.dim, "stop": self.dim + 1}),
-                Op("sum", ("weights",), "linear", {"bias": float(self.bias.detach())}),
+                Op("sum", ("weights",), "linear", tensors={"bias": array(self.bias)}),
                 Op("fm", ("embedding",), "pairs"),
                 Op("add", ("linear", "pairs"), "logit"),
             )

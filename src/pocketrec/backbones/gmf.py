@@ -81,5 +81,5 @@ class GMFModel(PairModel):
 
     def lower(self) -> Program:
         """One weighted inner product."""
-        weight, bias = array(self.output.weight)[0], float(self.output.bias.detach())
-        return Program((Op("dot", ("vectors",), "score", {"bias": bias}, {"weight": weight}),))
+        tensors = {"weight": array(self.output.weight)[0], "bias": array(self.output.bias).reshape(())}
+        return Program((Op("dot", ("vectors",), "score", tensors=tensors),))

@@ -148,13 +148,13 @@ class NeuMFModel(PairModel):
     def lower(self) -> Program:
         """A weighted inner product and the perceptron, on a column view each; ``share`` is folded into both outputs."""
         dim, *deep, last, total = self.config.dim, *self.perceptron.lower("hidden0")
-        bias = self.share * float(self.output.bias.detach())
+        bias = array(self.share * self.output.bias.detach().double()).reshape(())
         weight = self.share * array(self.output.weight)[0]
         halved = {name: self.share * tensor for name, tensor in last.tensors.items()}
         return Program(
             (
                 Op("columns", ("vectors",), "factors", {"start": 0, "stop": dim}),
-                Op("dot", ("factors",), "product", {"bias": bias}, {"weight": weight}),
+                Op("dot", ("factors",), "product", tensors={"weight": weight, "bias": bias}),
                 Op("columns", ("vectors",), "inputs", {"start": dim, "stop": 2 * dim}),
                 Op("flatten", ("inputs",), "hidden0"),
                 *deep,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pocketrec.errors import ConfigError
+from pocketrec.format.vocabulary import size_for as vocabulary_size_for
+from pocketrec.packed import Index, Storage
+from pocketrec.schema import Schema
 
 if TYPE_CHECKING:
     pass
@@ -27,6 +31,11 @@ class Budget:
     kind: Literal["sparsity", "share", "bytes"]
     amount: float
 
+    @property
+    def storage(self) -> Storage:
+        """How values are stored unless the caller says so."""
+        return "fp32" if self.kind == "sparsity" else "int8"
+
     @classmethod
     def parse(cls, text: str | Budget) -> Budget:
         """Read ``sparsity=0.95``, ``5%``, ``4MiB`` or ``4 MiB``."""
@@ -42,3 +51,42 @@ class Budget:
         raise ConfigError(
             f"`budget` must be like 'sparsity=0.95' (0 <= s < 1), '5%' (0 < p <= 100) or '4MiB', but got {text!r}."
         )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a table may take: so many values, or so many bytes in a file.
+
+    Attributes:
+        values: most counted scalars that it keeps (linear weights untouched), unless bytes bound it.
+        size_bytes: most bytes of its packed form, all blocks and side arrays included, unless values bound it.
+        storage: how kept values are stored.
+        index: how a file finds a row.
+        keys: whether the keys of the stored rows share the bytes.
+
+    Example:
+        >>> Room(size_bytes=4096, storage="int8").most, Room(values=300).most
+        (4096, 300)
+    """
+
+    values: int | None = None
+    size_bytes: int | None = None
+    storage: Storage = "fp32"
+    index: Index = "compact"
+    keys: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.values is None) == (self.size_bytes is None):
+            raise ConfigError(
+                "A room must have either `values` or `size_bytes`, but got "
+                f"values={self.values}, size_bytes={self.size_bytes}."
+            )
+
+    @property
+    def most(self) -> int:
+        """The bound: values or bytes, whichever is given."""
+        return self.values or 0 if self.size_bytes is None else self.size_bytes
+
+    def key_bytes(self, schema: Schema, keys: Sequence[int]) -> int:
+        """What the keys of so many stored rows of each field, ``(F,)``, take of the bytes: nothing without ``keys``."""
+        return vocabulary_size_for(schema, keys) if self.keys else 0

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from pocketrec.compression.budget import Budget
-from pocketrec.compression.file_fit import fit_file, with_ladder_table
+from pocketrec.compression.budget import Budget, Room
+from pocketrec.compression.file_fit import fit_file, room_of, with_ladder_table
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.compression.small import Small, counted_values
+from pocketrec.errors import BudgetError
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
 from pocketrec.packed import Index, Storage
@@ -22,6 +23,9 @@ from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
+
+_CUTS = 4
+"""How often a table may be cut after its training, at most."""
 
 
 @overload
@@ -95,30 +99,43 @@ def compress(
     ladder = method.prepare(model, data, run)
 
     def at(budget: Budget) -> Small:
-        chosen = storage or ("fp32" if budget.kind == "sparsity" else "int8")
-        return _at(ladder, Small(model, data, method, budget, chosen, index))
+        return _at(ladder, Small(model, data, method, budget, storage or budget.storage, index))
 
     return at(budgets[0]) if single else [at(b) for b in budgets]
 
 
 def _at(ladder: Ladder, dense: Small) -> Small:
-    """The table for one budget, in place of the dense one."""
-    small = sized(ladder, dense)
-    return replace(small, model=ladder.finish(small.model))
+    """The final table for one budget, in place of the dense one.
+
+    A table that is cut after its training may be described by some digits more in the header: then it is cut again.
+    """
+    small, room = sized(ladder, dense)
+    excess = 0
+    for _ in range(_CUTS):
+        model = ladder.finish(small.model, room)
+        final = small if model is small.model else replace(small, model=model)
+        excess = final.sizes["file"] - int(dense.budget.amount) if dense.budget.kind == "bytes" else 0
+        if excess <= 0:
+            return final
+        room = replace(room, size_bytes=room.most - excess)
+    raise BudgetError(
+        f"{dense.method.name} must finish a file within {int(dense.budget.amount):,} B, but is {excess:,} B above it; "
+        "its `finish` must keep to the room."
+    )
 
 
-def sized(ladder: Ladder, dense: Small) -> Small:
-    """The table of the right size in place of the dense one, not yet trained where the method trains.
+def sized(ladder: Ladder, dense: Small) -> tuple[Small, Room]:
+    """The table of the right size in place of the dense one, not yet trained where the method trains, and its room.
 
-    ``ladder.finish(small.model)`` is then what :func:`compress` returns.
+    ``ladder.finish(small.model, room)`` is then what :func:`compress` returns.
     """
     budget, table = dense.budget, dense.table
     if budget.kind == "bytes":
         return fit_file(ladder, dense, int(budget.amount))
     if budget.kind == "share":
         dense_bytes = 4 * sum(b.values for b in table.blocks)
-        return with_ladder_table(
-            dense, ladder.at_bytes(int(budget.amount * dense_bytes), dense.storage, index=dense.index)
-        )
-    values = counted_values(table)
-    return with_ladder_table(dense, ladder.at_values(values - int(values * budget.amount)))
+        room = replace(room_of(dense, int(budget.amount * dense_bytes)), keys=False)
+    else:
+        values = counted_values(table)
+        room = Room(values=values - int(values * budget.amount), storage=dense.storage, index=dense.index)
+    return with_ladder_table(dense, ladder.table(room)), room

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pocketrec.compression.budget import Room
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
@@ -19,34 +20,56 @@ class Ladder(ABC):
     """What ``prepare`` leaves behind: a table of the right size for any budget in seconds, then ``finish``."""
 
     @abstractmethod
-    def at_values(self, values: int) -> Table:
-        """The table that keeps at most ``values`` counted scalars (linear weights untouched)."""
+    def table(self, room: Room) -> Table:
+        """The best table for a room.
 
-    @abstractmethod
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> Table:
-        """The best table whose packed form (all blocks, side arrays included) takes at most ``size_bytes``.
-
-        With ``vocabulary``, the keys of the stored rows have to fit in, too.
+        Raises:
+            BudgetError: not even the least table fits; the error names what it takes.
         """
 
-    def headed(self, model: Model, size_bytes: int) -> Model:
-        """The model with its head as it goes into so many bytes, which head, table and vocabulary share.
+    def headed(self, model: Model, room: Room) -> Model:
+        """The model with its head as it goes into a room of bytes, which head, table and keys share.
 
         By default it is the head as it is. The table then gets what the head leaves.
         """
         return model
 
-    def finish(self, model: Model) -> Model:
-        """The final model around a table that ``at_values`` or ``at_bytes`` has made; by default it is final already.
+    def finish(self, model: Model, room: Room) -> Model:
+        """The final model around a table that :meth:`table` has made; by default it is final already.
 
-        A method that trains does so here, once per budget: the size of the file must not depend on what is learned.
+        A method that trains does so here, once per budget. The final table must fit into the room as well: a mask that
+        stays does, and a method that cuts after its training cuts to the room.
 
         Args:
             model: the dense model's head around the table.
+            room: the one that the table was made for.
         """
         return model
+
+
+@dataclass(frozen=True)
+class Finished(Ladder):
+    """Tables of another ladder, and what is made of the model around them.
+
+    Args:
+        ladder: makes the tables.
+        last: the final model from the model around such a table, and its room.
+    """
+
+    ladder: Ladder
+    last: Callable[[Model, Room], Model]
+
+    def table(self, room: Room) -> Table:
+        """As the other ladder's."""
+        return self.ladder.table(room)
+
+    def headed(self, model: Model, room: Room) -> Model:
+        """As the other ladder's."""
+        return self.ladder.headed(model, room)
+
+    def finish(self, model: Model, room: Room) -> Model:
+        """What is made of the other ladder's final model."""
+        return self.last(self.ladder.finish(model, room), room)
 
 
 class Method(ABC):

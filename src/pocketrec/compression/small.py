@@ -7,16 +7,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pocketrec.compression.budget import Budget
 from pocketrec.compression.ladder import Method
+from pocketrec.files import canonical_json
 from pocketrec.format.artifact import Contents, FileKind
 from pocketrec.format.vocabulary import Vocabulary
 from pocketrec.models.backbone import Model, RankingModel
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
+from pocketrec.packed import Index, Packed, Storage
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
+
+
+_BUDGET_DIGITS = 16
+"""Width of a budget in the header, so that no size depends on it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,18 @@ class Small:
         """What goes into the file."""
         stored = self.table.stored().numpy()
         vocabulary, rows = Vocabulary.build(self.data.schema, stored, self.data.hashes)
+        return self._around(vocabulary, self.table.pack(self.storage, rows, self.index))
+
+    @property
+    def bare_header(self) -> int:
+        """Bytes of the header of a file without rows."""
+        fields, none = self.data.schema.width, np.zeros(0, np.uint32)
+        side = np.zeros((fields, 0), np.float32)
+        vocabulary = Vocabulary(self.data.schema, (0,) * fields, 0, none, none)
+        return self._around(vocabulary, Packed(0, (), side, side)).sizes()["header"]
+
+    def _around(self, vocabulary: Vocabulary, packed: Packed) -> Contents:
+        """A file of this model around some rows."""
         backbone = self.model.backbone
         info = {
             "backbone": {"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
@@ -74,8 +93,9 @@ class Small:
             "sparsity": self.sparsity,
             "data": self.data.digest,
         }
-        packed = self.table.pack(self.storage, rows, self.index)
-        return Contents(file_kind(self.model), self.data.schema, vocabulary, packed, self.model.lower(), info)
+        digits = len(canonical_json(self.budget.amount))
+        blank = max(0, _BUDGET_DIGITS - digits) if self.budget.kind == "bytes" else 0
+        return Contents(file_kind(self.model), self.data.schema, vocabulary, packed, self.model.lower(), info, blank)
 
     def save(self, path: str | Path) -> dict[str, int]:
         """Write the file atomically; bytes of the file and its parts."""

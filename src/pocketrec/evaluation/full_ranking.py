@@ -219,7 +219,7 @@ def _fold(op: Op, value: _PairValue | None) -> _PairValue | None:
         return _first_layer(op, value)
     if op.kind == "dot" and not value.flat:
         users = value.users * op.tensors["weight"] if "weight" in op.tensors else value.users
-        return _PairProduct(users, value.items, float(op.attributes.get("bias", 0.0)))
+        return _PairProduct(users, value.items, float(op.tensors.get("bias", 0.0)))
     return None
 
 
@@ -230,7 +230,7 @@ def _climb(op: Op, value: _PairTower) -> _PairTower | None:
     if op.kind == "linear" and value.clipped:
         return replace(value, layers=(*value.layers, (op.tensors["weight"], op.tensors["bias"])), clipped=False)
     if op.kind == "sum":
-        shift = np.float32(op.attributes.get("bias", 0.0))
+        shift = np.float32(op.tensors.get("bias", 0.0))
         if value.clipped:
             inputs = len(value.layers[-1][1]) if value.layers else len(value.first.bias)
             total = (np.ones((1, inputs), np.float32), np.array([shift]))

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.families.mixed_dimension import (
@@ -30,7 +31,6 @@ from pocketrec.families.retraining import HeadStart, retrain
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import DenseTable, Lookup
-from pocketrec.packed import Index, Storage
 from pocketrec.randomness import generator
 from pocketrec.training.loop import Training, fingerprint
 from pocketrec.training.run import Run
@@ -212,27 +212,17 @@ class EvolvedLadder(Ladder):
     run: Run
     beginning: InitialPopulation = "drawn"
 
-    def at_values(self, values: int) -> PrunedTable:
-        """Exactly ``values`` entries: the best lengths, and what they leave free by rising column.
+    def table(self, room: Room) -> PrunedTable:
+        """The best lengths for about as many values as fit; then exactly so many entries, by rising column.
 
         Raises:
             BudgetError: rows must not be left out, and the budget is below one column each.
         """
-        self._ranked(None).at_values(values)
-        return self._ranked(self._keep(values)).at_values(values)
+        about = self._ranked(None).table(room)
+        return self._ranked(self._keep(about.values() if room.values is None else room.values)).table(room)
 
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> PrunedTable:
-        """The lengths for about as many values as fit, and of these entries as many as fit."""
-        about = self._ranked(None).at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary)
-        ranked = self._ranked(self._keep(about.values()))
-        return ranked.at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary)
-
-    def finish(self, model: Model) -> Model:
+    def finish(self, model: Model, room: Room) -> Model:
         """Train what is kept from its first values on."""
-        if not isinstance(model.table, PrunedTable):
-            raise ConfigError(f"Retraining needs a pruned table, but got {type(model.table).__name__}.")
         return retrain(self.start, model.table, self.head, self.data, self.run, self.training)
 
     def found(self) -> EvolvedLadder:

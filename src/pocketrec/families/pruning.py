@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
-from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, Table, oov_rows
-from pocketrec.packed import Index, Storage, side_size_for, size_for
+from pocketrec.packed import side_size_for, size_for
 from pocketrec.schema import Schema
 
 RankingScope = Literal["joint", "block"]
@@ -127,7 +127,7 @@ class PruningLadder(Ladder):
     """Every budget from one set of scores.
 
     Args:
-        table: The dense table; its matrix is shared, never copied.
+        dense: The dense table; its matrix is shared, never copied.
         scores: Ranking key per entry, ``(n, D)`` float32: the largest survive.
         fill: What removed entries read, ``(F, D)``.
         counts: Training occurrences per row, ``(n,)``; they choose the absent rows.
@@ -135,7 +135,7 @@ class PruningLadder(Ladder):
         n_min: Entries that each row of a counted block keeps at least.
     """
 
-    table: Table
+    dense: Table
     scores: NDArray[np.float32]
     fill: NDArray[np.float32]
     counts: NDArray[np.int64]
@@ -143,22 +143,28 @@ class PruningLadder(Ladder):
     n_min: int = 0
 
     def __post_init__(self) -> None:
-        narrowest = min(b.width for b in self.table.blocks if b.counted)
+        narrowest = min(b.width for b in self.dense.blocks if b.counted)
         if not 0 <= self.n_min <= narrowest:
             raise ConfigError(f"`n_min` must lie in [0, {narrowest}], but got n_min={self.n_min}.")
 
     @property
     def schema(self) -> Schema:
         """Fields of the table."""
-        return self.table.schema
+        return self.dense.schema
 
-    def at_values(self, values: int) -> PrunedTable:
-        """Keep exactly ``values`` counted scalars; uncounted blocks stay whole.
+    def table(self, room: Room) -> PrunedTable:
+        """Exactly so many counted scalars, or the largest prefix of the ranking that packs into so many bytes.
+
+        Values leave uncounted blocks whole. Bytes go over all blocks, and are met to 0.1 %.
 
         Raises:
-            BudgetError: ``values`` is below what ``n_min`` asks for.
+            BudgetError: values are below what ``n_min`` asks for, or not even the least table fits.
         """
-        counted = [b for b in self.table.blocks if b.counted]
+        return self._of_bytes(room) if room.values is None else self._of_values(room.values)
+
+    def _of_values(self, values: int) -> PrunedTable:
+        """Keep exactly ``values`` counted scalars; uncounted blocks stay whole."""
+        counted = [b for b in self.dense.blocks if b.counted]
         keep = np.ones(self.scores.shape, dtype=bool)
         for group in [counted] if self.scope == "joint" else [[b] for b in counted]:
             count = values if self.scope == "joint" else _share(values, group[0], counted)
@@ -173,53 +179,43 @@ class PruningLadder(Ladder):
             chosen = largest(keys[0] if len(keys) == 1 else np.concatenate(keys), count)
             for block, part in zip(group, np.split(chosen, np.cumsum([b.values for b in group])[:-1]), strict=True):
                 keep[block.start : block.stop, block.left : block.right] = part.reshape(-1, block.width)
-        return self._table(keep)
+        return self._kept(keep)
 
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> PrunedTable:
-        """The largest prefix of the ranking, over all blocks, that packs into ``size_bytes``, to 0.1 %.
-
-        With ``vocabulary`` the keys of the stored rows count too.
-
-        Raises:
-            BudgetError: Not even the least table fits; ``least_bytes`` says what it takes.
-        """
+    def _of_bytes(self, room: Room) -> PrunedTable:
+        """The largest prefix of the ranking, over all blocks, that packs into the room, to 0.1 %."""
         assumed = sum(f.oov_row is not None for f in self.schema.fields)
-        table = self._fit(size_bytes, storage, index, vocabulary, assumed)
-        while (assumed - (own := _own_absent(table))) * (4 + 4 * table.width) > size_bytes // 1000:
-            assumed, wider = own, self._fit(size_bytes, storage, index, vocabulary, own)
+        table = self._fit(room, assumed)
+        while (assumed - (own := _own_absent(table))) * (4 + 4 * table.width) > room.most // 1000:
+            assumed, wider = own, self._fit(room, own)
             if _own_absent(wider) > own:
                 break
             table = wider
         return table
 
-    def _fit(
-        self, size_bytes: int, storage: Storage, index: Index, vocabulary: bool, absent_fields: int
-    ) -> PrunedTable:
+    def _fit(self, room: Room, absent_fields: int) -> PrunedTable:
         """The largest selection that fits if ``absent_fields`` fields have an absent row of their own."""
 
         def size(counts: _StoredCounts) -> int:
-            return self._size(counts, storage, index, vocabulary, absent_fields)
+            return self._size(counts, room, absent_fields)
 
         low, high = int(np.iinfo(np.int32).min), int(INFINITE)
-        if (least := size(self._above(high))) > size_bytes:
+        if (least := size(self._above(high))) > room.most:
             raise BudgetError(
-                f"Budget {size_bytes:,} B is below the {least:,} B that the smallest pruned table of "
-                f"{self.schema.width} fields of width {self.table.width} needs; raise the budget.",
+                f"Budget {room.most:,} B is below the {least:,} B that the smallest pruned table of "
+                f"{self.schema.width} fields of width {self.dense.width} needs; raise the budget.",
                 least_bytes=least,
             )
-        if size(self._above(low)) <= size_bytes:
+        if size(self._above(low)) <= room.most:
             high = low
         while low < high:
             middle = (low + high) // 2
-            if size(self._above(middle)) <= size_bytes:
+            if size(self._above(middle)) <= room.most:
                 high = middle
             else:
                 low = middle + 1
         keep = self._matrix > high
-        self._add_ties(keep, high, size, size_bytes)
-        return self._table(keep)
+        self._add_ties(keep, high, size, room.most)
+        return self._kept(keep)
 
     def _add_ties(
         self, keep: NDArray[np.bool_], threshold: int, size: Callable[[_StoredCounts], int], limit: int
@@ -258,20 +254,20 @@ class PruningLadder(Ladder):
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
         """Per block, after each number of added ties: new file rows, new present rows, new entries."""
         hashed = self._hashed[rows]
-        for block in self.table.blocks:
+        for block in self.dense.blocks:
             in_rows = (rows >= block.start) & (rows < block.stop)
             inside = in_rows & (columns >= block.left) & (columns < block.right)
             first = np.zeros(len(rows), dtype=bool)
             first[inside] = _first(rows[inside]) & ~keep[rows[inside], block.left : block.right].any(axis=1)
             yield _running(fresh & hashed & in_rows), _running(first), _running(inside)
 
-    def _size(self, counts: _StoredCounts, storage: Storage, index: Index, vocabulary: bool, absent_fields: int) -> int:
+    def _size(self, counts: _StoredCounts, room: Room, absent_fields: int) -> int:
         """Bytes of the packed table, and of its vocabulary if asked for."""
         fields = self.schema.width
-        size = side_size_for(fields, self.table.width, absent_fields)
-        for block, (file_rows, present, kept) in zip(self.table.blocks, counts.blocks, strict=True):
-            size += size_for(file_rows, present, kept, block.width, fields, storage, index)
-        return size + (vocabulary_size_for(self.schema, counts.keys) if vocabulary else 0)
+        size = side_size_for(fields, self.dense.width, absent_fields)
+        for block, (file_rows, present, kept) in zip(self.dense.blocks, counts.blocks, strict=True):
+            size += size_for(file_rows, present, kept, block.width, fields, room.storage, room.index)
+        return size + room.key_bytes(self.schema, counts.keys)
 
     def _above(self, threshold: int) -> _StoredCounts:
         """What keeping every key above the threshold stores."""
@@ -281,15 +277,15 @@ class PruningLadder(Ladder):
         )
         return _StoredCounts(blocks, tuple(_above(rows, threshold) for rows in self._field_rows))
 
-    def _table(self, keep: NDArray[np.bool_]) -> PrunedTable:
-        base, fill = self.table.weight().detach(), torch.from_numpy(self.fill)
-        return PrunedTable.from_counts(self.schema, self.table.blocks, base, torch.from_numpy(keep), fill, self.counts)
+    def _kept(self, keep: NDArray[np.bool_]) -> PrunedTable:
+        base, fill = self.dense.weight().detach(), torch.from_numpy(self.fill)
+        return PrunedTable.from_counts(self.schema, self.dense.blocks, base, torch.from_numpy(keep), fill, self.counts)
 
     @cached_property
     def _matrix(self) -> NDArray[np.int32]:
         """Ordered keys of all entries, ``(n, D)``."""
         keys = ordered(self.scores)
-        for block in self.table.blocks if self.n_min else ():
+        for block in self.dense.blocks if self.n_min else ():
             if block.counted:
                 part = keys[block.start : block.stop, block.left : block.right]
                 part[...] = protect(part, self.n_min)
@@ -299,7 +295,7 @@ class PruningLadder(Ladder):
     def _keys(self) -> dict[str, NDArray[np.int32]]:
         """Ordered keys of each block, contiguous."""
         return {
-            b.name: np.ascontiguousarray(self._matrix[b.start : b.stop, b.left : b.right]) for b in self.table.blocks
+            b.name: np.ascontiguousarray(self._matrix[b.start : b.stop, b.left : b.right]) for b in self.dense.blocks
         }
 
     @cached_property
@@ -317,7 +313,7 @@ class PruningLadder(Ladder):
     def _row_keys(self) -> NDArray[np.int32]:
         """Largest key of each row over all blocks."""
         keys = np.full(self.schema.rows, np.iinfo(np.int32).min, np.int32)
-        for block in self.table.blocks:
+        for block in self.dense.blocks:
             rows = slice(block.start, block.stop)
             np.maximum(keys[rows], self._keys[block.name].max(axis=1), out=keys[rows])
         return keys
@@ -335,7 +331,7 @@ class PruningLadder(Ladder):
 
     @cached_property
     def _curves(self) -> tuple[_Curve, ...]:
-        return tuple(self._curve(b) for b in self.table.blocks)
+        return tuple(self._curve(b) for b in self.dense.blocks)
 
     def _curve(self, block: Block) -> _Curve:
         rows = slice(block.start, block.stop)

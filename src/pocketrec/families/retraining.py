@@ -15,7 +15,7 @@ from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
 from pocketrec.models.pruned import PrunedTable, own_absent
-from pocketrec.models.table import DenseTable, Lookup
+from pocketrec.models.table import DenseTable, Lookup, Table
 from pocketrec.randomness import derive
 from pocketrec.schema import Task
 from pocketrec.training.loop import Training
@@ -117,9 +117,9 @@ def retraining_model(start: Model[Lookup], head: HeadStart, data: Dataset, run: 
 
 
 def retrain(
-    start: Model[Lookup], table: PrunedTable, head: HeadStart, data: Dataset, run: Run, training: Sequence[Training]
+    start: Model[Lookup], table: Table, head: HeadStart, data: Dataset, run: Run, training: Sequence[Training]
 ) -> Model:
-    """Train the values of ``table`` under its mask, and the head; the model around the learned pruned table.
+    """Train the values of a pruned ``table`` under its mask, and the head; the model around the learned table.
 
     Args:
         start: the model as the search started.
@@ -128,7 +128,12 @@ def retrain(
         data: training and validation rows.
         run: keeps the result.
         training: stages; none for the defaults of the task.
+
+    Raises:
+        ConfigError: the table is not a pruned one.
     """
+    if not isinstance(table, PrunedTable):
+        raise ConfigError(f"Retraining needs a pruned table, but got {type(table).__name__}.")
     start = retraining_model(start, head, data, run)
     if head == "fresh":
         fresh, base = start.table.weight().detach(), table.base.detach().clone()

@@ -41,11 +41,11 @@ class Extent:
     stop: int
 
 
-def header(arrays: Mapping[str, NDArray[Any]], meta: Any) -> tuple[bytes, list[str]]:
+def header(arrays: Mapping[str, NDArray[Any]], meta: Any, blank: int = 0) -> tuple[bytes, list[str]]:
     """The safetensors header (length prefix included) of an array file, and the order of its arrays.
 
-    Arrays are ordered by falling item size, then by name, and the header is padded to 8 bytes: all are aligned, and no
-    byte lies between them. Only dtypes and shapes are read.
+    Arrays are ordered by falling item size, then by name, and the header is padded to 8 bytes, after as many spaces as
+    shall be ``blank``: all are aligned, and no byte lies between them. Only dtypes and shapes are read.
 
     Raises:
         ConfigError: a dtype is not supported, or the header is longer than ``HEADER_LIMIT``.
@@ -58,7 +58,7 @@ def header(arrays: Mapping[str, NDArray[Any]], meta: Any) -> tuple[bytes, list[s
         stop = start + array.nbytes
         document[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, stop]}
         start = stop
-    text = canonical_json(document)
+    text = canonical_json(document) + b" " * blank
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise ConfigError(

@@ -29,13 +29,16 @@ from pocketrec.schema import Field, Keys, Schema
 FileKind = Literal["ctr", "baked", "ego"]
 """``ctr``: click model; ``baked``: final user and item vectors; ``ego``: a ranking table before its propagation."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format that this package writes; it reads all versions up to this one."""
 
 CHUNK = 1 << 20
 """Bytes of payload under one digest."""
 
-_ZEROS = "0" * 64
+DIGEST = 64
+"""Bytes of a digest in the header."""
+
+_ZEROS = "0" * DIGEST
 _LEAD = rb'{"__metadata__":{"pocketrec":"{\"checks\":{\"file\":\"'
 _BETWEEN = rb"\",\"header\":\""
 _FILE = slice(8 + len(_LEAD), 8 + len(_LEAD) + 64)
@@ -57,6 +60,7 @@ class Contents:
         packed: file rows -> vectors.
         program: vectors -> logits or scores.
         info: any JSON document on how the file came about; no time, host or path belongs into it.
+        blank: spaces behind the header, in place of digits that a number in ``info`` might have had.
     """
 
     kind: FileKind
@@ -65,12 +69,13 @@ class Contents:
     packed: Packed
     program: Program
     info: Mapping[str, Any]
+    blank: int = 0
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the file and of its parts, which sum to ``file``; nothing is written or hashed."""
         arrays = self._arrays()
         chunks = -(-sum(a.nbytes for a in arrays.values()) // CHUNK)
-        prefix, _ = header(arrays, self._meta(_ZEROS * chunks))
+        prefix, _ = header(arrays, self._meta(_ZEROS * chunks), self.blank)
         return _sizes(len(prefix), {name: a.nbytes for name, a in arrays.items()})
 
     def write(self, path: str | Path) -> dict[str, int]:
@@ -83,7 +88,7 @@ class Contents:
         arrays = self._arrays()
         _, order = header(arrays, None)
         payload = [buffer(arrays[name]) for name in order]
-        prefix, _ = header(arrays, self._meta("".join(_chunk_digests(payload))))
+        prefix, _ = header(arrays, self._meta("".join(_chunk_digests(payload))), self.blank)
         signed = bytearray(prefix)
         signed[_HEADER] = _sha256([prefix]).encode()
         signed[_FILE] = _sha256([prefix, *payload]).encode()

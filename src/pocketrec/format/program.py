@@ -21,6 +21,7 @@ from pocketrec.errors import UnsupportedOp
 from pocketrec.layouts.matrix import CodedMatrix
 
 Array = NDArray[np.float32]
+_ZERO = np.float32(0)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Op:
     """One step: ``output = kind(inputs; tensors, attributes)``.
 
     Attributes:
+        attributes: sizes that the backbone's configuration sets.
+        tensors: everything that is learned, single numbers too: those have no axes, ``()``.
         codes: tensors that a file holds in a few bits, as rows of entries of the last axis; ``tensors`` has what they
             mean. Those of an op with codes may be float16.
     """
@@ -35,7 +38,7 @@ class Op:
     kind: str
     inputs: tuple[str, ...]
     output: str
-    attributes: Mapping[str, int | float] = field(default_factory=dict)
+    attributes: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Array] = field(default_factory=dict)
     codes: Mapping[str, CodedMatrix] = field(default_factory=dict)
 
@@ -66,8 +69,8 @@ def _fm(op: Op, x: Array) -> Array:
 
 
 def _sum(op: Op, x: Array) -> Array:
-    """``(B, ...) -> (B,)``: sum over all other axes, plus the attribute ``bias``."""
-    return x.reshape(len(x), -1).sum(axis=1) + np.float32(op.attributes.get("bias", 0.0))
+    """``(B, ...) -> (B,)``: sum over all other axes, plus ``bias ()`` or zero."""
+    return x.reshape(len(x), -1).sum(axis=1) + op.tensors.get("bias", _ZERO)
 
 
 def _add(op: Op, *xs: Array) -> Array:
@@ -79,10 +82,10 @@ def _add(op: Op, *xs: Array) -> Array:
 
 
 def _dot(op: Op, x: Array) -> Array:
-    """``(B, 2, d) -> (B,)``: ``sum_j h_j x_0j x_1j + bias`` with ``weight`` ``h (d,)``, or ones."""
+    """``(B, 2, d) -> (B,)``: ``sum_j h_j x_0j x_1j + b`` with ``weight h (d,)`` or ones, ``bias b ()`` or zero."""
     product = x[:, 0] * x[:, 1]
     weighted = product * op.tensors["weight"] if "weight" in op.tensors else product
-    return weighted.sum(axis=-1) + np.float32(op.attributes.get("bias", 0.0))
+    return weighted.sum(axis=-1) + op.tensors.get("bias", _ZERO)
 
 
 def _nonzero_mean(op: Op, x: Array) -> Array:
@@ -164,7 +167,10 @@ class Program:
 
     @classmethod
     def from_json(cls, document: list[dict[str, Any]], tensors: Mapping[str, Array]) -> Program:
-        """Read what ``to_json`` and ``tensors`` wrote; an unknown op raises :class:`UnsupportedOp`."""
+        """Read what ``to_json`` and ``tensors`` wrote; an unknown op raises :class:`UnsupportedOp`.
+
+        In files of format 1 a ``bias`` is an attribute, since no other single number was learned.
+        """
         ops: list[Op] = []
         for i, o in enumerate(document):
             kernel(o["kind"])
@@ -174,7 +180,11 @@ class Program:
                 name: codes[name].decoded().reshape(shapes[name]) if name in codes else tensors[f"head.{i}.{name}"]
                 for name in o["tensors"]
             }
-            ops.append(Op(o["kind"], tuple(o["inputs"]), o["output"], dict(o["attributes"]), named, codes))
+            attributes = dict(o["attributes"])
+            if "bias" in attributes:
+                with np.errstate(over="ignore"):
+                    named["bias"] = np.array(attributes.pop("bias"), np.float32)
+            ops.append(Op(o["kind"], tuple(o["inputs"]), o["output"], attributes, named, codes))
         return cls(tuple(ops))
 
 

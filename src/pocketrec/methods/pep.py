@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.compression.budget import Room
+from pocketrec.compression.ladder import Finished, Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.families.pruning import PruningLadder, RankingScope, carry_uncounted
@@ -20,8 +21,7 @@ from pocketrec.families.retraining import HeadStart, ValueStart, initial_model, 
 from pocketrec.families.thresholds import Falls, check_search, first_threshold, rising_rate, shrink
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
-from pocketrec.models.table import DenseTable, Lookup, counted_cells
-from pocketrec.packed import Index, Storage
+from pocketrec.models.table import DenseTable, counted_cells
 from pocketrec.training.hooks import LearningTable, Rule
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
@@ -87,18 +87,27 @@ class PEP(Method):
         if not 0 <= self.clip < math.inf:
             raise ConfigError(f"`clip` must be at least 0, but got clip={self.clip}.")
 
-    def prepare(self, model: Model, data: Dataset, run: Run) -> PEPLadder:
+    def prepare(self, model: Model, data: Dataset, run: Run) -> Finished:
         """Search once, for all budgets."""
         start, dense = initial_model(model, data, run)
-        search = search_training(self.training, data.schema.task, self.search_epochs)
-        steps = search.epochs * max(1, math.ceil(len(data.train) / search.batch_size))
-        net = run.fit("search", start.with_table(self._soft(dense, steps)), data, search)
-        found = net.table
+        net, found = self.search(start, dense, data, run)
         if self.restart == "found":
             start, dense = net, DenseTable(found.schema, found.blocks, found.base.detach())
         fill = np.zeros((data.schema.width, dense.width), np.float32)
-        pruning = PruningLadder(dense, found.keys(), fill, data.counts, self.scope)
-        return PEPLadder(pruning, found, self, start, data, run)
+        ranking = dense, found.keys(), fill, data.counts, self.scope
+        published = self.stop == "published"
+        ladder = CheckedLadder(*ranking, alive=found.alive()) if published else PruningLadder(*ranking)
+        head = self.head if self.restart == "first" else "initial"
+        return Finished(ladder, lambda draft, room: retrain(start, draft.table, head, data, run, self.training))
+
+    def search(self, start: Model, dense: DenseTable, data: Dataset, run: Run) -> tuple[Model[SoftTable], SoftTable]:
+        """The model after the search from ``dense`` on, and its table; the run keeps it."""
+        training = search_training(self.training, data.schema.task, self.search_epochs)
+        steps = training.epochs * max(1, math.ceil(len(data.train) / training.batch_size))
+        net = run.fit("search", start.with_table(self._soft(dense, steps)), data, training)
+        if not isinstance(net.table, SoftTable):
+            raise ConfigError(f"The search must leave a soft table, but got {type(net.table).__name__}.")
+        return net, net.table
 
     def _soft(self, dense: DenseTable, steps: int) -> SoftTable:
         """The table to search in, for so many steps."""
@@ -189,52 +198,28 @@ class SoftTable(LearningTable):
 
 
 @dataclass(frozen=True)
-class PEPLadder(Ladder):
-    """Masks of one search, each trained on its own.
+class CheckedLadder(PruningLadder):
+    """The ranking of a search that ends at one of its checks, where the budget is in values.
 
     Args:
-        pruning: the ranking of the search, over the values to start from.
-        found: the table that the search left.
-        method: settings.
-        start: the model as the retraining starts.
-        data: training and validation rows.
-        run: keeps each retrained model.
+        alive: values above their threshold after 0, 1, ... checks.
     """
 
-    pruning: PruningLadder
-    found: SoftTable
-    method: PEP
-    start: Model[Lookup]
-    data: Dataset
-    run: Run
+    alive: NDArray[np.int64] = field(kw_only=True)
 
-    def at_values(self, values: int) -> PrunedTable:
-        """Exactly ``values`` entries, or those of the first check with at most so many.
+    def table(self, room: Room) -> PrunedTable:
+        """The entries of the first check with at most so many; as many as fit into bytes.
 
         Raises:
-            BudgetError: with ``stop="published"``, the search ended with more.
+            BudgetError: the search ended with more.
         """
-        if self.method.stop == "published":
-            alive = self.found.alive()
-            reached = np.flatnonzero(alive <= values)
-            if not len(reached):
-                raise BudgetError(
-                    f"The search ended with {alive[-1]:,} values above their threshold, more than the {values:,} asked "
-                    "for; search longer, raise `threshold_rate`, or use stop='exact'.",
-                    least_values=int(alive[-1]),
-                )
-            values = int(alive[reached[0]])
-        return self.pruning.at_values(values)
-
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> PrunedTable:
-        """See :class:`PruningLadder`; a linear weight goes with the last entry of its row."""
-        return self.pruning.at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary)
-
-    def finish(self, model: Model) -> Model:
-        """Train what is kept from its first values on."""
-        if not isinstance(model.table, PrunedTable):
-            raise ConfigError(f"Retraining needs a pruned table, but got {type(model.table).__name__}.")
-        head = self.method.head if self.method.restart == "first" else "initial"
-        return retrain(self.start, model.table, head, self.data, self.run, self.method.training)
+        if room.values is None:
+            return super().table(room)
+        reached = np.flatnonzero(self.alive <= room.values)
+        if not len(reached):
+            raise BudgetError(
+                f"The search ended with {self.alive[-1]:,} values above their threshold, more than the "
+                f"{room.values:,} asked for; search longer, raise `threshold_rate`, or use stop='exact'.",
+                least_values=int(self.alive[-1]),
+            )
+        return super().table(replace(room, values=int(self.alive[reached[0]])))

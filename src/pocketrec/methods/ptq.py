@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
-from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.layouts.quantised import BITS, QuantisedBlock, code_bytes, pack_codes
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Block, Table, oov_rows
@@ -74,66 +74,62 @@ class PTQLadder(Ladder):
     """One table for each number of bits.
 
     Args:
-        table: The dense table.
+        dense: The dense table.
         bits: Numbers of bits to choose from, rising.
         scale: See :class:`PTQ`.
         zero: See there.
     """
 
-    table: Table
+    dense: Table
     bits: tuple[int, ...]
     scale: ScaleSharing
     zero: ZeroCode = "exact"
 
-    def at_values(self, values: int) -> QuantisedTable:
-        """The table with the most bits; it keeps all values.
+    def table(self, room: Room) -> QuantisedTable:
+        """The table with the most bits that fits; it keeps all values.
 
         Raises:
-            BudgetError: Values would have to go.
+            BudgetError: Values would have to go, or not even the one with the fewest bits fits.
         """
-        if values < (least := self.table.values()):
+        bits = self._bits_within(room) if room.values is None else self._all_values(room.values)
+        return QuantisedTable(self.dense.schema, self.dense.blocks, self._weight, bits, self.scale, self.zero)
+
+    def _all_values(self, values: int) -> int:
+        """The most bits, if no value has to go."""
+        if values < (least := self.dense.values()):
             raise BudgetError(
                 f"A budget of {values:,} values is below the {least:,} that quantisation always keeps; give a budget "
                 "in bytes.",
                 least_values=least,
             )
-        return self._table(self.bits[-1])
+        return self.bits[-1]
 
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> QuantisedTable:
-        """The table with the most bits that fits.
-
-        Raises:
-            BudgetError: Not even the one with the fewest bits fits.
-        """
-        fitting = [bits for bits in self.bits if self._size(bits, vocabulary) <= size_bytes]
+    def _bits_within(self, room: Room) -> int:
+        """The most bits whose table fits into a room of bytes."""
+        fitting = [bits for bits in self.bits if self._size(bits, room) <= room.most]
         if not fitting:
-            least = self._size(self.bits[0], vocabulary)
+            least = self._size(self.bits[0], room)
             raise BudgetError(
-                f"Budget {size_bytes:,} B is below the {least:,} B of the table in {self.bits[0]} bits; raise the "
+                f"Budget {room.most:,} B is below the {least:,} B of the table in {self.bits[0]} bits; raise the "
                 "budget" + ("." if self.bits[0] == BITS[0] else ", or allow fewer bits."),
                 least_bytes=least,
             )
-        return self._table(fitting[-1])
+        return fitting[-1]
 
-    def _size(self, bits: int, vocabulary: bool) -> int:
-        """Bytes of the packed table, and of its vocabulary if asked for."""
-        schema = self.table.schema
+    def _size(self, bits: int, room: Room) -> int:
+        """Bytes of the packed table, and of its keys where they share the room."""
+        schema = self.dense.schema
         named = ~oov_rows(schema).numpy()
-        size = side_size_for(schema.width, self.table.width, sum(f.oov_row is not None for f in schema.fields))
-        for block in self.table.blocks:
+        size = side_size_for(schema.width, self.dense.width, sum(f.oov_row is not None for f in schema.fields))
+        for block in self.dense.blocks:
             rows = int(np.count_nonzero(named[block.start : block.stop]))
             size += rows * code_bytes(block.width, _block_bits(block, bits)) + 8 * schema.width * block.width
-        return size + (vocabulary_size_for(schema, [f.size - f.oov for f in schema.fields]) if vocabulary else 0)
-
-    def _table(self, bits: int) -> QuantisedTable:
-        return QuantisedTable(self.table.schema, self.table.blocks, self._weight, bits, self.scale, self.zero)
+        return size + room.key_bytes(schema, [f.size - f.oov for f in schema.fields])
 
     @cached_property
     def _weight(self) -> NDArray[np.float32]:
         """The dense matrix, known to be finite."""
-        weight = self.table.weight().detach().numpy()
+        weight = self.dense.weight().detach().numpy()
         if not np.isfinite(weight).all():
             raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
         return weight

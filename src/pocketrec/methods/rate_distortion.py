@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,24 +12,22 @@ from numpy.typing import NDArray
 
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
 from pocketrec.attribution.list_margin import lists, margin, ranks_by_products
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError, UnsupportedOp
-from pocketrec.families.coding.clicks.allocation import Assignment, FieldCoordinates, Rate, allocate, bit_price
+from pocketrec.families.coding.clicks.allocation import Assignment, FieldCoordinates, allocate, bit_price
 from pocketrec.families.coding.clicks.head import CodedHead, HeadCosts, moments
 from pocketrec.families.coding.clicks.table import CodedTable, spans
 from pocketrec.families.coding.clicks.touch_up import touch_up
 from pocketrec.families.coding.lists.ladder import ListCodingLadder
-from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.layouts.transform import Section, fixed_bytes
 from pocketrec.models.backbone import ClickModel, Model
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
 from pocketrec.schema import Schema
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.run import Run
 
-_Size = Callable[[Sequence[Section], Sequence[NDArray[np.int64]]], int]
 _KEY_BITS = 36.0
 """About what a key takes in a vocabulary."""
 
@@ -134,59 +132,61 @@ class RateDistortionLadder(Ladder):
     cost: Sensitivity
 
     @property
-    def table(self) -> Table:
+    def dense(self) -> Table:
         """The dense table."""
         return self.model.table
 
     @property
     def schema(self) -> Schema:
         """Fields of the table."""
-        return self.table.schema
+        return self.dense.schema
 
-    def at_values(self, values: int) -> CodedTable:
-        """Keep at most ``values`` coded scalars: the leading directions of the rows that need them, in 8 bits each."""
+    def table(self, room: Room) -> CodedTable:
+        """The table of least expected loss that packs into so many bytes, or of at most so many coded values.
+
+        Values are the leading directions of the rows that need them, in 8 bits each.
+
+        Raises:
+            BudgetError: Not even the table of nothing but field means fits.
+        """
+        found = self._of_bytes(room) if room.values is None else self._of_values(room.values)
+        return CodedTable.of(self.schema, self.dense.blocks, self._centre, self._sources, found)
+
+    def _of_values(self, values: int) -> list[Assignment]:
+        """At most so many coded scalars."""
 
         def size(sections: Sequence[Section], counts: Sequence[NDArray[np.int64]]) -> int:
             coded = (np.count_nonzero(s.bits, axis=1) @ c[: len(s.bits)] for s, c in zip(sections, counts, strict=True))
             return int(sum(coded))
 
-        return self._table(values, size, "values", 0.0)
+        return allocate(self._sources, values, size, rate="values")
 
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> CodedTable:
-        """The table of least expected loss that packs into ``size_bytes``.
-
-        With ``vocabulary`` the keys of the stored rows count too.
-
-        Raises:
-            BudgetError: Not even the table of nothing but field means fits.
-        """
-        fixed = self._least_bytes(vocabulary=False)
+    def _of_bytes(self, room: Room) -> list[Assignment]:
+        """The least expected loss within the room."""
+        fixed = self._fixed_bytes
 
         def size(sections: Sequence[Section], counts: Sequence[NDArray[np.int64]]) -> int:
             coded = sum(s.size_bits(c) for s, c in zip(sections, counts, strict=True)) // 8
-            keys = [int(c.sum()) for c in counts]
-            return fixed + coded + (vocabulary_size_for(self.schema, keys) if vocabulary else 0)
+            return fixed + coded + room.key_bytes(self.schema, [int(c.sum()) for c in counts])
 
-        if size_bytes < (least := self._least_bytes(vocabulary=vocabulary)):
+        if room.most < (least := self._least_bytes(room)):
             raise BudgetError(
-                f"Budget {size_bytes:,} B is below the {least:,} B that the means of {self.schema.width} fields of "
-                f"width {self.table.width} need; raise the budget.",
+                f"Budget {room.most:,} B is below the {least:,} B that the means of {self.schema.width} fields of "
+                f"width {self.dense.width} need; raise the budget.",
                 least_bytes=least,
             )
-        return self._table(size_bytes, size, "bits", _KEY_BITS if vocabulary else 0.0)
+        return allocate(self._sources, room.most, size, rate="bits", row_bits=_KEY_BITS if room.keys else 0.0)
 
-    def headed(self, model: Model, size_bytes: int) -> Model:
+    def headed(self, model: Model, room: Room) -> Model:
         """A click model with its head coded at the price at which head and table fill the bytes."""
         market = self._head
         if market is None or not isinstance(model, ClickModel):
             return model
-        room = 8 * (size_bytes - market.fixed_bytes - self._least_bytes(vocabulary=True))
-        bits = market.bits(bit_price(self._sources, room, market.spent, row_bits=_KEY_BITS))
+        spare = 8 * (room.most - market.fixed_bytes - self._least_bytes(room))
+        bits = market.bits(bit_price(self._sources, spare, market.spent, row_bits=_KEY_BITS))
         return CodedHead(model, market.coded(model.lower(), bits), bits)
 
-    def finish(self, model: Model) -> Model:
+    def finish(self, model: Model, room: Room) -> Model:
         """The model touched up, where the method is told to; a coded head keeps the bits of its rows."""
         if not (self.method.touch_up and isinstance(model, ClickModel) and isinstance(self.model, ClickModel)):
             return model
@@ -212,15 +212,15 @@ class RateDistortionLadder(Ladder):
         )
         return HeadCosts.from_arrays(head, market)
 
-    def _least_bytes(self, *, vocabulary: bool) -> int:
+    @cached_property
+    def _fixed_bytes(self) -> int:
         """Bytes of a table of nothing but field means."""
-        blocks = len(spans(self.table.blocks))
-        size = 2 * self._centre.size + fixed_bytes(self.schema.width) + (blocks - 1) * fixed_bytes(0)
-        return size + (vocabulary_size_for(self.schema, [0] * self.schema.width) if vocabulary else 0)
+        blocks = len(spans(self.dense.blocks))
+        return 2 * self._centre.size + fixed_bytes(self.schema.width) + (blocks - 1) * fixed_bytes(0)
 
-    def _table(self, limit: int, size: _Size, rate: Rate, row_bits: float) -> CodedTable:
-        found: list[Assignment] = allocate(self._sources, limit, size, rate=rate, row_bits=row_bits)
-        return CodedTable.of(self.schema, self.table.blocks, self._centre, self._sources, found)
+    def _least_bytes(self, room: Room) -> int:
+        """The same, with its keys where they share the room."""
+        return self._fixed_bytes + room.key_bytes(self.schema, [0] * self.schema.width)
 
     @cached_property
     def _shares(self) -> NDArray[np.float32]:
@@ -231,7 +231,7 @@ class RateDistortionLadder(Ladder):
     @cached_property
     def _centre(self) -> NDArray[np.float16]:
         """Mean of each field by what its rows weigh, ``(F, D)``."""
-        weight = self.table.weight().detach().numpy()
+        weight = self.dense.weight().detach().numpy()
         if not np.isfinite(weight).all():
             raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
         centre = np.zeros((self.schema.width, weight.shape[1]))
@@ -245,7 +245,7 @@ class RateDistortionLadder(Ladder):
     @cached_property
     def _sources(self) -> list[FieldCoordinates]:
         """The rows of each field but the out-of-vocabulary row."""
-        weight = self.table.weight().detach().numpy()
+        weight = self.dense.weight().detach().numpy()
         found = []
         for i, field in enumerate(self.schema.fields):
             rows = np.arange(field.offset, field.stop - field.oov)

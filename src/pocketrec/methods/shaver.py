@@ -17,14 +17,13 @@ from pocketrec.attribution.lowered import LoweredHead, Precision
 from pocketrec.attribution.samples import ClickSamples, RankingSamples, training_rows
 from pocketrec.attribution.scores import Score, Scores, Scoring, ranking_keys
 from pocketrec.attribution.whole_table import attribute_lists, attribute_propagated
-from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.compression.ladder import Finished, Ladder, Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.families.pruning import Fill, PruningLadder, RankingScope, fill_rows
 from pocketrec.models.backbone import ClickModel, Model, RankingModel
 from pocketrec.models.pruned import PrunedTable
-from pocketrec.packed import Index, Storage
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.run import Run
 from pocketrec.training.steps import Arrays, Checkpoint
@@ -119,7 +118,9 @@ class Shaver(Method):
         scores = self.scores(model, data, run)
         keys = ranking_keys(scores, data.counts, self.score, self._exponent(model))
         ladder = PruningLadder(model.table, keys, fill, data.counts, self.scope)
-        return ladder if self.tune == "none" else TunedLadder(ladder, data, run, self.tune == "codebook")
+        if self.tune == "none":
+            return ladder
+        return Finished(ladder, lambda draft, room: tuned(draft, data, run, codebook=self.tune == "codebook"))
 
     def scores(self, model: Model, data: Dataset, run: Run) -> Scores:
         """Shapley values of every entry: computed at most once per run, model, data set and scoring settings."""
@@ -203,52 +204,27 @@ def _propagates(model: Model) -> TypeGuard[RankingModel]:
     return isinstance(model, RankingModel) and model.propagates
 
 
-@dataclass(frozen=True)
-class TunedLadder(Ladder):
-    """Tables of another ladder, trained on: the mask stays, the head is frozen, early stopping on validation.
+def tuned(model: Model, data: Dataset, run: Run, *, codebook: bool) -> Model:
+    """The model around its pruned table, trained on: the mask stays, the head is frozen, early stopping on validation.
 
     Args:
-        ladder: Where the masks come from.
+        model: Around the table to tune; it is left as it is.
         data: Training and validation rows.
-        run: Keeps each tuned table.
+        run: Keeps the tuned table.
         codebook: Whether the fill rows are trained, too.
     """
-
-    ladder: PruningLadder
-    data: Dataset
-    run: Run
-    codebook: bool
-
-    def at_values(self, values: int) -> PrunedTable:
-        """See :class:`PruningLadder`."""
-        return self.ladder.at_values(values)
-
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> PrunedTable:
-        """See :class:`PruningLadder`."""
-        return self.ladder.at_bytes(size_bytes, storage, index=index, vocabulary=vocabulary)
-
-    def finish(self, model: Model) -> Model:
-        """Train what is kept, and the codebook if asked for."""
-        table = model.table
-        if not isinstance(table, PrunedTable):
-            raise ConfigError(f"Tuning needs a pruned table, but got {type(table).__name__}.")
-        base = nn.Parameter(table.base.detach().clone())
-        fill = nn.Parameter(table.fill.detach().clone()) if self.codebook else table.fill
-        start = PrunedTable(table.schema, table.blocks, base, table.keep, fill, table.absent)
-        trainable = deepcopy(model.with_table(start))
-        for name, parameter in trainable.named_parameters():
-            parameter.requires_grad_(name.startswith("table."))
-        tuned = self.run.fit("tune", trainable, self.data).table
-        learned = {name: parameter.detach() for name, parameter in tuned.named_parameters()}
-        return model.with_table(
-            PrunedTable.from_counts(
-                table.schema,
-                table.blocks,
-                learned["base"],
-                table.keep,
-                learned.get("fill", table.fill),
-                self.ladder.counts,
-            )
-        )
+    table = model.table
+    if not isinstance(table, PrunedTable):
+        raise ConfigError(f"Tuning needs a pruned table, but got {type(table).__name__}.")
+    base = nn.Parameter(table.base.detach().clone())
+    fill = nn.Parameter(table.fill.detach().clone()) if codebook else table.fill
+    start = PrunedTable(table.schema, table.blocks, base, table.keep, fill, table.absent)
+    trainable = deepcopy(model.with_table(start))
+    for name, parameter in trainable.named_parameters():
+        parameter.requires_grad_(name.startswith("table."))
+    fitted = run.fit("tune", trainable, data).table
+    learned = {name: parameter.detach() for name, parameter in fitted.named_parameters()}
+    fill = learned.get("fill", table.fill)
+    return model.with_table(
+        PrunedTable.from_counts(table.schema, table.blocks, learned["base"], table.keep, fill, data.counts)
+    )

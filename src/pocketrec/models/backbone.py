@@ -51,8 +51,8 @@ def source_of(data: Dataset, seed: int, split: Split | None) -> tuple[Split, int
 class Model(nn.Module, ABC, Generic[T_co]):
     """One table, one head, one loss. ``with_table`` swaps the table and shares the head.
 
-    ``Model`` is a model around a :class:`~pocketrec.models.table.Table`, which has a form in a file; ``Model[Lookup]`` one
-    around anything that looks vectors up, which is enough to train and to judge it.
+    ``Model`` is a model around a :class:`~pocketrec.models.table.Table`, which has a form in a file; ``Model[Lookup]``
+    one around anything that looks vectors up, which is enough to train and to judge it.
 
     Attributes:
         lasting: whether a training ends with the weights of its last epoch, not of the best one on validation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ import torch
 
 from pocketrec import runtime
 from pocketrec.compression.budget import Budget
-from pocketrec.compression.compress import compress
+from pocketrec.compression.compress import compress, sized
 from pocketrec.compression.ladder import Method
 from pocketrec.compression.measure import measure
 from pocketrec.compression.small import Small
@@ -173,6 +174,18 @@ def check_shares_are_kept(method: Method, lab: Lab) -> None:
             size, most = _small(method, model, data, lab, reached).sizes["table"], int(reached.amount * dense)
             require(reached.amount >= percent / 100, f"{percent}% to be refused only if the least is more", reached)
             require(size <= most, f"at most {most} table bytes", size)
+
+
+def check_final_tables_stay_in_their_room(method: Method, lab: Lab) -> None:
+    """After ``finish`` a table still fits what it was made for, in values and in bytes of the packed form."""
+    for model, data in _subjects(lab):
+        ladder = method.prepare(model, data, lab.run)
+        for text in ("sparsity=0.9", "30%"):
+            budget = _reachable(method, model, data, lab, text)
+            small, room = sized(ladder, Small(model, data, method, budget, budget.storage))
+            final = replace(small, model=ladder.finish(small.model, room))
+            taken = final.sizes["table"] if room.values is None else final.values
+            require(taken <= room.most, f"a final table within {room}", taken)
 
 
 def check_files_are_within_budget(method: Method, lab: Lab) -> None:

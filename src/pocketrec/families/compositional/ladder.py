@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.families.compositional.region import Region, RegionScope, SlotOrder, regions, slots_of
 from pocketrec.families.compositional.table import ComposedTable, Plan
 from pocketrec.families.distillation import Lesson, imitated
 from pocketrec.families.retraining import initial_model
-from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.models.backbone import Model, noise
 from pocketrec.models.table import Block, Table, oov_rows
-from pocketrec.packed import Index, Storage, side_size_for, size_for
+from pocketrec.packed import side_size_for, size_for
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
@@ -88,48 +88,52 @@ class ComposedLadder(Ladder):
 
         return cls(name, start, data, run, scope, order, plan, least, learn)
 
-    def at_values(self, values: int) -> ComposedTable:
-        """The largest compositions that hold at most ``values`` scalars, each region at most its share.
+    def table(self, room: Room) -> ComposedTable:
+        """The largest compositions that fit, each region at most its share; bytes hold all uncounted blocks as well.
 
         Raises:
             BudgetError: Not even the least compositions fit.
         """
+        plans = self._plans(self._values_within(room) if room.values is None else self._enough(room.values))
+        parts = [
+            (region, plan.build(noise(self.run.seed, self.name, i)), slots)
+            for i, (region, plan, slots) in enumerate(zip(self._regions, plans, self._slots, strict=True))
+        ]
+        table: Table = self.start.table
+        return ComposedTable(self.start.schema, table.blocks, parts, table.weight().detach())
+
+    def _enough(self, values: int) -> int:
+        """So many values, if the least compositions need no more."""
         if values < self._least:
             raise BudgetError(
                 f"A budget of {values:,} values is below the {self._least:,} that {self.name} needs for a table of "
                 f"{self.start.table.values():,}; raise the budget.",
                 least_values=self._least,
             )
-        return self._table(self._plans(values))
+        return values
 
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> ComposedTable:
-        """The largest compositions that pack, with all uncounted blocks, into ``size_bytes``.
-
-        Raises:
-            BudgetError: Not even the least compositions fit.
-        """
+    def _values_within(self, room: Room) -> int:
+        """Most values whose compositions pack, with all uncounted blocks, into a room of bytes."""
 
         def size(values: int) -> int:
-            return self._size(self._plans(values), storage, vocabulary)
+            return self._size(self._plans(values), room)
 
         low, high = self._least, max(self._least, sum(r.values for r in self._regions))
-        if (least := size(low)) > size_bytes:
+        if (least := size(low)) > room.most:
             raise BudgetError(
-                f"Budget {size_bytes:,} B is below the {least:,} B of the smallest table that {self.name} can make "
+                f"Budget {room.most:,} B is below the {least:,} B of the smallest table that {self.name} can make "
                 f"of {self.start.schema.rows:,} rows of width {self.start.table.width}; raise the budget.",
                 least_bytes=least,
             )
         while low < high:
             middle = (low + high + 1) // 2
-            if size(middle) <= size_bytes:
+            if size(middle) <= room.most:
                 low = middle
             else:
                 high = middle - 1
-        return self._table(self._plans(low))
+        return low
 
-    def finish(self, model: Model) -> Model:
+    def finish(self, model: Model, room: Room) -> Model:
         """Train the table and a fresh head."""
         if not isinstance(model.table, ComposedTable):
             raise ConfigError(f"{self.name} trains a composed table, but got {type(model.table).__name__}.")
@@ -162,15 +166,15 @@ class ComposedLadder(Ladder):
         plans = [self.plan(r, n) for r, n in zip(self._regions, self._shares(values), strict=True)]
         return [plan for plan in plans if plan is not None]
 
-    def _size(self, plans: Sequence[Plan], storage: Storage, vocabulary: bool) -> int:
-        """Bytes of the packed table, and of its vocabulary if asked for."""
+    def _size(self, plans: Sequence[Plan], room: Room) -> int:
+        """Bytes of the packed table, and of its keys where they share the room."""
         schema, table = self.start.schema, self.start.table
         unknown = sum(f.oov_row is not None for f in schema.fields)
         size = side_size_for(schema.width, table.width, unknown) + 4 * self._slots_in_file
-        size += sum(plan.size_bytes(storage) for plan in plans)
+        size += sum(plan.size_bytes(room.storage) for plan in plans)
         for block, named in self._plain:
-            size += size_for(named, named, named * block.width, block.width, schema.width, storage)
-        return size + (vocabulary_size_for(schema, [f.size - f.oov for f in schema.fields]) if vocabulary else 0)
+            size += size_for(named, named, named * block.width, block.width, schema.width, room.storage)
+        return size + room.key_bytes(schema, [f.size - f.oov for f in schema.fields])
 
     @cached_property
     def _plain(self) -> list[tuple[Block, int]]:
@@ -190,11 +194,3 @@ class ComposedLadder(Ladder):
             if not np.array_equal(slots, slots_of(region, self.data, "file")):
                 told += int(np.count_nonzero(named[region.start : region.stop]))
         return told
-
-    def _table(self, plans: Sequence[Plan]) -> ComposedTable:
-        parts = [
-            (region, plan.build(noise(self.run.seed, self.name, i)), slots)
-            for i, (region, plan, slots) in enumerate(zip(self._regions, plans, self._slots, strict=True))
-        ]
-        table: Table = self.start.table
-        return ComposedTable(self.start.schema, table.blocks, parts, table.weight().detach())

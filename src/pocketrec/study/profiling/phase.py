@@ -44,7 +44,8 @@ from pocketrec.study.profiling.memory import reset, resident
 from pocketrec.study.profiling.stopwatch import Stopwatch, Timing, nothing, timed
 
 if TYPE_CHECKING:
-    from pocketrec.compression.ladder import Method
+    from pocketrec.compression.budget import Room
+    from pocketrec.compression.ladder import Ladder, Method
     from pocketrec.compression.small import Small
     from pocketrec.data.dataset import Dataset
     from pocketrec.evaluation.full_ranking import AllPairs
@@ -157,10 +158,10 @@ def _search(task: Workload, memory: Memory) -> list[Timing]:
 def _finish(task: Workload, memory: Memory) -> list[Timing]:
     """Train the table of the right size."""
     data, run = _ready(task, memory)
-    ladder, small = _sized(task, _start(task, data, run), data, _method(task), run)
+    ladder, (small, room) = _sized(task, _start(task, data, run), data, _method(task), run)
     memory.mark("model")
     with run.timing():
-        ladder.finish(small.model)
+        ladder.finish(small.model, room)
     return run.records(task.phase)
 
 
@@ -188,16 +189,17 @@ def _ready(task: Workload, memory: Memory) -> tuple[Dataset, Stopwatch]:
     return data, run
 
 
-def _sized(task: Workload, model: Model, data: Dataset, method: Method, run: Stopwatch) -> tuple[Any, Small]:
-    """The ladder of a method, and the table of the right size."""
+def _sized(
+    task: Workload, model: Model, data: Dataset, method: Method, run: Stopwatch
+) -> tuple[Ladder, tuple[Small, Room]]:
+    """The ladder of a method, and the table of the right size with its room."""
     from pocketrec.compression.budget import Budget
     from pocketrec.compression.compress import sized
     from pocketrec.compression.small import Small
 
     budget = Budget.parse(task.budget)
     ladder = method.prepare(model, data, run)
-    storage = "fp32" if budget.kind == "sparsity" else "int8"
-    return ladder, sized(ladder, Small(model, data, method, budget, storage))
+    return ladder, sized(ladder, Small(model, data, method, budget, budget.storage))
 
 
 # ---- inference with torch --------------------------------------------------------------------------------------------

@@ -250,10 +250,9 @@ class _Specimens:
             model = BakedModel.of(model) if bake else model
             if self.method is None:
                 return Small(model, self.data, _Whole(), Budget("share", 1.0), "fp32"), None
-            storage = "fp32" if self.budget.kind == "sparsity" else "int8"
             ladder = self.method.prepare(model, self.data, run)
-            small = sized(ladder, Small(model, self.data, self.method, self.budget, storage))
-            return replace(small, model=ladder.finish(small.model)), ladder
+            small, room = sized(ladder, Small(model, self.data, self.method, self.budget, self.budget.storage))
+            return replace(small, model=ladder.finish(small.model, room)), ladder
 
     def _rows(self, file: Path, batch: int | None, repeats: int) -> Path:
         """File rows to look up: of prepared batches, or of all rows of each field."""

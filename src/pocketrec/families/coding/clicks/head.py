@@ -199,8 +199,8 @@ def _with(op: Op, name: str, matrix: CodedMatrix, shape: tuple[int, ...]) -> Op:
 
 
 def _short(tensor: NDArray[Any]) -> NDArray[Any]:
-    """In float16 where that holds it."""
-    return tensor.astype(np.float16) if np.abs(tensor).max(initial=0) <= _LARGEST_HALF else tensor
+    """In float16 where that holds it; a single number stays as it is."""
+    return tensor.astype(np.float16) if tensor.ndim and np.abs(tensor).max(initial=0) <= _LARGEST_HALF else tensor
 
 
 @dataclass(frozen=True)

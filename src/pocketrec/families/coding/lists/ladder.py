@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.attribution.list_margin import ListMargin
+from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, UnsupportedOp
@@ -16,11 +17,9 @@ from pocketrec.families.coding.lists.gain_shape import GainShape
 from pocketrec.families.coding.lists.plan import TrellisPlan
 from pocketrec.families.coding.lists.table import TrellisTable
 from pocketrec.families.coding.lists.touch_up import touch_up_lists
-from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.layouts.trellis import Records, Shape
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
 from pocketrec.training.run import Run
 
 
@@ -45,43 +44,36 @@ class ListCodingLadder(Ladder):
     run: Run
     touch_up: int
 
-    def at_values(self, values: int) -> Table:
-        """Keep at most ``values`` scalars.
+    def table(self, room: Room) -> Table:
+        """A blank table of at most so many bytes, whose codes :meth:`finish` finds; or one of at most so many values.
 
         Raises:
-            UnsupportedOp: The lists shall be touched up.
+            BudgetError: Not even the gains of items fit.
+            UnsupportedOp: The lists shall be touched up, and the room is in values.
         """
+        if room.values is None:
+            return self._blank(room)
         if self.touch_up:
             raise UnsupportedOp(
                 "Rankers can be touched up at budgets in bytes only, but this one is in values; leave `touch_up` at 0."
             )
-        return self.values.at_values(values)
+        return self.values.table(room)
 
-    def at_bytes(
-        self, size_bytes: int, storage: Storage, *, index: Index = "compact", vocabulary: bool = False
-    ) -> TrellisTable:
-        """A blank table of at most ``size_bytes``, whose codes :meth:`finish` finds.
-
-        With ``vocabulary`` the keys of the rows, all of which are stored, count too.
-
-        Raises:
-            BudgetError: Not even the gains of items fit.
-        """
+    def _blank(self, room: Room) -> TrellisTable:
+        """The largest table without codes; all rows are stored."""
         fields, width = self.model.schema.fields, self.model.table.width
-        beside = self._mean.nbytes
-        if vocabulary:
-            beside += vocabulary_size_for(self.model.schema, [f.size - f.oov for f in fields])
+        beside = self._mean.nbytes + room.key_bytes(self.model.schema, [f.size - f.oov for f in fields])
         least = beside + self._coder.least().size_bytes(width)
-        if size_bytes < least:
+        if room.most < least:
             raise BudgetError(
-                f"Budget {size_bytes:,} B is below the {least:,} B that the gains of {fields[1].size:,} rows of "
+                f"Budget {room.most:,} B is below the {least:,} B that the gains of {fields[1].size:,} rows of "
                 f"{fields[1].name!r} need; raise the budget.",
                 least_bytes=least,
             )
-        plan = self._coder.plan(size_bytes - beside)
+        plan = self._coder.plan(room.most - beside)
         return self._table(plan.shape, plan.blank(width))
 
-    def finish(self, model: Model) -> Model:
+    def finish(self, model: Model, room: Room) -> Model:
         """The model with the codes of its rows, touched up where it shall be."""
         draft = model.table
         if not isinstance(draft, TrellisTable):
