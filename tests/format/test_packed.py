@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketrec import kernel
 from pocketrec.errors import ArtifactError, ConfigError, DivergedError
-from pocketrec.packed import DTYPES, Packed, PackedRange, side_size_for, size_for
+from pocketrec.format.block import DTYPES, PackedRange, side_size_for
+from pocketrec.format.entries import size_for
+from pocketrec.format.packed import Packed
+from pocketrec.native import library
 
 STORAGES = ("fp32", "fp16", "int8")
 INDEXES = ("compact", "direct")
@@ -105,10 +107,10 @@ def test_kernel_reads_exactly_what_numpy_reads(case: Case, storage: str, dense: 
     rows[0] = [-(2**62), 2**62, packed.rows, -1, 0]
     fields = rng.integers(0, len(case.fill), size=5)
     expected = packed.lookup_numpy(rows, fields)
-    for most in kernel.LEVELS:
-        kernel.limit(most)
+    for most in library.LEVELS:
+        library.limit(most)
         assert np.array_equal(packed.lookup(rows, fields, threads=threads), expected)
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -259,13 +261,13 @@ def test_damaged_directories_never_read_out_of_bounds(seed: int, name: str, widt
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, size=block.arrays[name].nbytes, dtype=np.uint8).view(block.arrays[name].dtype)
     damaged = replace(packed, blocks=(replace(block, arrays={**block.arrays, name: noise}),))
-    for most in kernel.LEVELS:
-        kernel.limit(most)
+    for most in library.LEVELS:
+        library.limit(most)
         found = damaged.lookup(np.arange(3000).reshape(-1, 1), np.zeros(1, np.int32))
         assert found.shape == (3000, 1, width)
         if name == "records":
             assert np.array_equal(found, damaged.lookup_numpy(np.arange(3000).reshape(-1, 1), np.zeros(1, np.int32)))
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
 
 
 def test_stored_types_are_what_the_storage_says() -> None:

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from pocketrec.compression.budget import Budget
 from pocketrec.compression.ladder import Method
 from pocketrec.format.artifact import Contents, FileKind
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.format.vocabulary import Vocabulary
 from pocketrec.models.backbone import Model, RankingModel
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset

@@ -24,10 +24,12 @@ from torch.nn import functional as F
 
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError, UnsupportedOp
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.format.program import Program
 from pocketrec.models.backbone import ClickModel, Model, RankingModel
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Packed, Storage
 from pocketrec.schema import Task
 from pocketrec.training.evaluate import validate
 from pocketrec.training.loop import Training

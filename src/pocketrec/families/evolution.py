@@ -27,10 +27,11 @@ from pocketrec.families.mixed_dimension import (
 )
 from pocketrec.families.pruning import PruningLadder, carry_uncounted, rank_keys
 from pocketrec.families.retraining import HeadStart, retrain
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import DenseTable
-from pocketrec.packed import Index, Storage
 from pocketrec.randomness import generator
 from pocketrec.training.loop import Training, fingerprint
 from pocketrec.training.run import Run

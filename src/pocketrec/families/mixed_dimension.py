@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.evaluation.metrics import auc
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.models.backbone import ClickModel, Model
 from pocketrec.models.table import Block, DenseTable, Table
-from pocketrec.packed import Index, Packed, Storage
 from pocketrec.schema import Schema
 from pocketrec.training.evaluate import EVALUATION_ROWS, validate
 from pocketrec.training.hooks import ActiveTable, Rule

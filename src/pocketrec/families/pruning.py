@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from pocketrec.compression.ladder import Ladder
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.format.block import Storage, side_size_for
+from pocketrec.format.entries import Index, size_for
 from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, Table, oov_rows
-from pocketrec.packed import Index, Storage, side_size_for, size_for
 from pocketrec.schema import Schema
 
 RankingScope = Literal["joint", "block"]

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError, UnsupportedOp
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
 from pocketrec.models.pruned import PrunedTable, own_absent
 from pocketrec.models.table import DenseTable, Table
-from pocketrec.packed import Index, Packed, Storage
 from pocketrec.randomness import derive
 from pocketrec.schema import Task
 from pocketrec.training.run import Run

@@ -18,10 +18,12 @@ from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.families.pruning import PruningLadder, RankingScope, carry_uncounted
 from pocketrec.families.retraining import HeadStart, ValueStart, initial_model, retrain, search_training
 from pocketrec.families.thresholds import Falls, check_search, first_threshold, rising_rate, shrink
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import DenseTable, counted_cells
-from pocketrec.packed import Index, Packed, Storage
 from pocketrec.training.hooks import ActiveTable, Rule
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run

@@ -20,11 +20,12 @@ from pocketrec.families.coding.clicks.head import CodedHead, HeadCosts, moments
 from pocketrec.families.coding.clicks.table import CodedTable, spans
 from pocketrec.families.coding.clicks.touch_up import touch_up
 from pocketrec.families.coding.lists.ladder import ListCodingLadder
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.sections import Section, fixed_bytes
 from pocketrec.format.vocabulary import size_for as vocabulary_size_for
-from pocketrec.layouts.transform import Section, fixed_bytes
 from pocketrec.models.backbone import ClickModel, Model
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
 from pocketrec.schema import Schema
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.run import Run

@@ -22,9 +22,10 @@ from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.families.pruning import Fill, PruningLadder, RankingScope, fill_rows
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.models.backbone import ClickModel, Model, RankingModel
 from pocketrec.models.pruned import PrunedTable
-from pocketrec.packed import Index, Storage
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.run import Run
 from pocketrec.training.steps import Arrays, Checkpoint

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec.errors import ConfigError, UnsupportedOp
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import DenseTable, Table
-from pocketrec.packed import Index, Packed, Storage
 from pocketrec.training.hooks import ActiveTable, Rule
 from pocketrec.training.row_adam import BETAS, EPS, RowAdam, RowState
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pocketrec.data.dataset import Dataset
 from pocketrec.families.coding.clicks.table import CodedTable
 from pocketrec.families.distillation import Distilled, Unsettled, better, stages
-from pocketrec.layouts.transform import MOST_PLANES, Section, coder
+from pocketrec.format.planes import MOST_PLANES
+from pocketrec.format.sections import Section, coder
 from pocketrec.models.backbone import ClickModel
 from pocketrec.training.run import Run
 

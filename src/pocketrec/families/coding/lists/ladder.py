@@ -16,11 +16,12 @@ from pocketrec.families.coding.lists.gain_shape import GainShape
 from pocketrec.families.coding.lists.plan import TrellisPlan
 from pocketrec.families.coding.lists.table import TrellisTable
 from pocketrec.families.coding.lists.touch_up import touch_up_lists
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.layouts.trellis import Records, Shape
 from pocketrec.format.vocabulary import size_for as vocabulary_size_for
-from pocketrec.layouts.trellis import Records, Shape
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Storage
 from pocketrec.training.run import Run
 
 
