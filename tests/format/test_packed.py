@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from inspect import isabstract
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketrec.errors import ArtifactError, ConfigError, DivergedError
-from pocketrec.format.block import DTYPES, PackedRange, side_size_for
-from pocketrec.format.entries import size_for
+from pocketrec.format import layouts
+from pocketrec.format.block import DTYPES, FileBlock, PackedRange, side_size_for
+from pocketrec.format.entries import PackedBlock, size_for
+from pocketrec.format.layouts.quantised import QuantisedBlock
 from pocketrec.format.packed import Packed
 from pocketrec.native import library
 
@@ -275,3 +278,39 @@ def test_stored_types_are_what_the_storage_says() -> None:
         block = Case(9, [100], [8], 0.5).pack(storage).blocks[0]
         assert block.arrays["values"].dtype == DTYPES[storage]
         assert block.size_bytes == sum(a.nbytes for a in block.arrays.values())
+
+
+@pytest.mark.parametrize("name", layouts.NAMES)
+def test_every_module_of_the_folder_is_a_layout(name: str) -> None:
+    cls = layouts.block_class(name)
+    assert issubclass(cls, FileBlock)
+    assert not isabstract(cls)
+    assert (cls.__module__, cls.__name__.lower()) == (f"{layouts.__name__}.{name}", f"{name.replace('_', '')}block")
+
+
+@pytest.mark.parametrize(
+    "name", ["computed", "__init__", "product.py", ".product", "..block", "os", "", "Transform", 7]
+)
+def test_a_layout_outside_the_folder_is_refused_and_never_imported(name: object, monkeypatch) -> None:
+    monkeypatch.setattr(layouts, "import_module", None)
+    packed = Case(9, [9], [8], 0.5).pack("fp16")
+    meta = packed.meta()
+    meta["blocks"][0]["layout"] = name
+    with pytest.raises(ArtifactError, match=r"must have a layout of .*; update PocketRec"):
+        Packed.from_arrays(meta, packed.arrays())
+
+
+def test_blocks_of_two_kinds_are_read_by_numpy() -> None:
+    arrays = {
+        "codes": np.array([[0], [3], [2]], np.uint8),
+        "low": np.zeros((1, 1), np.float32),
+        "step": np.ones((1, 1), np.float32),
+    }
+    coded = QuantisedBlock("coded", 0, 3, 1, 2, "quantised", 2, arrays)
+    plain = PackedBlock("plain", 0, 3, 0, 1, "dense", "fp32", 64, {"values": np.arange(3, dtype=np.float32)})
+    zeros = np.zeros((1, 2), np.float32)
+    rows, fields = np.arange(3)[:, None], np.zeros(1, np.int32)
+    for blocks in ((plain, coded), (coded, plain)):
+        packed = Packed(3, blocks, zeros, zeros)
+        assert packed._view is None
+        assert packed.lookup(rows, fields)[:, 0].tolist() == [[0, 0], [1, 3], [2, 2]]

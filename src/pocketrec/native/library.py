@@ -156,6 +156,18 @@ def compiled() -> ctypes.CDLL | None:
     return _library(len(_STRUCTURES))
 
 
+def needed() -> ctypes.CDLL:
+    """The compiled library, where the caller has no other way.
+
+    Raises:
+        ConfigError: It is not available.
+    """
+    library = compiled()
+    if library is None:
+        raise ConfigError("The compiled kernel is not available; use the public function, which falls back to numpy.")
+    return library
+
+
 def available() -> bool:
     """Whether the compiled library is in use."""
     return compiled() is not None

@@ -54,8 +54,7 @@ def lookup(
     Raises:
         ConfigError: There is no library, or a field is out of range.
     """
-    if not library.available():
-        raise ConfigError("The compiled kernel is not available; use `Packed.lookup`, which falls back to numpy.")
+    library.needed()
     status = table.call(pointer(rows), pointer(fields), rows.size, len(fields), pointer(out), threads)
     if status == library.BAD_INDEX:
         raise ConfigError(f"`fields` must lie in [0, {table.fields}), but got {np.unique(fields).tolist()}.")

@@ -61,13 +61,32 @@ def spmm(
 
     Example:
         >>> import numpy as np
-        >>> x = np.array([[1.0], [2.0], [4.0]], np.float32)
-        >>> spmm(np.array([0, 2, 3]), np.array([0, 2, 1], np.int32), x).tolist()
+        >>> indptr, indices = np.array([0, 2, 3]), np.array([0, 2, 1], np.int32)
+        >>> spmm(indptr, indices, np.array([[1], [2], [4]], np.float32)).tolist()
         [[5.0], [2.0]]
     """
-    count = len(indptr) - 1 if rows is None else len(rows)
-    width = x.shape[1]
-    out = np.empty((count, width), x.dtype) if out is None else out
+    if out is None:
+        out = np.empty((len(indptr) - 1 if rows is None else len(rows), x.shape[1]), x.dtype)
+    _check_spmm(indptr, indices, x, left, right, rows, add, out)
+    if library.available():
+        _spmm_compiled(indptr, indices, x, left, right, rows, add, out, threads)
+    else:
+        _spmm_numpy(indptr, indices, x, left, right, rows, add, out)
+    return out
+
+
+def _check_spmm(
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int32],
+    x: NDArray[Any],
+    left: NDArray[np.float32] | None,
+    right: NDArray[np.float32] | None,
+    rows: NDArray[np.int64] | None,
+    add: NDArray[Any] | None,
+    out: NDArray[Any],
+) -> None:
+    """Raise :class:`ConfigError` unless types and shapes fit."""
+    count, width = len(indptr) - 1 if rows is None else len(rows), x.shape[1]
     check_array("indptr", indptr, (len(indptr),), np.int64)
     check_array("indices", indices, (len(indices),), np.int32)
     check_array("x", x, (len(x), width), np.float32, np.uint16)
@@ -80,17 +99,25 @@ def spmm(
         check_array("rows", rows, (count,), np.int64)
     if add is not None:
         check_array("add", add, (count, width), out.dtype.type)
-    compiled = library.compiled()
-    if compiled is None:
-        _spmm_numpy(indptr, indices, x, left, right, rows, add, out)
-        return out
-    status = compiled.pocketrec_spmm(
+
+
+def _spmm_compiled(
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int32],
+    x: NDArray[Any],
+    left: NDArray[np.float32] | None,
+    right: NDArray[np.float32] | None,
+    rows: NDArray[np.int64] | None,
+    add: NDArray[Any] | None,
+    out: NDArray[Any],
+    threads: int,
+) -> None:
+    status = library.needed().pocketrec_spmm(
         pointer(indptr), pointer(indices), len(indptr) - 1, len(x), len(indices), pointer(x), library.NUMBERS[x.dtype],
-        pointer(out), library.NUMBERS[out.dtype], pointer(left), pointer(right), pointer(rows), pointer(add), count,
-        width, threads,
+        pointer(out), library.NUMBERS[out.dtype], pointer(left), pointer(right), pointer(rows), pointer(add), len(out),
+        x.shape[1], threads,
     )  # fmt: skip
     library.check_status(status, "`indptr`, `indices` and `rows`")
-    return out
 
 
 def check_csr(indptr: NDArray[np.int64], indices: NDArray[np.int32], columns: int) -> None:

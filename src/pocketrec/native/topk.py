@@ -53,15 +53,7 @@ def topk(
         raise ConfigError(f"`k` must be at least 1, but got {k}.")
     users, items = np.ascontiguousarray(users, np.float32), np.ascontiguousarray(items, np.float32)
     check_array("items", items, (len(items), users.shape[1]), np.float32)
-    if seen_indptr is None or seen_indices is None:
-        seen_indptr, seen_indices = np.zeros(len(users) + 1, np.int64), np.empty(0, np.int32)
-    seen_indptr, seen_indices = (
-        np.ascontiguousarray(seen_indptr, np.int64),
-        np.ascontiguousarray(seen_indices, np.int32),
-    )
-    check_array("seen_indptr", seen_indptr, (len(users) + 1,), np.int64)
-    check_csr(seen_indptr, seen_indices, len(items))
-    _check_ascending(seen_indptr, seen_indices)
+    seen_indptr, seen_indices = _seen(seen_indptr, seen_indices, len(users), len(items))
     compiled = library.compiled()
     if compiled is None:
         return _topk_numpy(users, items, seen_indptr, seen_indices, k)
@@ -72,6 +64,19 @@ def topk(
     )  # fmt: skip
     library.check_status(status, "`seen_indptr`")
     return ids, scores
+
+
+def _seen(
+    indptr: NDArray[np.int64] | None, indices: NDArray[np.int32] | None, users: int, items: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """What each user has seen as a sparse matrix, checked; nothing where there is none."""
+    if indptr is None or indices is None:
+        indptr, indices = np.zeros(users + 1, np.int64), np.empty(0, np.int32)
+    indptr, indices = np.ascontiguousarray(indptr, np.int64), np.ascontiguousarray(indices, np.int32)
+    check_array("seen_indptr", indptr, (users + 1,), np.int64)
+    check_csr(indptr, indices, items)
+    _check_ascending(indptr, indices)
+    return indptr, indices
 
 
 def _check_ascending(indptr: NDArray[np.int64], indices: NDArray[np.int32]) -> None:
@@ -174,28 +179,50 @@ def tower(
     width = users.shape[1]
     check_array("items", items, (len(items), width), np.float32)
     check_array("bias", bias, (width,), np.float32)
-    shapes = [weight.shape for weight, _ in layers]
-    widths = [width, *(outputs for outputs, _ in shapes)]
-    fit = [(outputs, inputs) for inputs, outputs in pairwise(widths)] == shapes and widths[-1] == 1 and bool(layers)
-    if not fit or any(b.shape != (len(w),) for w, b in layers):
-        raise ConfigError(f"`layers` must lead from {width} values to one, but their weights have shapes {shapes}.")
+    widths = _widths(width, layers)
     if counts is not None:
         counts = np.ascontiguousarray(counts[0], np.float32), np.ascontiguousarray(counts[1], np.float32)
         check_array("counts[0]", counts[0], (len(users),), np.float32)
         check_array("counts[1]", counts[1], (len(items),), np.float32)
     out = np.empty((len(users), len(items)), np.float32)
-    compiled = library.compiled()
-    if compiled is None:
+    if library.available():
+        _tower_compiled(users, items, bias, layers, counts, out, widths, threads)
+    else:
         _tower_numpy(users, items, bias, layers, counts, out)
-        return out
+    return out
+
+
+def _widths(width: int, layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[int]:
+    """Widths from ``width`` on to one.
+
+    Raises:
+        ConfigError: The layers do not lead there.
+    """
+    shapes = [weight.shape for weight, _ in layers]
+    widths = [width, *(outputs for outputs, _ in shapes)]
+    fit = [(outputs, inputs) for inputs, outputs in pairwise(widths)] == shapes and widths[-1] == 1 and bool(layers)
+    if not fit or any(b.shape != (len(w),) for w, b in layers):
+        raise ConfigError(f"`layers` must lead from {width} values to one, but their weights have shapes {shapes}.")
+    return widths
+
+
+def _tower_compiled(
+    users: NDArray[np.float32],
+    items: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    layers: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    counts: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    out: NDArray[np.float32],
+    widths: list[int],
+    threads: int,
+) -> None:
     weights = np.concatenate([np.asarray(a, np.float32).ravel() for layer in layers for a in layer])
     shape = np.array(widths, np.int64)
-    status = compiled.pocketrec_tower(
+    status = library.needed().pocketrec_tower(
         pointer(users), pointer(items), *((None, None) if counts is None else map(pointer, counts)), pointer(bias),
-        len(users), len(items), width, pointer(weights), pointer(shape), len(layers), pointer(out), threads,
+        len(users), len(items), widths[0], pointer(weights), pointer(shape), len(layers), pointer(out), threads,
     )  # fmt: skip
     library.check_status(status, "`layers`")
-    return out
 
 
 def _tower_numpy(

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketrec.errors import ConfigError
 from pocketrec.format.trellis_codes import Code
 from pocketrec.native import library
 from pocketrec.native.library import pointer
@@ -80,11 +79,8 @@ def _search_compiled(
     code: Code, rows: Floats, scales: Floats, upper: Floats, weights: Floats, beams: int, codes: NDArray[np.uint8]
 ) -> None:
     """Write codes ``(m, steps)`` by the compiled library, which must be available."""
-    compiled = library.compiled()
-    if compiled is None:
-        raise ConfigError("The compiled kernel is not available; use `search`, which falls back to numpy.")
     count, width = rows.shape
-    status = compiled.pocketrec_beam(
+    status = library.needed().pocketrec_beam(
         pointer(code.table), code.bits, code.span, code.memory, pointer(rows), pointer(scales), pointer(upper),
         pointer(weights), count, width, beams, pointer(codes),
     )  # fmt: skip
