@@ -51,9 +51,9 @@ struct Named {
 
 #define POCKETREC_MEMBER(type, name) \
   text(#name).text(":").kind<decltype(Self::name)>().text("@").number(offsetof(Self, name)).text(";").
-#define POCKETREC_STRUCTURE(Name, FIELDS)                                            \
-  constexpr Digest digest_of(const Name *) {                                         \
-    using Self = Name;                                                               \
+#define POCKETREC_STRUCTURE(Name, FIELDS)                                                          \
+  constexpr Digest digest_of(const Name *) {                                                       \
+    using Self = Name;                                                                             \
     return Digest{}.text(#Name).text("{").FIELDS(POCKETREC_MEMBER) text("}").number(sizeof(Self)); \
   }
 POCKETREC_STRUCTURES(POCKETREC_STRUCTURE)
