@@ -28,7 +28,7 @@ bench: $(STAMP)
 	@echo "Every benchmark is one command; results go to bench/results/."
 	@for file in $$(grep -l __main__ bench/*.py); do echo "  $(BIN)/python $$file --help"; done
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py src/pocketrec/*.cpp)
+$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py src/pocketrec/native/src/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --constraint constraints.txt $(TORCH_ARGS) torch==2.13.0

@@ -1,10 +1,12 @@
-"""Build the compiled kernel where a C++ compiler is there; an install without one falls back to numpy."""
+"""Build the compiled library where a C++ compiler is there; an install without one falls back to numpy."""
+
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
-class BuildKernel(build_ext):
+class BuildLibrary(build_ext):
     """Compiles a plain shared library (called through ctypes): no Python symbol to export, flags by compiler."""
 
     def build_extension(self, ext: Extension) -> None:
@@ -21,14 +23,16 @@ class BuildKernel(build_ext):
         return []
 
 
+SOURCES = Path("src/pocketrec/native/src")
+
 setup(
     ext_modules=[
         Extension(
-            "pocketrec._kernel",
-            ["src/pocketrec/_kernel.cpp", "src/pocketrec/_adam.cpp"],
-            depends=[f"src/pocketrec/{name}.cpp" for name in ("_screen", "_tower", "_transform", "_trellis")],
+            "pocketrec.native._library",
+            [str(SOURCES / name) for name in ("exports.cpp", "adam.cpp")],
+            depends=sorted(str(path) for kind in ("*.h", "*.inl") for path in SOURCES.glob(kind)),
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernel},
+    cmdclass={"build_ext": BuildLibrary},
 )

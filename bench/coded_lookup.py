@@ -34,14 +34,14 @@ from criteo_shape import CriteoShape
 from numpy.typing import NDArray
 from rate_distortion_speed import Shape
 
-from pocketrec import kernel
 from pocketrec.compression.compress import compress
 from pocketrec.data.dataset import Dataset
 from pocketrec.format.artifact import Artifact
+from pocketrec.format.packed import Packed
 from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
-from pocketrec.packed import Packed
+from pocketrec.native import library
 from pocketrec.study.cells import dense
 from pocketrec.study.jobs import Job
 from pocketrec.study.plan import Plan
@@ -62,7 +62,7 @@ SAMPLES = 100_000
 """Of the scoring pass at Criteo's shape."""
 BASE = "nn.Embedding"
 NUMPY = "numpy"
-LEVELS: tuple[kernel.Level, ...] = ("avx512", "avx2", "portable")
+LEVELS: tuple[library.Level, ...] = ("avx512", "avx2", "portable")
 
 Ids = NDArray[np.int64]
 Reader = Callable[[int], Any]
@@ -133,14 +133,14 @@ def cases(name: str, store: Path, files: Path) -> Iterator[Case]:
         yield Case(name, share, model.table.weight().detach().float(), artifact.packed, rows, drawn)
 
 
-def readers(case: Case, ids: Ids, size: int) -> dict[str, tuple[Reader, kernel.Level]]:
+def readers(case: Case, ids: Ids, size: int) -> dict[str, tuple[Reader, library.Level]]:
     """Every reader of batches by their number, and the instruction set to limit the kernel to; the base first."""
     count, fields = len(ids) // size, np.arange(ids.shape[1], dtype=np.int32)
     whole = ids[: count * size].reshape(count, size, -1)
     tensors, rows = list(torch.from_numpy(whole)), list(np.ascontiguousarray(case.file_rows[whole]))
     embedding = torch.nn.Embedding.from_pretrained(case.weight)
     packed, top = case.packed, LEVELS[0]
-    found: dict[str, tuple[Reader, kernel.Level]] = {BASE: (lambda i: embedding(tensors[i]), top)}
+    found: dict[str, tuple[Reader, library.Level]] = {BASE: (lambda i: embedding(tensors[i]), top)}
     for level in LEVELS:
         found[f"kernel, {level}"] = (lambda i: packed.lookup(rows[i], fields)), level
     found[NUMPY] = (lambda i: packed.lookup_numpy(rows[i], fields)), top
@@ -148,7 +148,9 @@ def readers(case: Case, ids: Ids, size: int) -> dict[str, tuple[Reader, kernel.L
 
 
 @torch.inference_mode()
-def time_turns(found: dict[str, tuple[Reader, kernel.Level]], size: int, pool: int, rounds: int) -> NDArray[np.float64]:
+def time_turns(
+    found: dict[str, tuple[Reader, library.Level]], size: int, pool: int, rounds: int
+) -> NDArray[np.float64]:
     """Microseconds of a call by round and reader, ``(rounds, readers)``."""
     names, generator = list(found), np.random.default_rng(size)
     times = np.zeros((rounds + 1, len(names)))
@@ -157,7 +159,7 @@ def time_turns(found: dict[str, tuple[Reader, kernel.Level]], size: int, pool: i
         for place in range(len(names)):
             which = (place + turn) % len(names)
             read, level = found[names[which]]
-            kernel.limit(level)
+            library.limit(level)
             own = batches[: max(1, len(batches) // 20)] if names[which] == NUMPY else batches
             for i in own[:2]:
                 read(i)
@@ -165,7 +167,7 @@ def time_turns(found: dict[str, tuple[Reader, kernel.Level]], size: int, pool: i
             for i in own:
                 read(i)
             times[turn, which] = (time.thread_time() - start) * 1e6 / len(own)
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
     return times[:rounds]
 
 

@@ -34,7 +34,9 @@ from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.families.compositional.table import Composition
 from pocketrec.families.retraining import MaskedTable
-from pocketrec.layouts.hash_mlp import constants
+from pocketrec.format.block import PackedRange
+from pocketrec.format.layouts.hash_mlp import constants
+from pocketrec.format.packed import Packed
 from pocketrec.methods.cerp import CERP
 from pocketrec.methods.dhe import DHE, DHEComposition, DHEPlan
 from pocketrec.methods.mag_prune import MagPrune
@@ -45,7 +47,6 @@ from pocketrec.methods.qr import QR, QRPlan
 from pocketrec.methods.tt_rec import TTComposition, TTPlan, TTRec
 from pocketrec.models.backbone import Model, noise
 from pocketrec.models.table import Lookup
-from pocketrec.packed import Packed, PackedRange
 from pocketrec.training.hooks import LearningTable
 from pocketrec.training.optim import DenseAdam
 from pocketrec.training.run import M, Run

@@ -23,8 +23,8 @@ import torch
 from configs import RESULTS, raw
 from numpy.typing import NDArray
 
-from pocketrec import kernel
 from pocketrec.evaluation.metrics import Csr, ranking, to_csr
+from pocketrec.native import library
 
 USERS, ITEMS, WIDTH, K, BLOCK = 29_858, 40_981, 64, 20, 2048
 Vectors = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -151,7 +151,7 @@ def write(rows: list[dict[str, object]], peaks: dict[str, int], vectors: str) ->
         "",
         f"{USERS:,} users x {ITEMS:,} items, d = {WIDTH}, NDCG@{K} and Recall@{K}; vectors: {vectors}. "
         f"Reference: torch {torch.__version__}, matmul + scatter + topk in blocks of {BLOCK:,} users. "
-        f"Ours: kernel level {kernel.level()}. "
+        f"Ours: kernel level {library.level()}. "
         "In turn in one process on a shared machine; ratio = reference / ours, round by round. Floor 1.5x, goal 3x.",
         "",
         "| threads | side | n | median s | min - max s | ratio median (min - max) | peak memory added, MiB |",

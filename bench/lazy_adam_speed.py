@@ -22,9 +22,9 @@ import torch
 from configs import RESULTS, peak_mib
 from torch import Tensor
 
-from pocketrec import kernel
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.models.backbone import noise
+from pocketrec.native import library
 from pocketrec.randomness import generator
 from pocketrec.schema import Field, Schema
 from pocketrec.training.optim import DenseAdam, LazyAdam
@@ -125,7 +125,7 @@ def write(times: dict[int, dict[str, np.ndarray]], memory: dict[str, int], disti
         "A step is forward, backward and update; variants take turns step by step. bf16: matrix products of the MLP",
         "only. Ratio: median of dense fp32 over the median of the row (of dense bf16 in brackets). Peak memory: of a",
         "process of its own.",
-        f"Torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, compiled kernel: {kernel.available()}.",
+        f"Torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, kernel: {library.available()}.",
         "",
         "| threads | variant | median ms | 10-90 % | steps | ratio | peak MiB |",
         "|---|---|---|---|---|---|---|",

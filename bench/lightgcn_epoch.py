@@ -26,9 +26,9 @@ from configs import RESULTS, peak_mib, ranking_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pocketrec import kernel
 from pocketrec.backbones.lightgcn import LightGCN, LightGCNModel
 from pocketrec.models.backbone import noise
+from pocketrec.native import library
 
 BATCH = 2048
 BASES = ("reference coo", "reference csr")
@@ -206,7 +206,7 @@ def write(rows: list[dict[str, object]], notes: list[str], per_epoch: int, round
     lines = [
         "# A training epoch of LightGCN on Gowalla", "",
         f"Batch {BATCH}, {per_epoch} steps an epoch, L = 3, d = 64; {rounds} rounds of {steps} steps, variants in "
-        f"turn in one process. torch {torch.__version__}, kernel {kernel.level()}. `ratio` is the median step of the"
+        f"turn in one process. torch {torch.__version__}, kernel {library.level()}. `ratio` is the median step of the"
         " faster reference over that of the variant.", "",
         f"| {head} |", "|" + "---|" * len(rows[0]),
         *(f"| {' | '.join(str(v) for v in row.values())} |" for row in rows), "",

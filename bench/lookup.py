@@ -28,8 +28,10 @@ import torch
 from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
-from pocketrec import kernel
-from pocketrec.packed import Index, Packed, PackedRange, Storage
+from pocketrec.format.block import PackedRange, Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
+from pocketrec.native import library
 
 RESULTS = Path(__file__).parent / "results"
 TURNS = {1: (10, 20), 64: (10, 15), 2048: (1, 2)}
@@ -46,7 +48,7 @@ extern "C" void csr(const float *values, const int64_t *indptr, const int64_t *i
     for (int64_t e = indptr[rows[i]]; e < indptr[rows[i] + 1]; ++e) out[i * width + indices[e]] = values[e];
 }
 """
-LEVELS: tuple[kernel.Level, ...] = ("portable", "avx2", "avx512")
+LEVELS: tuple[library.Level, ...] = ("portable", "avx2", "avx512")
 STORAGES: tuple[Storage, ...] = ("fp32", "fp16", "int8")
 INDEXES: tuple[Index, ...] = ("compact", "direct")
 TOLERANCE = {"fp32": 0.0, "fp16": 0.004, "int8": 0.05}
@@ -109,7 +111,7 @@ def packed_reader(
     fields: NDArray[np.int32],
     index: Index,
     storage: Storage,
-    most: kernel.Level | None,
+    most: library.Level | None,
 ) -> Reader:
     """Ours with arrays of its own: the compiled kernel at one instruction set, or numpy."""
     block = PackedRange("embedding", 0, ROWS, 0, WIDTH)
@@ -120,12 +122,12 @@ def packed_reader(
     return lambda rows, out: packed.lookup(rows, columns, out=out)
 
 
-def all_readers(shape: CriteoShape, keep: NDArray[np.bool_], folder: Path) -> dict[str, tuple[Reader, kernel.Level]]:
+def all_readers(shape: CriteoShape, keep: NDArray[np.bool_], folder: Path) -> dict[str, tuple[Reader, library.Level]]:
     """Every reader, and the instruction set to limit our kernel to; the base of the ratios first."""
     weight = np.ascontiguousarray(shape.weight[:, :WIDTH])
     fill = np.random.default_rng(1).normal(size=(FIELDS, WIDTH)).astype(np.float32)
     top = LEVELS[-1]
-    readers: dict[str, tuple[Reader, kernel.Level]] = {}
+    readers: dict[str, tuple[Reader, library.Level]] = {}
     if find_spec("numba"):
         readers["csr numba"] = Csr(weight, keep, fill).numba(), top
     readers["csr c++"] = Csr(weight, keep, fill).compiled(folder), top
@@ -153,7 +155,7 @@ def dense_torch(embedding: torch.nn.Embedding, rows: NDArray[np.int64], _: NDArr
 
 
 def time_all(
-    readers: dict[str, tuple[Reader, kernel.Level]], shape: CriteoShape, size: int, rounds: int
+    readers: dict[str, tuple[Reader, library.Level]], shape: CriteoShape, size: int, rounds: int
 ) -> dict[str, NDArray[np.float64]]:
     """Microseconds of one call, ``(rounds * timed, 2)`` per reader: processor time and wall time."""
     pool = [shape.batch(size, step) for step in range(POOL[size])]
@@ -165,7 +167,7 @@ def time_all(
         order = list(readers)[step % len(readers) :] + list(readers)[: step % len(readers)]
         for name in order:
             read, most = readers[name]
-            kernel.limit(most)
+            library.limit(most)
             calls = []
             for i in generator.choice(len(pool), untimed + timed, replace=False):
                 wall, processor = time.perf_counter(), time.thread_time()
@@ -175,7 +177,7 @@ def time_all(
     return {name: np.array(t) for name, t in times.items()}
 
 
-def check(readers: dict[str, tuple[Reader, kernel.Level]], shape: CriteoShape) -> None:
+def check(readers: dict[str, tuple[Reader, library.Level]], shape: CriteoShape) -> None:
     """Every reader of the pruned table gives the same vectors, up to its storage."""
     rows = shape.batch(512, 10_000)
     base, found = (np.empty((512, FIELDS, WIDTH), np.float32) for _ in range(2))
@@ -183,7 +185,7 @@ def check(readers: dict[str, tuple[Reader, kernel.Level]], shape: CriteoShape) -
     for name, (read, most) in readers.items():
         if name.startswith("dense"):
             continue
-        kernel.limit(most)
+        library.limit(most)
         read(rows, found)
         tolerance = next((t for storage, t in TOLERANCE.items() if storage in name), 0.0)
         if np.abs(found - base).max() > tolerance:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ from pocketrec.compression.compress import compress
 from pocketrec.compression.small import Small
 from pocketrec.data.dataset import Dataset
 from pocketrec.families.coding.clicks import allocation
-from pocketrec.layouts import transform
+from pocketrec.format import quantiser, sections
 from pocketrec.methods import rate_distortion
 from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.models.backbone import Model
@@ -101,11 +101,13 @@ def even_levels(data: Dataset) -> Iterator[None]:
         best = min(np.geomspace(0.01, 4, 800).tolist(), key=error) if bits else 0.0
         return (best * steps).astype(np.float32)
 
-    known = (transform.edges, transform._level_table)  # pyright: ignore[reportPrivateUsage]
-    with patch.object(transform, "levels", levels), patch.object(allocation, "levels", levels):
+    known = (quantiser.edges, quantiser.level_table)
+    with ExitStack() as stack:
+        for module in (quantiser, sections, allocation):
+            stack.enter_context(patch.object(module, "levels", levels))
         for function in known:
             function.cache_clear()
-        ratios = np.array([allocation.distortion(b) for b in range(transform.MOST_BITS + 1)])
+        ratios = np.array([allocation.distortion(b) for b in range(quantiser.MOST_BITS + 1)])
         with patch.object(allocation, "_DISTORTION", ratios):
             yield
     for function in known:

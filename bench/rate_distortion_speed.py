@@ -26,15 +26,15 @@ import torch
 from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
-from pocketrec import kernel
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.compression.compress import compress
 from pocketrec.data.dataset import Split
+from pocketrec.format.packed import Packed
 from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import DenseTable
-from pocketrec.packed import Packed
+from pocketrec.native import library
 from pocketrec.schema import Field, Schema
 from pocketrec.training.run import Run
 
@@ -137,15 +137,15 @@ def lookups(folder: Path, rounds: int) -> dict[str, NDArray[np.float64]]:
     model = data.model()
     embedding = torch.nn.Embedding.from_pretrained(model.table.weight().detach().clone())
     out = np.empty((BATCH, FIELDS, WIDTH + 1), np.float32)
-    readers: dict[str, tuple[Callable[[NDArray[np.int64]], Any], kernel.Level]] = {
-        "nn.Embedding, dense": (lambda rows: embedding(torch.from_numpy(rows)), kernel.LEVELS[-1])
+    readers: dict[str, tuple[Callable[[NDArray[np.int64]], Any], library.Level]] = {
+        "nn.Embedding, dense": (lambda rows: embedding(torch.from_numpy(rows)), library.LEVELS[-1])
     }
     for share in SHARES:
         small = compress(model, data, RateDistortion(), share, run=folder / "run")
         packed = small.table.pack()
         for level in ("portable", "avx512"):
             readers[f"{share}, kernel, {level}"] = (lambda rows, p=packed: kernel_lookup(p, rows, out)), level
-        readers[f"{share}, numpy"] = (lambda rows, p=packed: p.lookup_numpy(rows, COLUMNS)), kernel.LEVELS[-1]
+        readers[f"{share}, numpy"] = (lambda rows, p=packed: p.lookup_numpy(rows, COLUMNS)), library.LEVELS[-1]
     pool = [shape.batch(BATCH, step) for step in range(POOL)]
     generator = np.random.default_rng(0)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
@@ -154,7 +154,7 @@ def lookups(folder: Path, rounds: int) -> dict[str, NDArray[np.float64]]:
             names = list(readers)
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 read, level = readers[name]
-                kernel.limit(level)
+                library.limit(level)
                 for i, which in enumerate(generator.choice(POOL, sum(TURNS), replace=False)):
                     _, wall, cpu = spent(lambda read=read, rows=pool[which]: read(rows))
                     if i >= TURNS[0]:

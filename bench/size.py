@@ -16,9 +16,11 @@ from criteo_shape import FIELDS, ROWS, WIDTH, CriteoShape
 from numpy.typing import NDArray
 
 from pocketrec.format.artifact import Contents
+from pocketrec.format.block import PackedRange, Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.format.program import Op, Program
 from pocketrec.format.vocabulary import Vocabulary, hash64
-from pocketrec.packed import Index, Packed, PackedRange, Storage
 from pocketrec.schema import Field, Keys, Schema
 
 RESULTS = Path(__file__).parent / "results"

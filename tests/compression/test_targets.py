@@ -13,6 +13,7 @@ from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Method
 from pocketrec.data.encode import encode
 from pocketrec.errors import BudgetError
+from pocketrec.format.block import Storage
 from pocketrec.format.vocabulary import Vocabulary
 from pocketrec.methods.cerp import CERP
 from pocketrec.methods.dhe import DHE
@@ -23,7 +24,6 @@ from pocketrec.methods.ptq import PTQ
 from pocketrec.methods.qr import QR
 from pocketrec.methods.tt_rec import TTRec
 from pocketrec.models.table import Table
-from pocketrec.packed import Storage
 from pocketrec.sources.adjacency import Adjacency
 from pocketrec.sources.synthetic import Synthetic
 from pocketrec.training.loop import Training

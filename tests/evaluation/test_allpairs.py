@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pocketrec import kernel
 from pocketrec.errors import ConfigError
 from pocketrec.evaluation.full_ranking import INNER_PRODUCT, ITEMS, USERS, AllPairs, product_weight
 from pocketrec.evaluation.metrics import ranking, to_csr
 from pocketrec.format.program import Op, Program
+from pocketrec.native import library, topk
 
 U, I, D = USERS + 5, 2 * ITEMS + 7, 6  # noqa: E741
 
@@ -85,7 +85,7 @@ def head(request) -> Program:
 @pytest.fixture(params=[True, False], ids=["compiled", "numpy"], autouse=True)
 def compiled(request, monkeypatch) -> None:
     if not request.param:
-        monkeypatch.setattr(kernel, "_library", lambda: None)
+        monkeypatch.setattr(library, "compiled", lambda: None)
 
 
 def entities() -> tuple[np.ndarray, np.ndarray]:
@@ -165,16 +165,16 @@ def test_only_one_inner_product_has_weights():
 def test_the_best_of_a_matrix_of_ties():
     scores = np.zeros((2, 5), np.float32)
     scores[1, 3] = 1
-    ids, _ = kernel.best(scores, np.array([0, 1, 1]), np.array([0], np.int32), 3)
+    ids, _ = topk.best(scores, np.array([0, 1, 1]), np.array([0], np.int32), 3)
     assert ids.tolist() == [[1, 2, 3], [3, 0, 1]]
 
 
-@pytest.mark.parametrize("level", kernel.LEVELS)
+@pytest.mark.parametrize("level", library.LEVELS)
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("widths", [(1, 1), (7, 1), (5, 9, 1), (33, 17, 8, 1)])
 @pytest.mark.parametrize("items", [1, 31, 32, 100])
 def test_towers_climb_layer_by_layer(level, counted, widths, items):
-    kernel.limit(level)
+    library.limit(level)
     users, offered, bias = drawn(19, widths[0]), drawn(items, widths[0]), drawn(widths[0])
     counts = (np.arange(19, dtype=np.float32), np.arange(items, dtype=np.float32)) if counted else None
     layers = [(drawn(o, i), drawn(o)) for i, o in pairwise(widths)]
@@ -184,8 +184,8 @@ def test_towers_climb_layer_by_layer(level, counted, widths, items):
     x += bias
     for weight, shift in layers:
         x = np.maximum(x, 0) @ weight.T + shift
-    came = [kernel.tower(users, offered, bias, layers, counts=counts, threads=threads) for threads in (1, 3)]
-    kernel.limit(kernel.LEVELS[-1])
+    came = [topk.tower(users, offered, bias, layers, counts=counts, threads=threads) for threads in (1, 3)]
+    library.limit(library.LEVELS[-1])
     np.testing.assert_allclose(came[0], x[..., 0], rtol=1e-4, atol=1e-4)
     assert np.array_equal(*came)
 
@@ -193,11 +193,11 @@ def test_towers_climb_layer_by_layer(level, counted, widths, items):
 def test_towers_refuse_layers_that_do_not_fit_and_pass_nan_on():
     ones = np.ones((2, 3), np.float32)
     with pytest.raises(ConfigError, match="layers"):
-        kernel.tower(ones, ones, ones[0], [(ones, ones[0, :2])])
+        topk.tower(ones, ones, ones[0], [(ones, ones[0, :2])])
     with pytest.raises(ConfigError, match="layers"):
-        kernel.tower(ones, ones, ones[0], [])
+        topk.tower(ones, ones, ones[0], [])
     damaged = ones.copy()
     damaged[1, 1] = np.nan
-    came = kernel.tower(damaged, ones, ones[0], [(ones[:1], ones[0, :1])])
+    came = topk.tower(damaged, ones, ones[0], [(ones[:1], ones[0, :1])])
     assert np.isnan(came[1]).all()
     assert not np.isnan(came[0]).any()

@@ -26,10 +26,12 @@ from pocketrec.families.compositional.ladder import ComposedLadder
 from pocketrec.families.compositional.region import Region, regions, slots_of
 from pocketrec.families.compositional.table import ComposedTable
 from pocketrec.format.artifact import Artifact
-from pocketrec.layouts.factors import encode_factor, factor_bytes
-from pocketrec.layouts.hash_mlp import codes, constants, hashes, most_slots
-from pocketrec.layouts.quantised import pack_codes, unpack_codes
-from pocketrec.layouts.tensor_train import row_factors, width_factors
+from pocketrec.format.block import PackedRange
+from pocketrec.format.computed import encode_factor, factor_bytes
+from pocketrec.format.layouts.hash_mlp import codes, constants, hashes, most_slots
+from pocketrec.format.layouts.quantised import pack_codes, unpack_codes
+from pocketrec.format.layouts.tensor_train import row_factors, width_factors
+from pocketrec.format.packed import Packed
 from pocketrec.methods.cerp import CERP
 from pocketrec.methods.dhe import DHE, DHEComposition, DHEPlan
 from pocketrec.methods.ptq import PTQ, QuantisedTable
@@ -37,7 +39,6 @@ from pocketrec.methods.qr import QR, QRPlan, least_rows, table_rows
 from pocketrec.methods.tt_rec import TTComposition, TTPlan, TTRec, rank_bounds, train_values
 from pocketrec.models.backbone import noise
 from pocketrec.models.table import Block, DenseTable, oov_rows
-from pocketrec.packed import Packed, PackedRange
 from pocketrec.schema import Field, Schema
 from pocketrec.training.run import Run
 

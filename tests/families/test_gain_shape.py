@@ -13,7 +13,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import ndtri
 from trellis_cases import coded, records
 
-from pocketrec import kernel
 from pocketrec.attribution.list_margin import ListMargin, lists, margin, ranks_by_products
 from pocketrec.backbones.gmf import GMF
 from pocketrec.backbones.lightgcn import LightGCN
@@ -26,12 +25,14 @@ from pocketrec.families.coding.lists import beam
 from pocketrec.families.coding.lists.gain_shape import GainShape, sparse_sums
 from pocketrec.families.coding.lists.plan import DISTORTION, TrellisPlan
 from pocketrec.families.coding.lists.table import TrellisTable
+from pocketrec.format import trellis_codes
 from pocketrec.format.artifact import Artifact
-from pocketrec.layouts import trellis
-from pocketrec.layouts.trellis import CODES, Code, Records, Shape, TrellisBlock, code_values, encode, geometric
+from pocketrec.format.layouts.trellis import Records, Shape, TrellisBlock, encode, geometric
+from pocketrec.format.packed import Packed
+from pocketrec.format.trellis_codes import CODES, Code, code_values
 from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.models.baked import BakedModel
-from pocketrec.packed import Packed
+from pocketrec.native import library
 from pocketrec.training.run import Run
 
 
@@ -97,10 +98,10 @@ def test_a_block_reads_what_its_bits_say(case):
     rows = np.arange(-1, stored.rows + 1)[:, None]
     wanted = np.concatenate([np.ones((1, width)), expected, np.ones((1, width))])
     assert_allclose(packed.lookup_numpy(rows, np.zeros(1, np.int32))[:, 0], wanted, rtol=1e-4, atol=1e-4)
-    for most in kernel.LEVELS:
-        kernel.limit(most)
+    for most in library.LEVELS:
+        library.limit(most)
         assert_allclose(packed.lookup(rows, np.zeros(1, np.int32))[:, 0], wanted, rtol=1e-4, atol=1e-4)
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
 
 
 @given(coded())
@@ -140,7 +141,7 @@ SMALL = (Code(1, 1, 3, 1), Code(2, 1, 4, 1), Code(1, 2, 4, 2), Code(2, 3, 5, 3),
 @pytest.mark.parametrize("code", SMALL, ids=str)
 def test_a_full_beam_is_exhaustive_search(code, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(kernel, "compiled", lambda: None)
+        monkeypatch.setattr(library, "compiled", lambda: None)
     monkeypatch.setattr(beam, "_CANDIDATES", 1 << 20)
     rng = np.random.default_rng(3)
     width = 5 if code.bits < 2 or code.span > 1 else 4
@@ -171,7 +172,7 @@ def test_numpy_searches_as_the_compiled_code(code, monkeypatch):
     rows, mix = rng.normal(size=(6, 17)).astype(np.float32), rng.normal(size=(6, 17, 20))
     upper, weights = beam.factors((mix @ mix.transpose(0, 2, 1)).astype(np.float32))
     fast = beam.beam_search(code, rows, np.ones(6), upper, weights, 5)
-    monkeypatch.setattr(kernel, "compiled", lambda: None)
+    monkeypatch.setattr(library, "compiled", lambda: None)
     assert_array_equal(beam.beam_search(code, rows, np.ones(6), upper, weights, 5), fast)
 
 
@@ -297,7 +298,7 @@ def test_no_other_classes_lose_less_in_as_many_bits():
     user, item, cost = vectors(items=6)
     coder = GainShape(user, item, cost, 0)
     plan = coder.plan(coder.least().size_bytes(16) + 60)
-    rates, bits = np.array(plan.shape.rates), np.array([trellis.rate_bits(r, 16) for r in plan.shape.rates])
+    rates, bits = np.array(plan.shape.rates), np.array([trellis_codes.rate_bits(r, 16) for r in plan.shape.rates])
     weight = coder._weights(plan.shape.shapes)
     spent, own = bits[plan.classes].sum(), (weight * DISTORTION[rates[plan.classes]]).sum()
     for classes in itertools.product(range(len(rates)), repeat=6):
@@ -315,10 +316,10 @@ def test_file_torch_numpy_and_kernel_agree(lab, tmp_path, ranker, budget):
     packed, rows = artifact.packed, artifact.vocabulary.file_rows(data.hashes)
     weight = small.table.weight().numpy()
     assert_array_equal(packed.lookup_numpy(rows[:, None], np.zeros(1, int))[:, 0], weight)
-    for most in kernel.LEVELS:
-        kernel.limit(most)
+    for most in library.LEVELS:
+        library.limit(most)
         assert_allclose(packed.lookup(rows[:, None], np.zeros(1, int))[:, 0], weight, rtol=1e-5, atol=1e-5)
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
     assert packed.size_bytes == small.sizes["table"]
 
 

@@ -22,9 +22,9 @@ from pocketrec.compression.measure import measure
 from pocketrec.errors import ArtifactError, BudgetError, UnsupportedOp
 from pocketrec.families.coding.clicks.head import CodedHead, HeadCosts, RoundedRows, moments
 from pocketrec.format.artifact import Artifact
+from pocketrec.format.matrix import CodedMatrix, row_bytes
 from pocketrec.format.program import Program
-from pocketrec.layouts.matrix import CodedMatrix, row_bytes
-from pocketrec.layouts.transform import levels
+from pocketrec.format.quantiser import levels
 from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.training.evaluate import logits
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from pocketrec.compression.budget import Room
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
 from pocketrec.families.pruning import PruningLadder, RankingScope, fill_rows, largest, ordered, protect
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.format.vocabulary import Vocabulary
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, DenseTable
-from pocketrec.packed import Index, Storage
 from pocketrec.schema import Field, Schema
 
 

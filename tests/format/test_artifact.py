@@ -27,9 +27,10 @@ from pocketrec import files, runtime
 from pocketrec.errors import ArtifactError, ConfigError, StorageError, UnsupportedOp
 from pocketrec.format import arrays
 from pocketrec.format.artifact import CHUNK, FORMAT, Artifact, Contents
+from pocketrec.format.block import PackedRange
+from pocketrec.format.packed import Packed
 from pocketrec.format.program import Op, Program
 from pocketrec.format.vocabulary import Vocabulary, hash64
-from pocketrec.packed import Packed, PackedRange
 from pocketrec.schema import Field, Schema
 
 

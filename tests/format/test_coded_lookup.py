@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from pocketrec import kernel
 from pocketrec.errors import ConfigError
-from pocketrec.layouts import trellis
-from pocketrec.layouts.transform import Section, TransformBlock, coder
-from pocketrec.layouts.transform import encode as encode_transform
-from pocketrec.layouts.trellis import CODES, Records, Shape, TrellisBlock
-from pocketrec.packed import Packed
+from pocketrec.format.layouts import trellis
+from pocketrec.format.layouts.transform import TransformBlock
+from pocketrec.format.layouts.trellis import Records, Shape, TrellisBlock
+from pocketrec.format.packed import Packed
+from pocketrec.format.sections import Section, coder
+from pocketrec.format.sections import encode as encode_transform
+from pocketrec.format.trellis_codes import CODES
+from pocketrec.native import library
 
 WIDTHS = (1, 2, 5, 8, 9, 15, 16, 17, 18, 31, 33, 49)
 
@@ -76,13 +78,13 @@ def agree(packed: Packed, rows: np.ndarray, tolerance: float) -> None:
     fields = np.arange(rows.shape[1], dtype=np.int32) % 3
     expected = packed.lookup_numpy(rows, fields)
     try:
-        for most in kernel.LEVELS:
-            kernel.limit(most)
+        for most in library.LEVELS:
+            library.limit(most)
             found = packed.lookup(rows, fields)
             assert_allclose(found, expected, rtol=1e-5, atol=tolerance)
             assert_array_equal(packed.lookup(rows, fields, threads=3), found)
     finally:
-        kernel.limit(kernel.LEVELS[-1])
+        library.limit(library.LEVELS[-1])
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(WIDTHS), st.integers(0, 8), st.integers(1, 40), st.integers(1, 150))

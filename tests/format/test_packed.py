@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from inspect import isabstract
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketrec import kernel
 from pocketrec.errors import ArtifactError, ConfigError, DivergedError
-from pocketrec.packed import DTYPES, Packed, PackedRange, side_size_for, size_for
+from pocketrec.format import layouts
+from pocketrec.format.block import DTYPES, FileBlock, PackedRange, side_size_for
+from pocketrec.format.entries import PackedBlock, size_for
+from pocketrec.format.layouts.quantised import QuantisedBlock
+from pocketrec.format.packed import Packed
+from pocketrec.native import library
 
 STORAGES = ("fp32", "fp16", "int8")
 INDEXES = ("compact", "direct")
@@ -105,10 +110,10 @@ def test_kernel_reads_exactly_what_numpy_reads(case: Case, storage: str, dense: 
     rows[0] = [-(2**62), 2**62, packed.rows, -1, 0]
     fields = rng.integers(0, len(case.fill), size=5)
     expected = packed.lookup_numpy(rows, fields)
-    for most in kernel.LEVELS:
-        kernel.limit(most)
+    for most in library.LEVELS:
+        library.limit(most)
         assert np.array_equal(packed.lookup(rows, fields, threads=threads), expected)
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -259,13 +264,13 @@ def test_damaged_directories_never_read_out_of_bounds(seed: int, name: str, widt
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, size=block.arrays[name].nbytes, dtype=np.uint8).view(block.arrays[name].dtype)
     damaged = replace(packed, blocks=(replace(block, arrays={**block.arrays, name: noise}),))
-    for most in kernel.LEVELS:
-        kernel.limit(most)
+    for most in library.LEVELS:
+        library.limit(most)
         found = damaged.lookup(np.arange(3000).reshape(-1, 1), np.zeros(1, np.int32))
         assert found.shape == (3000, 1, width)
         if name == "records":
             assert np.array_equal(found, damaged.lookup_numpy(np.arange(3000).reshape(-1, 1), np.zeros(1, np.int32)))
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
 
 
 def test_stored_types_are_what_the_storage_says() -> None:
@@ -273,3 +278,39 @@ def test_stored_types_are_what_the_storage_says() -> None:
         block = Case(9, [100], [8], 0.5).pack(storage).blocks[0]
         assert block.arrays["values"].dtype == DTYPES[storage]
         assert block.size_bytes == sum(a.nbytes for a in block.arrays.values())
+
+
+@pytest.mark.parametrize("name", layouts.NAMES)
+def test_every_module_of_the_folder_is_a_layout(name: str) -> None:
+    cls = layouts.block_class(name)
+    assert issubclass(cls, FileBlock)
+    assert not isabstract(cls)
+    assert (cls.__module__, cls.__name__.lower()) == (f"{layouts.__name__}.{name}", f"{name.replace('_', '')}block")
+
+
+@pytest.mark.parametrize(
+    "name", ["computed", "__init__", "product.py", ".product", "..block", "os", "", "Transform", 7]
+)
+def test_a_layout_outside_the_folder_is_refused_and_never_imported(name: object, monkeypatch) -> None:
+    monkeypatch.setattr(layouts, "import_module", None)
+    packed = Case(9, [9], [8], 0.5).pack("fp16")
+    meta = packed.meta()
+    meta["blocks"][0]["layout"] = name
+    with pytest.raises(ArtifactError, match=r"must have a layout of .*; update PocketRec"):
+        Packed.from_arrays(meta, packed.arrays())
+
+
+def test_blocks_of_two_kinds_are_read_by_numpy() -> None:
+    arrays = {
+        "codes": np.array([[0], [3], [2]], np.uint8),
+        "low": np.zeros((1, 1), np.float32),
+        "step": np.ones((1, 1), np.float32),
+    }
+    coded = QuantisedBlock("coded", 0, 3, 1, 2, "quantised", 2, arrays)
+    plain = PackedBlock("plain", 0, 3, 0, 1, "dense", "fp32", 64, {"values": np.arange(3, dtype=np.float32)})
+    zeros = np.zeros((1, 2), np.float32)
+    rows, fields = np.arange(3)[:, None], np.zeros(1, np.int32)
+    for blocks in ((plain, coded), (coded, plain)):
+        packed = Packed(3, blocks, zeros, zeros)
+        assert packed._view is None
+        assert packed.lookup(rows, fields)[:, 0].tolist() == [[0, 0], [1, 3], [2, 2]]

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from pocketrec import runtime
 from pocketrec.errors import ConfigError, DataError, UnsupportedOp
 from pocketrec.format.artifact import Contents
+from pocketrec.format.block import PackedRange
+from pocketrec.format.packed import Packed
 from pocketrec.format.program import Op, Program
 from pocketrec.format.vocabulary import Vocabulary, hash64
-from pocketrec.packed import Packed, PackedRange
 from pocketrec.schema import Field, Schema
 
 USERS, ITEMS = 300, 40

@@ -20,9 +20,9 @@ from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError
 from pocketrec.families.compositional.region import Region
-from pocketrec.layouts.pruned_sum import PrunedSumBlock, codebook_places, codebook_rows, pruned_sum_bytes
+from pocketrec.format.block import PackedRange
+from pocketrec.format.layouts.pruned_sum import PrunedSumBlock, codebook_places, codebook_rows, pruned_sum_bytes
 from pocketrec.methods.cerp import CERP, CERPPlan, PrunedCodebooks, SoftCodebooks, _Count
-from pocketrec.packed import PackedRange
 from pocketrec.training.evaluate import logits
 from pocketrec.training.hooks import Rule
 from pocketrec.training.loop import Training

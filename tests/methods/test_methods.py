@@ -22,11 +22,12 @@ from pocketrec.compression.small import Small
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DataError, DivergedError, UnsupportedOp
 from pocketrec.format.artifact import Contents
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.methods import FrequencyDistance, MagPrune, Random, Shaver
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
 from pocketrec.models.table import DenseTable
-from pocketrec.packed import Index, Storage
 from pocketrec.training.evaluate import logits
 from pocketrec.training.run import Run
 

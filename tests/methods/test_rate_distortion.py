@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch.nn import functional
 
-from pocketrec import kernel
 from pocketrec.attribution.fisher import sensitivity
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
@@ -28,11 +27,14 @@ from pocketrec.families.coding.clicks.allocation import (
     principal_axes,
     water_bits,
 )
-from pocketrec.layouts import transform
-from pocketrec.layouts.transform import Section, TransformBlock, coder, coder_scales, encode, fixed_bytes, levels
+from pocketrec.format import sections
+from pocketrec.format.layouts.transform import TransformBlock
+from pocketrec.format.packed import Packed
+from pocketrec.format.quantiser import levels
+from pocketrec.format.sections import Section, coder, coder_scales, encode, fixed_bytes
 from pocketrec.methods.rate_distortion import RateDistortion
 from pocketrec.models.baked import BakedModel
-from pocketrec.packed import Packed
+from pocketrec.native import library
 from pocketrec.training.run import Run
 
 MAX_1960 = {1: [0.7980], 2: [0.4528, 1.510], 3: [0.2451, 0.7560, 1.344, 2.152]}
@@ -110,7 +112,7 @@ def test_scales_are_kept_to_a_third_of_a_percent():
     scales = np.geomspace(1e-6, 100, 999)
     numbers = coder(np.arange(999) % 9, scales)
     assert_allclose(coder_scales(numbers), scales, rtol=3e-3)
-    assert_array_equal(transform.coder_bits(numbers), np.arange(999) % 9)
+    assert_array_equal(sections.coder_bits(numbers), np.arange(999) % 9)
 
 
 @given(coded())
@@ -292,10 +294,10 @@ def test_file_torch_numpy_and_kernel_agree(lab, tmp_path, budget):
     packed = artifact.packed
     found = packed.lookup_numpy(rows[ids], fields)
     assert_array_equal(found, small.table(torch.from_numpy(ids).long()).numpy())
-    for most in kernel.LEVELS:
-        kernel.limit(most)
+    for most in library.LEVELS:
+        library.limit(most)
         assert_allclose(packed.lookup(rows[ids], fields), found, rtol=1e-6, atol=1e-7)
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
     assert packed.size_bytes == small.sizes["table"]
     again = Packed.from_arrays(packed.meta(), packed.arrays())
     assert_array_equal(again.lookup_numpy(rows[ids], fields), found)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketrec import kernel
 from pocketrec.errors import DataError
 from pocketrec.models.graph import Buffers, Graph
+from pocketrec.native import library
 
 USERS, ITEMS = 23, 31
 ROWS = USERS + ITEMS
@@ -41,8 +41,8 @@ def mean_of_layers(matrix: sp.csr_matrix, ego: np.ndarray, layers: int) -> np.nd
 @pytest.fixture(params=["kernel", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(kernel, "available", lambda: False)
-    elif not kernel.available():
+        monkeypatch.setattr(library, "available", lambda: False)
+    elif not library.available():
         pytest.skip("the kernel is not built")
     return request.param
 
@@ -119,7 +119,7 @@ def test_bfloat16_storage_is_near_and_the_same_in_kernel_and_torch(monkeypatch):
     ego = torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(0))
     exact = Graph.of(users, items, ROWS).propagate(ego, 3)
     found = Graph.of(users, items, ROWS).propagate(ego, 3, storage=torch.bfloat16)
-    monkeypatch.setattr(kernel, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     fallback = Graph.of(users, items, ROWS).propagate(ego, 3, storage=torch.bfloat16)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)

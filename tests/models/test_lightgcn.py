@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketrec import kernel
 from pocketrec.backbones.lightgcn import LightGCN, LightGCNModel
 from pocketrec.data.dataset import Dataset
 from pocketrec.data.encode import encode
 from pocketrec.data.sampling import triples
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.models.backbone import noise
+from pocketrec.native import library
 from pocketrec.sources.interactions import Interactions
 
 USERS, ITEMS, DIM = 40, 60, 8
@@ -64,7 +64,7 @@ def naive_loss(model: LightGCNModel, weight: torch.Tensor, batch: torch.Tensor) 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_loss_and_gradient_equal_the_naive_ones(data, monkeypatch, layers, contrast, compiled):
     if not compiled:
-        monkeypatch.setattr(kernel, "available", lambda: False)
+        monkeypatch.setattr(library, "available", lambda: False)
     ours = model(data, layers=layers, contrast=contrast, regularisation=0.3, init="normal")
     (batch,) = next(ours.batches(data, 64, seed=0, epoch=0))
     loss = ours.loss((batch,), noise(0, "noise"))

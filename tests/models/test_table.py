@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pocketrec.errors import ConfigError
+from pocketrec.format.entries import Index
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, DenseTable
-from pocketrec.packed import Index
 from pocketrec.schema import Field, Schema
 
 

@@ -7,22 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketrec import kernel
+from pocketrec.native import library, topk
 
-HIGHEST = kernel.level()
+HIGHEST = library.level()
 pytestmark = pytest.mark.skipif(HIGHEST != "vnni", reason="this processor has no VNNI, or the kernel was not built")
 
 
 @pytest.fixture(autouse=True)
 def _lift_limit():
     yield
-    kernel.limit("vnni")
+    library.limit("vnni")
 
 
 def lists(level, users, items, seen, k, threads=1):
-    kernel.limit(level)
-    assert kernel.level() == level
-    return kernel.topk(users, items, *seen, k, threads=threads)
+    library.limit(level)
+    assert library.level() == level
+    return topk.topk(users, items, *seen, k, threads=threads)
 
 
 def seen_of(rng, users, items, share):

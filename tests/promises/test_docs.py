@@ -14,7 +14,7 @@ import pytest
 import pocketrec
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted(m.name for m in pkgutil.walk_packages(pocketrec.__path__, "pocketrec.") if "_kernel" not in m.name)
+MODULES = sorted(m.name for m in pkgutil.walk_packages(pocketrec.__path__, "pocketrec.") if "_library" not in m.name)
 
 
 def members(module):

@@ -37,7 +37,7 @@ def test_import_contracts_hold():
     "code",
     [
         "import pocketrec",
-        "import pocketrec.cli, pocketrec.runtime, pocketrec.registry, pocketrec.kernel, pocketrec.format.artifact",
+        "import pocketrec.cli, pocketrec.runtime, pocketrec.registry, pocketrec.native, pocketrec.format.artifact",
         "import pocketrec; pocketrec.open, pocketrec.Schema, pocketrec.BudgetError, dir(pocketrec)",
     ],
 )
@@ -108,7 +108,7 @@ for axis, plugin in {PLUGINS}:
     package = fresh()
     assert package.__file__.startswith({str(tmp_path)!r})
     for module in pkgutil.walk_packages(package.__path__, "pocketrec."):
-        if "_kernel" not in module.name:
+        if "_library" not in module.name:
             importlib.import_module(module.name)
     registry = sys.modules["pocketrec.registry"]
     for other in ("sources", "backbones", "methods"):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from pocketrec import kernel
 from pocketrec.backbones import DeepFM, LightGCN
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.format.arrays import save_arrays
@@ -21,6 +20,7 @@ from pocketrec.format.vocabulary import Vocabulary
 from pocketrec.methods import MagPrune, Shaver
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, DenseTable
+from pocketrec.native import library
 from pocketrec.schema import Field, Schema
 from pocketrec.study.profiling import phase, profile, stopwatch
 from pocketrec.study.profiling.phase import Workload
@@ -31,7 +31,7 @@ from pocketrec.training.run import Run
 CLICKS, VISITS = DeepFM(dim=4, hidden=(8,)), LightGCN(dim=8)
 TRAINING = Training(epochs=2, batch_size=64)
 PARTS = ("packages", "vocabulary", "model", "runtime")
-PACKED = ["inference packed", *(["inference packed numpy"] if kernel.available() else [])]
+PACKED = ["inference packed", *(["inference packed numpy"] if library.available() else [])]
 LISTS = ["scoring", "ranking", "recommending"]
 
 
@@ -244,7 +244,7 @@ def test_a_phase_of_the_runtime_that_meets_torch_is_refused(tmp_path):
 
 def test_numpy_alone_is_asked_for_by_name(tmp_path):
     plain = profile._environment(task(phase="inference packed numpy", threads=3))
-    assert plain["POCKETREC_KERNEL"] == "0"
+    assert plain["POCKETREC_KERNEL"] == "off"
     assert plain["OMP_NUM_THREADS"] == "3"
     assert "POCKETREC_KERNEL" not in profile._environment(task(phase="inference packed"))
 
@@ -278,4 +278,4 @@ def test_the_machine_is_on_record():
     assert record["versions"]["torch"] == torch.__version__
     assert record["cores"] >= record["usable_cores"] >= 1
     assert record["cpu"]
-    assert record["kernel"] == (kernel.level() or "numpy")
+    assert record["kernel"] == (library.level() or "numpy")

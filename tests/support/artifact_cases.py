@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.format.artifact import CHUNK, Contents
+from pocketrec.format.block import PackedRange, Storage
+from pocketrec.format.packed import Packed
 from pocketrec.format.program import Op, Program
 from pocketrec.format.vocabulary import Vocabulary, hash64
-from pocketrec.packed import Packed, PackedRange, Storage
 from pocketrec.schema import Field, Schema
 
 ZEROS = "0" * 64

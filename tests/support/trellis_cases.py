@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from pocketrec.layouts.trellis import CODES, Records, Shape
+from pocketrec.format.layouts.trellis import Records, Shape
+from pocketrec.format.trellis_codes import CODES
 
 
 @st.composite

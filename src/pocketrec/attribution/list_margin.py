@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketrec import kernel
 from pocketrec.attribution.fisher import Sensitivity
 from pocketrec.attribution.samples import training_rows
 from pocketrec.data.dataset import Dataset
@@ -26,6 +25,7 @@ from pocketrec.errors import DivergedError
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.evaluation.metrics import to_csr
 from pocketrec.models.backbone import Model, RankingModel
+from pocketrec.native import topk
 from pocketrec.schema import Field
 
 LIST = 20
@@ -138,7 +138,7 @@ def lists(model: Model, data: Dataset) -> dict[str, NDArray[Any]]:
     ids = training_rows(data.train).ids
     seen = to_csr(ids[:, 0], ids[:, 1] - second.offset, first.size)
     seen = seen[0][: len(users) + 1], seen[1]
-    found, scores = kernel.topk(users, items, *seen, min(DEPTH * LIST, len(items)), threads=torch.get_num_threads())
+    found, scores = topk.topk(users, items, *seen, min(DEPTH * LIST, len(items)), threads=torch.get_num_threads())
     there = found >= 0
     last = np.maximum(there.sum(axis=1) - 1, 0)
     row = np.arange(len(found))

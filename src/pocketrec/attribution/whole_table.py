@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pocketrec import kernel
 from pocketrec.attribution.estimators import Stream
 from pocketrec.attribution.samples import RankingSamples
 from pocketrec.attribution.scores import Scores, ScoreSums
@@ -22,6 +21,7 @@ from pocketrec.errors import UnsupportedOp
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.evaluation.metrics import to_csr
 from pocketrec.models.backbone import RankingModel
+from pocketrec.native import topk
 from pocketrec.training.steps import Checkpoint
 
 
@@ -150,7 +150,7 @@ def _lists(final: Tensor, gains: Tensor, split: Split, top: int, balance: float)
     pairs = np.asarray(split.ids)
     seen = to_csr(pairs[:, 0], pairs[:, 1] - items.offset, users.size)
     threads = torch.get_num_threads()
-    found, _ = kernel.topk(liking, offered, *seen, top, threads=threads)
+    found, _ = topk.topk(liking, offered, *seen, top, threads=threads)
     there, lists = found >= 0, np.maximum(found, 0).astype(np.int64)
     frequency = np.maximum(np.bincount(lists[there], minlength=items.size), 1).astype(np.float32)
     shares = np.where(there, frequency[lists] ** np.float32(-balance), np.float32(0)) / np.float32(lists.size)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pocketrec.errors import ConfigError
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.format.vocabulary import size_for as vocabulary_size_for
-from pocketrec.packed import Index, Storage
 from pocketrec.schema import Schema
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from pocketrec.compression.file_fit import fit_file, room_of, with_ladder_table
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.compression.small import Small, counted_values
 from pocketrec.errors import BudgetError
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
-from pocketrec.packed import Index, Storage
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:

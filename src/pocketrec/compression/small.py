@@ -13,10 +13,12 @@ from pocketrec.compression.budget import Budget
 from pocketrec.compression.ladder import Method
 from pocketrec.files import canonical_json
 from pocketrec.format.artifact import Contents, FileKind
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.format.vocabulary import Vocabulary
 from pocketrec.models.backbone import Model, RankingModel
 from pocketrec.models.table import Table
-from pocketrec.packed import Index, Packed, Storage
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import kernel
 from pocketrec.format.program import Array, Op, Program
 from pocketrec.format.program import kernel as reference
+from pocketrec.native import topk
 
 Csr: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int32]]
 """``(indptr (rows + 1,), indices (nnz,))``: the columns of row ``r`` are ``indices[indptr[r]:indptr[r + 1]]``."""
@@ -119,7 +119,7 @@ class _PairTower:
         """``(b, i)`` scores."""
         first = self.first
         counts = None if first.counts is None else (first.counts[0][rows], first.counts[1][columns])
-        return kernel.tower(first.users[rows], first.items[columns], first.bias, self.layers, counts=counts)
+        return topk.tower(first.users[rows], first.items[columns], first.bias, self.layers, counts=counts)
 
 
 _PairValue: TypeAlias = _PairVectors | _PairSum | _PairProduct | _PairTower
@@ -180,16 +180,16 @@ class AllPairs:
     def topk(self, rows: NDArray[np.int64], seen: Csr, k: int, *, threads: int = 1) -> tuple[NDArray[np.int32], Array]:
         """The ``k`` best items of each user in ``rows (B,)`` that are not in its row of ``seen``; best first.
 
-        Of equal scores the smaller id comes first; NaN never ranks. See :func:`pocketrec.kernel.topk`.
+        Of equal scores the smaller id comes first; NaN never ranks. See :func:`pocketrec.native.topk.topk`.
         """
         final = self.known.get(self.output)
         if isinstance(final, _PairProduct):
-            ids, scores = kernel.topk(final.users[rows], final.items, *seen, k, threads=threads)
+            ids, scores = topk.topk(final.users[rows], final.items, *seen, k, threads=threads)
             return ids, scores + np.float32(final.bias)
         indptr, indices = seen
 
         def best(top: int) -> tuple[NDArray[np.int32], Array]:
-            return kernel.best(self.scores(rows[top : top + USERS]), indptr[top : top + USERS + 1], indices, k)
+            return topk.best(self.scores(rows[top : top + USERS]), indptr[top : top + USERS + 1], indices, k)
 
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(best, range(0, len(rows), USERS)))

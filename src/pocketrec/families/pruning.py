@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.format.block import side_size_for
+from pocketrec.format.entries import size_for
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, Table, oov_rows
-from pocketrec.packed import side_size_for, size_for
 from pocketrec.schema import Schema
 
 RankingScope = Literal["joint", "block"]

@@ -1,1 +1,1 @@
-"""What a file is: blocks, layouts, vocabulary, program; read with numpy or the kernel, torch-free."""
+"""The file: how tables, heads and vocabularies lie in it, and how they are read without unpacking. Torch-free."""

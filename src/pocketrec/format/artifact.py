@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from pocketrec.errors import ArtifactError, PocketRecError
 from pocketrec.files import atomic_write
 from pocketrec.format.arrays import Extent, buffer, header, map_file, parse_header, view_arrays
+from pocketrec.format.packed import Packed
 from pocketrec.format.program import Program
 from pocketrec.format.vocabulary import Vocabulary
-from pocketrec.packed import Packed
 from pocketrec.schema import Field, Keys, Schema
 
 FileKind = Literal["ctr", "baked", "ego"]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import UnsupportedOp
-from pocketrec.layouts.matrix import CodedMatrix
+from pocketrec.format.matrix import CodedMatrix
 
 Array = NDArray[np.float32]
 _ZERO = np.float32(0)

@@ -23,7 +23,8 @@ from pocketrec.families.distillation import Imitated, Lesson
 from pocketrec.families.pruning import largest, ordered
 from pocketrec.families.retraining import HeadStart, ValueStart, retraining_model, search_training
 from pocketrec.families.thresholds import Falls, check_search, first_threshold, rising_rate, shrink
-from pocketrec.layouts.pruned_sum import (
+from pocketrec.format.block import PackedRange, Storage
+from pocketrec.format.layouts.pruned_sum import (
     OPERATIONS,
     Operation,
     PrunedSumBlock,
@@ -34,7 +35,6 @@ from pocketrec.layouts.pruned_sum import (
 )
 from pocketrec.models.backbone import Model, noise
 from pocketrec.models.first_values import xavier
-from pocketrec.packed import PackedRange, Storage
 from pocketrec.training.hooks import Rule
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run

@@ -21,10 +21,10 @@ from pocketrec.families.compositional.ladder import ComposedLadder
 from pocketrec.families.compositional.region import FrequencyOrder, Region, RegionScope, SlotOrder
 from pocketrec.families.compositional.table import Composition
 from pocketrec.families.distillation import Imitated, Lesson
-from pocketrec.layouts.factors import encode_factor
-from pocketrec.layouts.hash_mlp import CODES, HashMlpBlock, codes, network_bytes
+from pocketrec.format.block import PackedRange, Storage
+from pocketrec.format.computed import encode_factor
+from pocketrec.format.layouts.hash_mlp import CODES, HashMlpBlock, codes, network_bytes
 from pocketrec.models.backbone import Model
-from pocketrec.packed import PackedRange, Storage
 from pocketrec.randomness import derive
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run

@@ -16,10 +16,12 @@ from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
-from pocketrec.layouts.quantised import BITS, QuantisedBlock, code_bytes, pack_codes
+from pocketrec.format.block import Storage, file_range, side_size_for
+from pocketrec.format.entries import Index
+from pocketrec.format.layouts.quantised import BITS, QuantisedBlock, code_bytes, pack_codes
+from pocketrec.format.packed import Packed
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Block, Table, oov_rows
-from pocketrec.packed import Index, Packed, Storage, file_range, side_size_for
 from pocketrec.schema import Schema
 from pocketrec.training.run import Run
 

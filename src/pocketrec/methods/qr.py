@@ -18,10 +18,10 @@ from pocketrec.families.compositional.ladder import ComposedLadder
 from pocketrec.families.compositional.region import Region, RegionScope, SlotOrder
 from pocketrec.families.compositional.table import Composition
 from pocketrec.families.distillation import Imitated, Lesson
-from pocketrec.layouts.factors import encode_factor, factor_bytes
-from pocketrec.layouts.product import OPERATIONS, ProductBlock
+from pocketrec.format.block import PackedRange, Storage
+from pocketrec.format.computed import encode_factor, factor_bytes
+from pocketrec.format.layouts.product import OPERATIONS, ProductBlock
 from pocketrec.models.backbone import Model
-from pocketrec.packed import PackedRange, Storage
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 

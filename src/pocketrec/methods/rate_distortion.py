@@ -21,7 +21,7 @@ from pocketrec.families.coding.clicks.head import CodedHead, HeadCosts, moments
 from pocketrec.families.coding.clicks.table import CodedTable, spans
 from pocketrec.families.coding.clicks.touch_up import touch_up
 from pocketrec.families.coding.lists.ladder import ListCodingLadder
-from pocketrec.layouts.transform import Section, fixed_bytes
+from pocketrec.format.sections import Section, fixed_bytes
 from pocketrec.models.backbone import ClickModel, Model
 from pocketrec.models.table import Table
 from pocketrec.schema import Schema

@@ -20,10 +20,10 @@ from pocketrec.families.compositional.ladder import ComposedLadder
 from pocketrec.families.compositional.region import FrequencyOrder, Region, RegionScope, SlotOrder
 from pocketrec.families.compositional.table import ComposedTable, Composition
 from pocketrec.families.distillation import Imitated, Lesson
-from pocketrec.layouts.factors import encode_factor
-from pocketrec.layouts.tensor_train import TensorTrainBlock, core_shapes, row_factors, train_bytes, width_factors
+from pocketrec.format.block import PackedRange, Storage
+from pocketrec.format.computed import encode_factor
+from pocketrec.format.layouts.tensor_train import TensorTrainBlock, core_shapes, row_factors, train_bytes, width_factors
 from pocketrec.models.backbone import Model
-from pocketrec.packed import PackedRange, Storage
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pocketrec import kernel
 from pocketrec.errors import DataError
+from pocketrec.native import library, sparse
 
 
 class Buffers:
@@ -144,10 +144,10 @@ class Graph:
         add: Tensor | None = None,
     ) -> Tensor:
         """``out = left * (A x)[rows] + add``."""
-        if kernel.available() and x.device.type == "cpu":
+        if library.available() and x.device.type == "cpu":
             picked = None if rows is None else rows.numpy()
             added = None if add is None else _array(add)
-            kernel.spmm(
+            sparse.spmm(
                 self.indptr, self.indices, _array(x), left=left, rows=picked, add=added, out=_array(out),
                 threads=torch.get_num_threads(),
             )  # fmt: skip

@@ -7,8 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.models.table import Block, Table, check_matrix, oov_rows
-from pocketrec.packed import Index, Packed, Storage
 from pocketrec.schema import Schema
 
 

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError
-from pocketrec.packed import Index, Packed, Storage
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.schema import Schema
 
 

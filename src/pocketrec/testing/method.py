@@ -21,10 +21,10 @@ from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError
 from pocketrec.families.compositional.table import ComposedTable
 from pocketrec.format.artifact import Artifact
+from pocketrec.format.block import Storage
 from pocketrec.models.backbone import Model, RankingModel
 from pocketrec.models.baked import BakedModel
 from pocketrec.models.table import DenseTable, Table
-from pocketrec.packed import Storage
 from pocketrec.testing.lab import Lab, fingerprint, refused, require, same, untouched_globals
 from pocketrec.training.evaluate import logits
 from pocketrec.training.run import Run

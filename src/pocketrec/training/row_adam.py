@@ -32,8 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketrec import kernel
 from pocketrec.errors import DataError
+from pocketrec.native import library
+from pocketrec.native.library import structure
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -70,7 +71,7 @@ class RowAdam:
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self._curves = Curves.upto(4096)
-        self._library = kernel.compiled() if table.weight.device.type == "cpu" else None
+        self._library = library.compiled() if table.weight.device.type == "cpu" else None
         self._mark = torch.full_like(table.updated, -1)
 
     def distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +210,7 @@ def _rate(step: int) -> float:
     return _unbias(step) / (1 - BETAS[0] ** step)
 
 
+@structure("RowState")
 class _RowStateView(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p), ("first", ctypes.c_void_p), ("second", ctypes.c_void_p),
@@ -216,11 +218,13 @@ class _RowStateView(ctypes.Structure):
     )  # fmt: skip
 
 
+@structure("Rule")
 class _RuleView(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_float) for name in ("learning_rate", "weight_decay", "eps", "beta1", "beta2", "rate", "unbias")
     )
 
 
+@structure("Curves")
 class _CurvesView(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("tail", "decay1", "decay2", "ratio", "ramp"))

@@ -41,7 +41,7 @@ from safetensors.numpy import save_file
 import pocketrec as pr
 from pocketrec import methods
 from pocketrec.data.source import Batch, Column, Scan, Source
-from pocketrec.layouts.hash_mlp import HashMlpBlock, codes
+from pocketrec.format.layouts.hash_mlp import HashMlpBlock, codes
 from pocketrec.randomness import generator
 from pocketrec.schema import Task
 

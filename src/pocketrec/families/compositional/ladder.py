@@ -18,9 +18,10 @@ from pocketrec.families.compositional.region import Region, RegionScope, SlotOrd
 from pocketrec.families.compositional.table import ComposedTable, Plan
 from pocketrec.families.distillation import Lesson, imitated
 from pocketrec.families.retraining import initial_model
+from pocketrec.format.block import side_size_for
+from pocketrec.format.entries import size_for
 from pocketrec.models.backbone import Model, noise
 from pocketrec.models.table import Block, Table, oov_rows
-from pocketrec.packed import side_size_for, size_for
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError
 from pocketrec.families.compositional.region import Region
+from pocketrec.format.block import FileBlock, PackedRange, Storage, file_range
+from pocketrec.format.entries import Index
+from pocketrec.format.packed import Packed
 from pocketrec.models.table import Block, Table, oov_rows
-from pocketrec.packed import FileBlock, Index, Packed, PackedRange, Storage, file_range
 from pocketrec.schema import Schema
 from pocketrec.training.hooks import LearningTable, Rule
 

@@ -37,9 +37,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import kernel, registry
+from pocketrec import registry
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.format.arrays import open_arrays
+from pocketrec.native import topk
 from pocketrec.study.profiling.memory import reset, resident
 from pocketrec.study.profiling.stopwatch import Stopwatch, Timing, nothing, timed
 
@@ -294,7 +295,7 @@ def _serve_scores(task: Workload, memory: Memory) -> list[Timing]:
     def rank(call: int) -> None:
         for top in range(0, len(scores), USERS):
             part = scores[top : top + USERS]
-            kernel.best(part, *_unseen(len(part)), LIST)
+            topk.best(part, *_unseen(len(part)), LIST)
 
     score = timed("scoring", lambda i: pairs.scores(chosen[i]), task.repeats)
     return [score, timed("ranking", rank, task.repeats)]

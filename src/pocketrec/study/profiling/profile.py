@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from pocketrec import kernel, runtime
+from pocketrec import runtime
 from pocketrec.compression.budget import Budget
 from pocketrec.compression.compress import sized
 from pocketrec.compression.ladder import Ladder, Method
@@ -36,6 +36,7 @@ from pocketrec.compression.small import Small
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.format.arrays import save_arrays
 from pocketrec.models.baked import BakedModel
+from pocketrec.native import library
 from pocketrec.study.profiling.memory import STATUS
 from pocketrec.study.profiling.phase import Workload, prepared
 from pocketrec.study.profiling.stopwatch import Timing
@@ -154,7 +155,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": {name: os.environ.get(name) for name in THREADS},
         "memory_gib": _memory_gib(),
         "system": platform.platform(),
-        "kernel": kernel.level() or "numpy",
+        "kernel": library.level() or "numpy",
         "device": named,
         "versions": {"python": platform.python_version(), **{n: v for n in PACKAGES if (v := _version(n))}},
     }
@@ -228,7 +229,7 @@ class _Specimens:
             rows = self._rows(file, batch, task.repeats)
             packed = replace(task, kind=kind, phase="inference packed", batch=batch, file=str(file), rows=str(rows))
             yield packed
-            if self.profile == "server" and kernel.available():
+            if self.profile == "server" and library.available():
                 yield replace(packed, phase="inference packed numpy")
 
     def _save(self, small: Small) -> Path:
@@ -298,7 +299,7 @@ def _run(task: Workload) -> Timing:
 def _environment(task: Workload) -> dict[str, str]:
     """The environment of a task's process: its threads, no shared cache but the task's, numpy alone where asked for."""
     kept = {n: v for n, v in os.environ.items() if n != "POCKETREC_CACHE"}
-    plain = {"POCKETREC_KERNEL": "0"} if task.phase.endswith(" numpy") else {}
+    plain = {"POCKETREC_KERNEL": "off"} if task.phase.endswith(" numpy") else {}
     return {**kept, **{name: str(task.threads) for name in THREADS}, **plain}
 
 

@@ -22,17 +22,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.layouts.transform import (
-    GROUP,
-    MOST_BITS,
-    MOST_DIRECTIONS,
-    MOST_PLANES,
-    Section,
-    coder,
-    edges,
-    levels,
-    nearest,
-)
+from pocketrec.format.planes import GROUP, MOST_PLANES
+from pocketrec.format.quantiser import MOST_BITS, edges, levels, nearest
+from pocketrec.format.sections import MOST_DIRECTIONS, Section, coder
 
 Rate = Literal["bits", "values"]
 """What is paid for: bits of the file, or coded scalars."""

@@ -26,9 +26,9 @@ from pocketrec.attribution.lowered import LoweredHead
 from pocketrec.attribution.samples import ClickSamples, training_rows
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import UnsupportedOp
+from pocketrec.format.matrix import CodedMatrix, row_bytes
 from pocketrec.format.program import Op, Program
-from pocketrec.layouts.matrix import CodedMatrix, row_bytes
-from pocketrec.layouts.transform import MOST_BITS, edges, levels
+from pocketrec.format.quantiser import MOST_BITS, edges, levels
 from pocketrec.models.backbone import ClickModel
 
 SAMPLES = 1 << 14

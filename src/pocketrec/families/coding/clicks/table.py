@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketrec.families.coding.clicks.allocation import Assignment, FieldCoordinates
-from pocketrec.layouts.transform import Section, TransformBlock, accumulate, encode
+from pocketrec.format.block import PackedRange, Storage, file_range
+from pocketrec.format.entries import Index
+from pocketrec.format.layouts.transform import TransformBlock
+from pocketrec.format.packed import Packed
+from pocketrec.format.sections import Section, accumulate, encode
 from pocketrec.models.table import Block, Table
-from pocketrec.packed import Index, Packed, PackedRange, Storage, file_range
 from pocketrec.schema import Schema
 
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from pocketrec.data.dataset import Dataset
 from pocketrec.families.coding.clicks.table import CodedTable
 from pocketrec.families.distillation import ClickStudent, Target, better, stages
-from pocketrec.layouts.transform import MOST_PLANES, Section, coder
+from pocketrec.format.planes import MOST_PLANES
+from pocketrec.format.sections import Section, coder
 from pocketrec.models.backbone import ClickModel, L, Model
 from pocketrec.models.table import Lookup
 from pocketrec.training.run import Run

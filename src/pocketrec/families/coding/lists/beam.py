@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketrec import kernel
-from pocketrec.layouts.trellis import Code
+from pocketrec.format.trellis_codes import Code
+from pocketrec.native import library
+from pocketrec.native.library import pointer
 
 RIDGE = 1e-3
 """Share of a metric's mean diagonal that every direction has at least."""
@@ -63,16 +64,27 @@ def beam_search(
         ``(m, steps)``.
     """
     found = np.empty((len(rows), code.steps(rows.shape[1])), np.uint8)
-    library = kernel.compiled()
     beams = min(beams, max(2, _CANDIDATES >> code.bits))
     for begin in range(0, len(rows), _CHUNK_ROWS):
         part = slice(begin, begin + _CHUNK_ROWS)
         x, scale, m, d = (np.ascontiguousarray(a[part], np.float32) for a in (rows, scales, upper, weights))
-        if library is None:
+        if not library.available():
             found[part] = _search_numpy(code, x, scale, m, d, beams)
         else:
-            kernel.beam(code.table, code.bits, code.memory, x, scale, m, d, beams, found[part])
+            _search_compiled(code, x, scale, m, d, beams, found[part])
     return found
+
+
+def _search_compiled(
+    code: Code, rows: Floats, scales: Floats, upper: Floats, weights: Floats, beams: int, codes: NDArray[np.uint8]
+) -> None:
+    """Write codes ``(m, steps)`` by the compiled library, which must be available."""
+    count, width = rows.shape
+    status = library.needed().pocketrec_beam(
+        pointer(code.table), code.bits, code.span, code.memory, pointer(rows), pointer(scales), pointer(upper),
+        pointer(weights), count, width, beams, pointer(codes),
+    )  # fmt: skip
+    library.check_status(status, "`rows`")
 
 
 def _search_numpy(

@@ -32,20 +32,18 @@ from pocketrec.families.coding.lists.plan import (
     atom_threshold,
     number_bits,
 )
-from pocketrec.layouts.quantised import code_bytes
-from pocketrec.layouts.trellis import (
+from pocketrec.format.layouts.quantised import code_bytes
+from pocketrec.format.layouts.trellis import (
     CENTROID_BITS,
-    CODES,
     GAIN_BITS,
-    MOST_PLANES,
-    SCALE_BITS,
     Records,
     Shape,
     centroid_values,
-    code_values,
     direction,
     geometric,
 )
+from pocketrec.format.planes import MOST_PLANES
+from pocketrec.format.trellis_codes import CODES, SCALE_BITS, code_values
 from pocketrec.randomness import generator
 
 BEAMS = 24

@@ -17,7 +17,7 @@ from pocketrec.families.coding.lists.gain_shape import GainShape
 from pocketrec.families.coding.lists.plan import TrellisPlan
 from pocketrec.families.coding.lists.table import TrellisTable
 from pocketrec.families.coding.lists.touch_up import touch_up_lists
-from pocketrec.layouts.trellis import Records, Shape
+from pocketrec.format.layouts.trellis import Records, Shape
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Table
 from pocketrec.training.run import Run

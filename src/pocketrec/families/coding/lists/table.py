@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketrec.layouts.trellis import Records, Shape, TrellisBlock, encode
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Index
+from pocketrec.format.layouts.trellis import Records, Shape, TrellisBlock, encode
+from pocketrec.format.packed import Packed
 from pocketrec.models.table import Block, Table
-from pocketrec.packed import Index, Packed, Storage
 from pocketrec.schema import Schema
 
 

@@ -10,15 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocketrec.families.coding.lists.table import TrellisTable
-from pocketrec.layouts.trellis import (
-    CENTROID_BITS,
-    CODES,
-    GAIN_BITS,
-    SCALE_BITS,
-    centroid_values,
-    code_values,
-    geometric,
-)
+from pocketrec.format.layouts.trellis import CENTROID_BITS, GAIN_BITS, centroid_values, geometric
+from pocketrec.format.trellis_codes import CODES, SCALE_BITS, code_values
 from pocketrec.models.table import Lookup
 
 _TINY = 1e-20

@@ -1,11 +1,11 @@
-// Exact top-k by screening with eight-bit integers, for processors with VNNI; included by _kernel.cpp.
+// Exact top-k by screening with eight-bit integers, for processors with VNNI; compiled once, behind the loops of
+// AVX-512, some of which it calls.
 //
 // A user x = s c + e and an item y = t b + f, with c and b vectors of eight-bit codes, satisfy
 //     |x . y - s t (c . b)| <= |s c| |f| + |e| |y|,
 // and c . b costs a quarter of x . y. Only pairs whose upper bound beats the user's k-th best score so far are scored in
 // fp32, in the order of sums of the other instruction sets: the lists are the same, bit for bit.
 
-namespace {
 namespace vnni {
 
 using avx512::Best;
@@ -200,4 +200,3 @@ int topk(const TopK &task, const float *items, int threads) {
 }
 
 }  // namespace vnni
-}  // namespace

@@ -1,4 +1,4 @@
-// Look-up in tables of layout `transform`; included by _kernel.cpp once per instruction set.
+// Look-up in tables of layout `transform`; compiled once per instruction set.
 //
 // The bits before a row in its group of 256 follow from population counts of the planes of class numbers: with
 // r(c) the bits of class c, sum over rows of r(class) = sum over sets S of planes of w(S) |rows with all planes of S|,

@@ -1,52 +1,8 @@
-// Lazy row Adam: the closed forms of pocketrec.optim, fused over the rows of a batch. Plain C ABI, no dependency.
-//
-// One loop body per function; the compiler makes a copy of it per instruction set where it can, and the processor picks
-// at run time. Rows must lie inside the arrays: `pocketrec_adam_distinct` checks them.
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-trapping-math", "no-math-errno")
-#endif
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(_WIN32)
-#define POCKETREC_EXPORT extern "C" __declspec(dllexport)
-#else
-#define POCKETREC_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define POCKETREC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define POCKETREC_INLINE static inline __attribute__((always_inline))
-#else
-#define POCKETREC_CLONES
-#define POCKETREC_INLINE static inline
-#endif
-
-namespace {
-
-// The table in training: weights and moments (rows, width), and the step that each row is up to date with.
-struct Rows {
-  float *weight, *first, *second;
-  int32_t *updated;
-  int64_t width;
-};
-
-struct Rule {
-  float learning_rate, weight_decay, eps, beta1, beta2;
-  float rate;    // c(step)
-  float unbias;  // sqrt(1 - beta2^step)
-};
-
-// The momentum tail T by step, and functions of a number of steps.
-struct Curves {
-  const float *tail, *decay1, *decay2, *ratio, *ramp;
-};
+// Lazy row Adam: the closed forms of pocketrec's row_adam.py, fused over the rows of a batch; compiled once per
+// instruction set.
 
 // e^x for x <= 0, to about 2 ulp.
-POCKETREC_INLINE float exponential(float x) {
+inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float whole = shifted - 12582912.0f;
@@ -65,7 +21,7 @@ POCKETREC_INLINE float exponential(float x) {
 }
 
 // Natural logarithm of a normal positive number, to about 2 ulp.
-POCKETREC_INLINE float logarithm(float x) {
+inline float logarithm(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const int32_t offset = bits - 0x3f3504f3;
@@ -86,32 +42,9 @@ POCKETREC_INLINE float logarithm(float x) {
   return f - 0.5f * f * f + p * f * f * f + static_cast<float>(exponent) * 0.69314718f;
 }
 
-}  // namespace
-
-// Distinct ids in order of first appearance -> rows (at most `count`), and the place of each id in it. `mark (limit)` is
-// all -1 before and after. Returns the number of rows, or -1 where an id is out of range.
-POCKETREC_EXPORT int64_t pocketrec_adam_distinct(const int64_t *ids, int64_t count, int32_t *mark, int64_t limit,
-                                                 int64_t *rows, int32_t *place) {
-  int64_t found = 0;
-  bool inside = true;
-  for (int64_t i = 0; i < count && inside; ++i) {
-    inside = ids[i] >= 0 && ids[i] < limit;
-    if (!inside) break;
-    int32_t &seen = mark[ids[i]];
-    if (seen < 0) {
-      rows[found] = ids[i];
-      seen = static_cast<int32_t>(found++);
-    }
-    place[i] = seen;
-  }
-  for (int64_t i = 0; i < found; ++i) mark[rows[i]] = -1;
-  return inside ? found : -1;
-}
-
-// Brings `rows` from the step they were last updated at to `step`.
-POCKETREC_EXPORT POCKETREC_CLONES void pocketrec_adam_catch_up(const Rows *table, const Rule *rule,
-                                                               const Curves *curves, const int64_t *rows,
-                                                               int64_t count, int64_t step) {
+// Brings rows from the step they were last updated at to `step`.
+inline void catch_up(const Rows *table, const Rule *rule, const Curves *curves, const int64_t *rows, int64_t count,
+                     int64_t step) {
   const float decay = rule->weight_decay, eps = rule->eps * rule->unbias, eps2 = rule->eps * rule->eps;
   const float tiny = 1e-30f;
   for (int64_t i = 0; i < count; ++i) {
@@ -153,10 +86,9 @@ POCKETREC_EXPORT POCKETREC_CLONES void pocketrec_adam_catch_up(const Rows *table
   }
 }
 
-// One step on `rows`: their gradient is the sum of `gradients (places, width)` over the places that name them.
-POCKETREC_EXPORT POCKETREC_CLONES void pocketrec_adam_update(const Rows *table, const Rule *rule, const int64_t *rows,
-                                                             int64_t count, const int32_t *place, int64_t places,
-                                                             const float *gradients, float *sums, int64_t step) {
+// One step on rows.
+inline void update(const Rows *table, const Rule *rule, const int64_t *rows, int64_t count, const int32_t *place,
+                   int64_t places, const float *gradients, float *sums, int64_t step) {
   const int64_t width = table->width;
   std::memset(sums, 0, sizeof(float) * count * width);
   for (int64_t i = 0; i < places; ++i) {

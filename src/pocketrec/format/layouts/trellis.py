@@ -28,125 +28,33 @@ Arrays:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import kernel
 from pocketrec.errors import ArtifactError, BudgetError
-from pocketrec.layouts.quantised import code_bytes, pack_codes, unpack_codes
-from pocketrec.layouts.transform import levels, per_set, quantile
-from pocketrec.packed import FileBlock
+from pocketrec.format.block import FileBlock
+from pocketrec.format.layouts.quantised import code_bytes, pack_codes, unpack_codes
+from pocketrec.format.planes import GROUP, MOST_PLANES, SPARE, Part, pack_planes, per_set, plane_bytes
+from pocketrec.format.trellis_codes import CODES, SCALE_BITS, CodeView, code_part, rate_bits
+from pocketrec.native.library import LONG, POINTER, pointer, structure
+from pocketrec.native.lookup import Table
 
-GROUP = 256
-"""Items between two offsets."""
-SPARE = 4
-"""Bytes behind the codes, so that words can be read anywhere."""
-GAIN_BITS, SCALE_BITS, CENTROID_BITS = 4, 2, 4
-MOST_PLANES, MOST_SHAPES, MOST_ATOMS, MOST_PLACES = 3, 12, 4, 24
+GAIN_BITS, CENTROID_BITS = 4, 4
+MOST_SHAPES, MOST_ATOMS, MOST_PLACES = 12, 4, 24
+
 
 _PAIRS = 3
 """Least and ratio of gains, items' scales and users' scales."""
 _READ_ROWS = 4096
-_LANES = 16
-_PAIRED_MEMORY = 13
-"""Bits that name a row of the largest table of pairs of steps, 64 KiB."""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Code:
-    """A trellis code.
-
-    Attributes:
-        bits: of a step, ``k``.
-        span: coordinates of a step, ``V``.
-        memory: bits that name a row of the table, ``L``.
-        seed: of the order of the table; one of the best of some dozens for a normal variable.
-    """
-
-    bits: int
-    span: int
-    memory: int
-    seed: int = 0
-
-    def steps(self, width: int) -> int:
-        """Steps of a row."""
-        return -(-width // self.span)
-
-    def size(self, width: int) -> int:
-        """Bits of a row."""
-        return self.bits * self.steps(width)
-
-    def windows(self, width: int) -> tuple[Ints, Ints, Ints]:
-        """First bit and mask of each step's bits, and by which they are shifted to name a row of the table."""
-        ends = self.bits * np.arange(1, self.steps(width) + 1)
-        known = np.minimum(ends, self.memory)
-        return ends - known, (1 << known) - 1, self.memory - known
-
-    @cached_property
-    def table(self) -> Floats:
-        """The values, ``(2^L, V)``: normal quantiles in a scrambled order, the same on every machine.
-
-        They are shrunk to the variance that a code of the rate reproduces at best. The first step, before which there
-        are only zeros, chooses between the levels of a Lloyd-Max quantiser.
-        """
-        count = 1 << self.memory
-        if self.memory == self.bits:
-            return levels(self.bits)[:, None]
-        shrink = (1 - 4.0 ** (-self.bits / self.span)) ** 0.5
-        ranks = _normal_quantiles(count) * shrink
-        found = np.empty((count, self.span))
-        for column in range(self.span):
-            order = np.argsort(_scramble(np.arange(count), self.seed * self.span + column), kind="stable")
-            found[order, column] = ranks
-        if self.span == 1:
-            found[:: count >> self.bits, 0] = levels(self.bits)
-        return (np.rint(found * 2**14) / 2**14).astype(np.float32)
-
-
-CODES = (
-    Code(1, 4, 10, 7),
-    Code(1, 2, 10, 5),
-    Code(2, 3, 10, 19),
-    Code(1, 1, 10, 19),
-    Code(3, 2, 10, 21),
-    Code(2, 1, 10, 10),
-    Code(3, 1, 10, 20),
-    Code(4, 1, 12, 28),
-    Code(6, 1, 6),
-    Code(8, 1, 8),
-)
-"""All codes; class and file name code ``n`` by ``n + 1``, and no code by 0."""
-
-
-@cache
-def _normal_quantiles(count: int) -> NDArray[np.float64]:
-    return np.array([quantile((i + 0.5) / count) for i in range(count)])
-
-
-def _scramble(numbers: Ints, seed: int) -> NDArray[np.uint64]:
-    """Words that look random: multiplications and shifts modulo 2^32."""
-    word = (numbers + (seed << 16)).astype(np.uint64)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        word = ((word ^ (word >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
-    return word ^ (word >> np.uint64(16))
-
-
-def rate_bits(rate: int, width: int) -> int:
-    """Bits of a coded rest by the number of its code, its scale included; 0 is no code.
-
-    Example:
-        >>> rate_bits(0, 64), rate_bits(4, 64)
-        (0, 66)
-    """
-    return CODES[rate - 1].size(width) + SCALE_BITS if rate else 0
 
 
 @dataclass(frozen=True)
@@ -197,7 +105,7 @@ class Shape:
         sums = -(-self.users * self.user_bits(width) // 8)
         shared = code_bytes(width, CENTROID_BITS) << self.shapes
         numbers = 4 * (2 * _PAIRS + 1 + self.atoms)
-        index = _plane_bytes(self.items, self.planes) + 4 * -(-self.items // GROUP)
+        index = plane_bytes(self.items, self.planes) + 4 * -(-self.items // GROUP)
         return records + sums + SPARE + shared + numbers + index
 
     def sound(self) -> bool:
@@ -212,11 +120,6 @@ class Shape:
             and self.places <= MOST_PLACES
             and self.first < len(self.rates)
         )
-
-
-def _plane_bytes(items: int, planes: int) -> int:
-    full, tail = divmod(items, GROUP)
-    return planes * (full * GROUP // 8 + -(-tail // 8))
 
 
 @dataclass(frozen=True)
@@ -274,7 +177,7 @@ def encode(shape: Shape, records: Records) -> dict[str, NDArray[Any]]:
     _put_code(users, place, shape.rest, width, records.user_scales, records.user_codes)
     packed = [np.packbits(part, bitorder="little") for part in (items, users)]
     return {
-        "planes": _pack_planes(records.classes, shape.planes),
+        "planes": pack_planes(records.classes, shape.planes),
         "offsets": starts[::GROUP].astype(np.uint32),
         "codes": np.concatenate([*packed, np.zeros(SPARE, np.uint8)]),
         "centroids": pack_codes(records.centroids, CENTROID_BITS),
@@ -306,14 +209,6 @@ def _put_code(
         places = _put(stream, places, codes[:, step], code.bits)
 
 
-def _pack_planes(classes: NDArray[np.uint8], planes: int) -> NDArray[np.uint8]:
-    """The planes of each group of items behind each other."""
-    bits = (classes[:, None] >> np.arange(planes)) & 1
-    groups = [bits[i : i + GROUP].astype(np.uint8) for i in range(0, len(bits), GROUP)]
-    packed = [np.packbits(g.T, axis=1, bitorder="little").reshape(-1) for g in groups]
-    return np.concatenate([*packed, np.empty(0, np.uint8)])
-
-
 def geometric(least: float, ratio: float, bits: int) -> Floats:
     """The ``2^bits`` numbers ``least * ratio^j``.
 
@@ -329,15 +224,17 @@ def centroid_values(numbers: NDArray[np.uint8], step: float) -> Floats:
     return (numbers.astype(np.float32) - np.float32(7.5)) * np.float32(step)
 
 
-def code_values(rate: int, codes: NDArray[np.integer], width: int) -> Floats:
-    """What codes ``(m, steps)`` mean, ``(m, width)``."""
-    code = CODES[rate - 1]
-    states = np.zeros(codes.shape, np.int64)
-    state = np.zeros(len(codes), np.int64)
-    for step in range(codes.shape[1]):
-        state = (state >> code.bits) | (codes[:, step].astype(np.int64) << (code.memory - code.bits))
-        states[:, step] = state
-    return code.table[states].reshape(len(codes), codes.shape[1] * code.span)[:, :width]
+@structure("Trellis")
+class TableView(ctypes.Structure):
+    """A table of layout ``trellis`` as the library sees it."""
+
+    _fields_ = (
+        *((name, LONG) for name in ("first", "users", "items", "user_start", "user_bits", "code_bytes",
+                                     "candidate_count", "centroid_bytes", "shapes", "places", "atoms")),
+        *((name, POINTER) for name in ("index", "codes", "stream", "centroids", "candidates", "levels", "gains",
+                                        "item_scales", "user_scales", "coefficients", "fill", "absent")),
+        ("field_count", LONG), ("width", LONG),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -372,7 +269,7 @@ class TrellisBlock(FileBlock):
             raise ArtifactError(f"Block {self.name!r} has an impossible shape: {self.to_json()}.")
         if shape.users + shape.items != self.rows:
             raise ArtifactError(f"Block {self.name!r} must have {shape.users + shape.items} rows, but has {self.rows}.")
-        self._check("planes", np.uint8, (_plane_bytes(shape.items, shape.planes),))
+        self._check("planes", np.uint8, (plane_bytes(shape.items, shape.planes),))
         self._check("offsets", np.uint32, (-(-shape.items // GROUP),))
         self._check("centroids", np.uint8, (1 << shape.shapes, code_bytes(self.width, CENTROID_BITS)))
         self._check("scales", np.float32, (2 * _PAIRS + 1 + shape.atoms,))
@@ -504,34 +401,58 @@ class TrellisBlock(FileBlock):
             found += self._rest(self.shape.rest, places, self._user_scales)
         return found
 
-    def alone(self, fill: Floats, absent: Floats) -> kernel.TrellisView:
-        """The table for the compiled kernel; of its arrays, the few numbers in ``scales`` are unpacked."""
+    @classmethod
+    def view(cls, blocks: Sequence[TrellisBlock], fill: Floats, absent: Floats) -> Table | None:
+        """One block of all columns, as the compiled kernel reads it; of its arrays, ``scales`` is unpacked."""
+        if len(blocks) > 1 or blocks[0].width != fill.shape[1]:
+            return None
+        block = blocks[0]
+        index, shape = block._index(), block.shape
+        rates = [*shape.rates, *[0] * ((1 << MOST_PLANES) - len(shape.rates)), shape.rest]
+        parts = [code_part(rate, block.width) for rate in rates]
+        codes = (CodeView * len(parts))(*(part.view() for part in parts))
+        arrays = block._unpacked() | {"fill": fill, "absent": absent}
+        part = index.view()
+        table = TableView(
+            **block._counts(), field_count=len(fill), index=ctypes.addressof(part), codes=ctypes.addressof(codes),
+            **{name: pointer(array) for name, array in arrays.items()},
+        )  # fmt: skip
+        return Table("pocketrec_trellis", table, len(fill), (index, part, parts, codes, arrays))
+
+    def _index(self) -> Part:
+        """Planes, offsets and sizes of the items' records."""
         shape, arrays = self.shape, self.arrays
         sizes = np.zeros(1 << MOST_PLANES, np.int64)
         sizes[: len(self._item_bits)] = self._item_bits
         small, large = np.zeros((0, 1 << MOST_PLANES), np.uint32), np.zeros((0, 1 << MOST_PLANES), np.float32)
-        index = kernel.Part(
+        return Part(
             first=0, rows=shape.items, code_start=0, planes=shape.planes, classes=len(shape.rates),
             codes=arrays["codes"], class_planes=arrays["planes"], offsets=arrays["offsets"],
             weights=per_set(sizes), record=sizes.astype(np.int32), directions=0, widest=np.zeros(0, np.int32),
             bits=small, mask=small, scale=large, levels=self._gains, basis=large, last=large[:, 0].copy(),
         )  # fmt: skip
-        numbers = {
+
+    def _counts(self) -> dict[str, int]:
+        """The whole numbers of :class:`TableView`."""
+        shape, arrays = self.shape, self.arrays
+        return {
             "first": self.start, "users": shape.users, "items": shape.items, "user_start": 8 * self._user_start,
             "user_bits": self._user_bits, "code_bytes": len(arrays["codes"]),
             "candidate_count": len(self.candidates), "centroid_bytes": arrays["centroids"].shape[1],
             "shapes": shape.shapes, "places": shape.places, "atoms": shape.atoms,
-            "field_count": len(fill), "width": self.width,
+            "width": self.width,
         }  # fmt: skip
-        read = {
+
+    def _unpacked(self) -> dict[str, NDArray[Any]]:
+        """The arrays of :class:`TableView`."""
+        arrays = self.arrays
+        return {
             "stream": arrays["codes"], "centroids": arrays["centroids"],
             "candidates": self.candidates.astype(np.uint32),
             "levels": centroid_values(np.arange(1 << CENTROID_BITS, dtype=np.uint8), float(self._step)),
             "gains": self._gains, "item_scales": self._item_scales, "user_scales": self._user_scales,
-            "coefficients": self._coefficients, "fill": fill, "absent": absent,
+            "coefficients": self._coefficients,
         }  # fmt: skip
-        rates = [*shape.rates, *[0] * ((1 << MOST_PLANES) - len(shape.rates)), shape.rest]
-        return kernel.TrellisView(numbers, index, [_part(rate, self.width) for rate in rates], read)
 
     @property
     def _step(self) -> np.float32:
@@ -557,24 +478,6 @@ class TrellisBlock(FileBlock):
             found[begin:middle] = self._users(distinct[begin:middle])
             found[middle:stop] = self._items(distinct[middle:stop] - self.shape.users)
         out[...] = found[place]
-
-
-@cache
-def _part(rate: int, width: int) -> kernel.CodePart:
-    """A code for the compiled kernel, by its number; where the table stays small, it reads two steps at a time."""
-    if not rate:
-        nothing = np.zeros(_LANES, np.int32)
-        return kernel.CodePart(np.zeros((1, 1), np.float32), 1, nothing, nothing, nothing, 0)
-    code = CODES[rate - 1]
-    table = code.table
-    if code.span == 1 and code.memory + code.bits <= _PAIRED_MEMORY:
-        windows = np.arange(1 << (code.memory + code.bits))
-        table = np.hstack([table[windows & ((1 << code.memory) - 1)], table[windows >> code.bits]])
-        code = Code(2 * code.bits, 2, code.memory + code.bits)
-    steps = code.steps(width)
-    first, mask, shift = (np.pad(a, (0, -steps % _LANES), "edge").astype(np.int32) for a in code.windows(width))
-    table = np.pad(table, ((0, 0), (0, (1 << (code.span - 1).bit_length()) - code.span)))
-    return kernel.CodePart(np.ascontiguousarray(table), code.span, first, mask, shift, steps)
 
 
 def direction(vectors: Floats) -> Floats:

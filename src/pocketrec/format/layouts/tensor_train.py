@@ -14,8 +14,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.layouts.factors import ComposedBlock, Shape, factor_bytes, whole
-from pocketrec.packed import Storage
+from pocketrec.format.block import Storage
+from pocketrec.format.computed import ComposedBlock, Shape, factor_bytes, whole
 
 HALF_BYTES = 64 << 20
 """The product of the first half of the cores is kept in memory up to this size."""

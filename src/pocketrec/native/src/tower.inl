@@ -1,4 +1,4 @@
-// Scores of all pairs by a perceptron, compiled once per instruction set as part of _kernel.cpp.
+// Scores of all pairs by a perceptron, compiled once per instruction set.
 //
 // A panel of items lies across the lanes, so that a pair's score is the same arithmetic wherever the item stands.
 

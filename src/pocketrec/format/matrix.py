@@ -1,6 +1,6 @@
 """Matrices of a head in a few bits: each row has a scale and as many bits an entry as it is worth.
 
-Entry ``(o, i)`` is ``scale_o * level[b_o][code_oi]``, with levels as in :mod:`pocketrec.layouts.transform`; a row
+Entry ``(o, i)`` is ``scale_o * level[b_o][code_oi]``, with levels as in :mod:`pocketrec.format.quantiser`; a row
 of 0 bits is zero. Arrays in a file:
 
 ``bits``
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import ArtifactError
-from pocketrec.layouts.quantised import code_bytes, pack_codes, unpack_codes
-from pocketrec.layouts.transform import MOST_BITS, levels
+from pocketrec.format.layouts.quantised import code_bytes, pack_codes, unpack_codes
+from pocketrec.format.quantiser import MOST_BITS, levels
 
 ROW_BYTES = 1
 """Bytes of a row without bits."""

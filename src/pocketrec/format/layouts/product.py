@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.layouts.factors import ComposedBlock, Shape, whole
+from pocketrec.format.computed import ComposedBlock, Shape, whole
 
 OPERATIONS = ("mult", "add", "concat")
 

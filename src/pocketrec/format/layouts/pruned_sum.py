@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import ConfigError, DivergedError
-from pocketrec.layouts.factors import ComposedBlock, Shape, whole
-from pocketrec.packed import DTYPES, PackedBlock, Storage, mask_bytes, size_for, stride_for
+from pocketrec.format.block import DTYPES, Storage
+from pocketrec.format.computed import ComposedBlock, Shape, whole
+from pocketrec.format.entries import PackedBlock, mask_bytes, size_for, stride_for
 
 Operation = Literal["add", "concat"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import ArtifactError
-from pocketrec.packed import FileBlock
+from pocketrec.format.block import FileBlock
 
 BITS = range(2, 9)
 

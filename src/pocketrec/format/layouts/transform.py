@@ -29,310 +29,34 @@ that the place of a row follows from the classes of the rows before it. Arrays, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import ctypes
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import kernel
-from pocketrec.errors import ArtifactError, BudgetError
-from pocketrec.packed import FileBlock
-
-MOST_BITS = 8
-MOST_DIRECTIONS = 255
-MOST_PLANES = 3
-GROUP = 256
-"""Rows between two offsets."""
-SPARE = 4
-"""Bytes behind the codes, so that words can be read anywhere."""
+from pocketrec.errors import ArtifactError
+from pocketrec.format.block import FileBlock
+from pocketrec.format.planes import GROUP, MOST_PLANES, SPARE, Part, PartView, per_set
+from pocketrec.format.quantiser import MOST_BITS, level_table, positive_levels
+from pocketrec.format.sections import Section, accumulate, coder_bits
+from pocketrec.native.library import LONG, POINTER, pointer, structure
+from pocketrec.native.lookup import ASKED, Table
 
 _LANES = 16
 
-_SCALE_ZERO, _SCALE_STEPS, _SCALE_TOP = 3072, 128, 4095
-_REFINEMENTS = 200
-_COMPARED_BITS = 3
-"""Up to so many bits, comparing with every edge is the fastest."""
-_CELLS, _REACH = 4096, 6.0
 
+@structure("Transform")
+class TransformTable(ctypes.Structure):
+    """A table of layout ``transform``."""
 
-@cache
-def levels(bits: int) -> NDArray[np.float32]:
-    """The ``2^bits`` levels of least mean squared error for a standard normal variable, rising: a Lloyd-Max quantiser.
-
-    They are rounded to multiples of 2^-14, so that every machine has the same.
-
-    Example:
-        >>> levels(1).tolist()
-        [-0.79791259765625, 0.79791259765625]
-
-    Reference: Max, "Quantizing for minimum distortion", 1960; Lloyd, "Least squares quantization in PCM", 1982.
-    """
-    count = 1 << bits
-    found = np.array([quantile((i + 0.5) / count) * math.sqrt(3) for i in range(count)])
-    for _ in range(_REFINEMENTS if bits else 0):
-        edges = [-math.inf, *((found[1:] + found[:-1]) / 2).tolist(), math.inf]
-        density = np.array([math.exp(-e * e / 2) / math.sqrt(2 * math.pi) for e in edges])
-        below = np.array([(1 + math.erf(e / math.sqrt(2))) / 2 for e in edges])
-        found = -np.diff(density) / np.diff(below)
-        found = (found - found[::-1]) / 2
-    return (np.rint(found * 2**14) / 2**14).astype(np.float32)
-
-
-def quantile(share: float) -> float:
-    """The standard normal quantile, by bisection.
-
-    Example:
-        >>> round(quantile(0.975), 6)
-        1.959964
-    """
-    low, high = -9.0, 9.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (1 + math.erf(middle / math.sqrt(2))) / 2 < share else (low, middle)
-    return (low + high) / 2
-
-
-@cache
-def edges(bits: int) -> NDArray[np.float32]:
-    """Halfway between each two :func:`levels`: the bounds of their cells, ``(2^bits - 1,)``."""
-    found = levels(bits)
-    return (found[1:] + found[:-1]) / np.float32(2)
-
-
-def nearest(values: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
-    """Codes of the levels that values are nearest to; of two, the lower one.
-
-    Example:
-        >>> nearest(np.array([-9.0, 0.1, 1.2], np.float32), 2).tolist()
-        [0, 2, 3]
-    """
-    if bits > _COMPARED_BITS:
-        low, above = _cells(bits)
-        cell = np.clip(values * np.float32(_CELLS / (2 * _REACH)) + np.float32(_CELLS / 2), 0, _CELLS - 1)
-        codes = low[cell.astype(np.intp)]
-        return codes + (values > above[codes])
-    codes = np.zeros(values.shape, np.uint8)
-    for edge in edges(bits):
-        codes += values > edge
-    return codes
-
-
-@cache
-def _cells(bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Least code in each of many even cells, each of which holds one edge at most; and the edge above each code."""
-    lower = (np.arange(_CELLS) / _CELLS * 2 - 1) * _REACH - 1e-4
-    above = np.append(edges(bits), np.float32(np.inf))
-    low = np.where(np.arange(_CELLS) > 0, np.searchsorted(edges(bits), lower), 0)
-    return low.astype(np.uint8), above
-
-
-@cache
-def _positive_levels() -> NDArray[np.float32]:
-    """Zero, and the positive levels of ``b`` bits from ``2^(b - 1)`` on, so that a code is the place of its level."""
-    return np.concatenate([levels(bits)[len(levels(bits)) // 2 :] for bits in range(MOST_BITS + 1)])
-
-
-@cache
-def _level_table() -> NDArray[np.float32]:
-    """All levels: those of ``b`` bits from ``2^b - 1`` on."""
-    return np.concatenate([levels(bits) for bits in range(MOST_BITS + 1)])
-
-
-def coder(bits: NDArray[np.integer], scales: NDArray[np.floating]) -> NDArray[np.uint16]:
-    """Bits, 0 to 8, and positive scales as coders; a scale is rounded to 0.3 %.
-
-    Example:
-        >>> coder(np.array([3]), np.array([0.25])).tolist()
-        [45059]
-    """
-    steps = np.rint(np.log2(np.maximum(scales, 1e-30)) * _SCALE_STEPS) + _SCALE_ZERO
-    return (np.clip(steps, 0, _SCALE_TOP).astype(np.int64) * 16 + bits).astype(np.uint16)
-
-
-def coder_bits(coders: NDArray[np.uint16]) -> NDArray[np.int64]:
-    """Bits of each code."""
-    return (coders & 15).astype(np.int64)
-
-
-def coder_scales(coders: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Scale of each code's levels."""
-    return np.exp2(((coders >> 4).astype(np.float64) - _SCALE_ZERO) / _SCALE_STEPS).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Section:
-    """How the rows of one field are coded.
-
-    A basis of more than ``width`` directions has the first ones twice: what is coded along the second one is what the
-    first one's code leaves.
-
-    Attributes:
-        planes: bits of a row's class number, 0 to 3.
-        coders: one for each class and direction, uint16 ``(K, k)``; ``K`` at most ``2^planes``.
-        basis: directions, int8 ``(k, width)``.
-    """
-
-    planes: int
-    coders: NDArray[np.uint16]
-    basis: NDArray[np.int8]
-
-    @cached_property
-    def bits(self) -> NDArray[np.int64]:
-        """``(K, k)``."""
-        return coder_bits(self.coders)
-
-    @cached_property
-    def scales(self) -> NDArray[np.float32]:
-        """``(K, k)``."""
-        return coder_scales(self.coders)
-
-    @cached_property
-    def record_bits(self) -> NDArray[np.int64]:
-        """Bits of a row by its class number, ``(8,)``; none where a number is no class."""
-        found = np.zeros(1 << MOST_PLANES, np.int64)
-        found[: len(self.coders)] = self.bits.sum(axis=1)
-        return found
-
-    def quantise(self, coefficients: NDArray[np.float32], which: int) -> NDArray[np.uint8]:
-        """Codes of rows of one class, the nearest for each coefficient: ``(m, min(k, width)) -> (m, k)``."""
-        codes = np.zeros((len(coefficients), len(self.basis)), np.uint8, order="F")
-        for j, (bits, scale, rest) in enumerate(self.walk(coefficients, codes, which)):
-            codes[:, j] = nearest(rest / scale, bits) if bits else 0
-        return codes
-
-    def walk(
-        self, coefficients: NDArray[np.float32], codes: NDArray[np.uint8], which: int
-    ) -> Iterator[tuple[int, np.float32, NDArray[np.float32]]]:
-        """Bits and scale of each direction in a class, and what is left to code along it, by the codes before it.
-
-        Args:
-            coefficients: ``(m, min(k, width))``.
-            codes: ``(m, k)``; only those of directions that are done are read.
-            which: the class.
-        """
-        width = self.basis.shape[1]
-        for j, (bits, scale) in enumerate(zip(self.bits[which].tolist(), self.scales[which], strict=True)):
-            rest = coefficients[:, j % width]
-            if j >= width and (first := int(self.bits[which][j - width])):
-                rest = rest - levels(first)[codes[:, j - width]] * self.scales[which][j - width]
-            yield bits, scale, rest
-
-    def coefficients(self, codes: NDArray[np.uint8], which: int) -> NDArray[np.float32]:
-        """What codes of rows of one class mean: ``(m, k) -> (m, k)``."""
-        return _level_table()[(1 << self.bits[which]) - 1 + codes] * self.scales[which]
-
-    def size_bits(self, counts: NDArray[np.integer]) -> int:
-        """Bits of everything but the fixed part of a section, see :func:`fixed_bytes`.
-
-        Args:
-            counts: rows of each class number, ``(8,)``.
-        """
-        codes = int(counts @ self.record_bits)
-        rows = int(counts.sum())
-        groups = -(-rows // GROUP)
-        tail = -(-(rows - GROUP * max(groups - 1, 0)) // 8)
-        planes = 8 * self.planes * (GROUP // 8 * max(groups - 1, 0) + tail)
-        return (
-            -(-codes // 8) * 8 + planes + 32 * groups * (self.planes > 0) + 16 * self.coders.size + 8 * self.basis.size
-        )
-
-
-def fixed_bytes(sections: int) -> int:
-    """Bytes of a block in whose sections nothing is stored."""
-    return 4 * (sections + 1) + 3 * sections + SPARE
-
-
-def accumulate(
-    out: NDArray[np.float32], coefficients: NDArray[np.float32], basis: NDArray[np.floating | np.int8]
-) -> None:
-    """Add ``sum_j coefficients[:, j] * basis[..., j, :]`` to ``out (m, width)``, always in the same order of sums.
-
-    Args:
-        out: ``(m, width)``.
-        coefficients: ``(m, k)``.
-        basis: ``(k, width)``, or one for each row, ``(m, k, width)``.
-    """
-    for j in range(coefficients.shape[1]):
-        out += coefficients[:, j, None] * basis[..., j, :].astype(np.float32, copy=False)
-
-
-def encode(
-    sections: Sequence[Section], classes: Sequence[NDArray[np.integer]], codes: Sequence[NDArray[np.uint8]]
-) -> dict[str, NDArray[Any]]:
-    """The arrays of a block.
-
-    Args:
-        sections: in the order of the file.
-        classes: of each section, the class numbers of its rows, ``(rows,)``.
-        codes: of each section, ``(rows, k)``; what a class does not code is ignored.
-
-    Raises:
-        BudgetError: A section takes 512 MiB of codes, or more.
-    """
-    rows = [len(c) for c in classes]
-    planes, offsets, streams = [], [], []
-    for section, kind, code in zip(sections, classes, codes, strict=True):
-        sizes = section.record_bits[kind]
-        if (total := int(sizes.sum())) >= 1 << 32:
-            raise BudgetError(f"The codes of a field must take less than 512 MiB, but take {total // 8:,} B.")
-        if section.planes:
-            offsets.append(np.concatenate([[0], np.cumsum(sizes)])[:-1:GROUP])
-            planes.append(_pack_planes(kind, section.planes))
-        streams.append(_pack_codes(section, kind, code))
-    shapes = [(s.planes, *s.coders.shape) for s in sections]
-    return {
-        "starts": np.concatenate([[0], np.cumsum(rows)]).astype(np.uint32),
-        "shapes": np.array(shapes, np.uint8).reshape(-1, 3),
-        "coders": np.concatenate([s.coders.reshape(-1) for s in sections]),
-        "basis": np.concatenate([s.basis.reshape(-1) for s in sections]),
-        "planes": np.concatenate([np.empty(0, np.uint8), *planes]),
-        "offsets": np.concatenate([np.empty(0, np.uint32), *offsets]).astype(np.uint32),
-        "codes": np.concatenate([*streams, np.zeros(SPARE, np.uint8)]),
-    }
-
-
-def _pack_planes(classes: NDArray[np.integer], planes: int) -> NDArray[np.uint8]:
-    """The planes of each group of rows behind each other."""
-    bits = (classes[:, None] >> np.arange(planes) & 1).astype(np.uint8)
-    groups = [bits[i : i + GROUP] for i in range(0, len(bits), GROUP)]
-    return np.concatenate([np.packbits(g.T, axis=1, bitorder="little").reshape(-1) for g in groups] or [bits[:0, 0]])
-
-
-def _pack_codes(section: Section, classes: NDArray[np.integer], codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The codes of all rows, bit behind bit."""
-    sizes = section.record_bits[classes]
-    ends = np.cumsum(sizes)
-    stream = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
-    for which, widths in enumerate(section.bits):
-        rows = np.flatnonzero(classes == which)
-        first = (ends - sizes)[rows]
-        for j, bits in enumerate(widths.tolist()):
-            for bit in range(bits):
-                stream[first + bit] = (codes[rows, j] >> bit) & 1
-            first = first + bits
-    return np.packbits(stream, bitorder="little")
-
-
-def per_set(bits: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Of each set of planes, the bits of a class that has them all, less those of all smaller sets: ``(8,)``.
-
-    So the bits of rows are the sum over sets of these times the rows that have all planes of the set.
-
-    Example:
-        >>> per_set(np.array([0, 3, 5, 9, 0, 0, 0, 0])).tolist()[:4]
-        [0, 3, 5, 1]
-    """
-    found = bits.reshape((2,) * MOST_PLANES).copy()
-    for axis in range(MOST_PLANES):
-        upper: list[int | slice] = [slice(None)] * MOST_PLANES
-        lower = upper.copy()
-        upper[axis], lower[axis] = 1, 0
-        found[tuple(upper)] -= found[tuple(lower)]
-    return found.reshape(-1).astype(np.int32)
+    _fields_ = (
+        ("parts", POINTER), ("part_count", LONG), ("levels", POINTER), ("fill", POINTER), ("absent", POINTER),
+        ("field_count", LONG), ("width", LONG), *ASKED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -490,7 +214,20 @@ class TransformBlock(FileBlock):
             bits = bits + weight * np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
         return number, bits
 
-    def parts(self) -> Sequence[kernel.Part]:
+    @classmethod
+    def view(
+        cls, blocks: Sequence[TransformBlock], fill: NDArray[np.float32], absent: NDArray[np.float32]
+    ) -> Table | None:
+        """The sections of all blocks, as the compiled kernel reads them, where each block has all columns."""
+        if any(block.width != fill.shape[1] or not block.rows for block in blocks):
+            return None
+        parts = sorted((part for block in blocks for part in block._parts()), key=lambda part: part.first)
+        views = (PartView * len(parts))(*(part.view() for part in parts))
+        pointers = (pointer(array) for array in (parts[0].levels, fill, absent))
+        table = TransformTable(ctypes.addressof(views), len(parts), *pointers, *fill.shape)
+        return Table("pocketrec_transform", table, len(fill), (parts, views, fill, absent))
+
+    def _parts(self) -> Sequence[Part]:
         """The sections as the compiled kernel reads them: small tables are unpacked, planes and codes are not."""
         starts = self.arrays["starts"].astype(np.int64) + self.start
         found = []
@@ -503,7 +240,7 @@ class TransformBlock(FileBlock):
             bits[:directions, :classes], scale[:directions, :classes] = section.bits.T, section.scales.T
             basis = np.zeros((even, -(-self.width // _LANES) * _LANES), np.float32)
             basis[:directions, : self.width] = section.basis
-            part = kernel.Part(
+            part = Part(
                 first=int(starts[s]),
                 rows=rows,
                 code_start=int(self._code_starts[s]),
@@ -519,7 +256,7 @@ class TransformBlock(FileBlock):
                 bits=bits,
                 mask=(np.uint32(1) << bits) - np.uint32(1),
                 scale=scale,
-                levels=_positive_levels(),
+                levels=positive_levels(),
                 basis=basis,
                 last=np.ascontiguousarray(basis[:, self.width - 1]),
             )
@@ -552,5 +289,5 @@ class TransformBlock(FileBlock):
         word = codes[place >> 3].astype(np.int64) | codes[(place >> 3) + 1].astype(np.int64) << 8
         width = bits[sections, number]
         code = (word >> (place & 7)) & ((1 << width) - 1)
-        coefficients = _level_table()[(1 << width) - 1 + code] * scales[sections, number] * readable[:, None]
+        coefficients = level_table()[(1 << width) - 1 + code] * scales[sections, number] * readable[:, None]
         accumulate(out, coefficients, basis[sections])

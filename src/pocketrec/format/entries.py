@@ -1,8 +1,4 @@
-"""Packed table layouts: how a table lies in a file, and how one row is read without unpacking the rest.
-
-A packed table has ``rows`` file rows and ``D`` columns, tiled by blocks (rows ``[start, stop)`` x columns
-``[left, right)``). A block stores its entries in one of three layouts, or it stores what its vectors are computed from,
-in one of the layouts of :mod:`pocketrec.layouts`.
+"""Blocks of entries: each row stores its own values, in one of three layouts.
 
 ``dense``
     Every row of the block is stored: ``values (rows, width)``.
@@ -17,75 +13,32 @@ in one of the layouts of :mod:`pocketrec.layouts`.
     whole.
 
 Values are stored as ``fp32``, ``fp16`` or ``int8``; an int8 code ``q`` of field ``f`` and column ``c`` means
-``q * scale[f, c]``. Bits are numbered from the least significant. Torch-free.
-
-The absent law: a file row of -1, or one that is stored in no block, reads its field's ``absent`` row; a row that is
-stored in some block reads ``fill`` wherever it keeps nothing.
+``q * scale[f, c]``. Bits are numbered from the least significant.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import kernel
 from pocketrec.errors import ArtifactError, ConfigError, DivergedError
+from pocketrec.format.block import DTYPES, BlockRange, FileBlock, Storage, file_range
+from pocketrec.native.library import LONG, NUMBERS, POINTER, pointer, structure
+from pocketrec.native.lookup import ASKED, Table
 
-Storage = Literal["fp32", "fp16", "int8"]
 Layout = Literal["dense", "bitmap", "direct"]
 Index = Literal["compact", "direct"]
 
-DTYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
-COMPOSED: Mapping[str, str] = {
-    "hash_mlp": "HashMlpBlock",
-    "product": "ProductBlock",
-    "pruned_sum": "PrunedSumBlock",
-    "quantised": "QuantisedBlock",
-    "tensor_train": "TensorTrainBlock",
-    "transform": "TransformBlock",
-    "trellis": "TrellisBlock",
-}
-"""Layouts of computed vectors, one per module of :mod:`pocketrec.layouts`, and the class that reads them."""
 RANK_ROWS = 1024
 STRIDES = (64, 128, 256)
 OFFSET_BYTES = 4
 _CHUNK_ROWS = 1 << 16
-
-
-class BlockRange(Protocol):
-    """What packing reads of a block: its name, its rows and its columns."""
-
-    @property
-    def name(self) -> str:
-        """Name, unique in the table."""
-        ...
-
-    @property
-    def start(self) -> int:
-        """First row."""
-        ...
-
-    @property
-    def stop(self) -> int:
-        """One past the last row."""
-        ...
-
-    @property
-    def left(self) -> int:
-        """First column."""
-        ...
-
-    @property
-    def right(self) -> int:
-        """One past the last column."""
-        ...
 
 
 def mask_bytes(width: int) -> int:
@@ -132,59 +85,26 @@ def size_for(
     return size
 
 
-def side_size_for(fields: int, width: int, absent_fields: int) -> int:
-    """Bytes of what blocks share: fill rows, and absent rows of the ``absent_fields`` fields that have their own."""
-    return 4 * fields * width + (4 + 4 * width) * absent_fields
+@structure("Block")
+class BlockView(ctypes.Structure):
+    """One block as the library sees it; null where the layout leaves an array out."""
+
+    _fields_ = (
+        ("start", LONG), ("stop", LONG), ("present", LONG), ("values_count", LONG),
+        ("left", ctypes.c_int32), ("width", ctypes.c_int32), ("number", ctypes.c_int32), ("shift", ctypes.c_int32),
+        ("presence", POINTER), ("rank", POINTER), ("masks", POINTER), ("offsets", POINTER),
+        ("values", POINTER), ("scale", POINTER),
+    )  # fmt: skip
 
 
-class FileBlock(ABC):
-    """One block of a packed table, whatever its layout: rows are file rows, columns are the table's."""
+@structure("Lookup")
+class PackedTable(ctypes.Structure):
+    """A table of blocks."""
 
-    name: str
-    start: int
-    stop: int
-    left: int
-    right: int
-    arrays: Mapping[str, NDArray[Any]]
-
-    @property
-    def rows(self) -> int:
-        """File rows in the block's range."""
-        return self.stop - self.start
-
-    @property
-    def width(self) -> int:
-        """Columns of the block."""
-        return self.right - self.left
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(a.nbytes for a in self.arrays.values())
-
-    @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-
-    @abstractmethod
-    def check(self, fields: int) -> None:
-        """Raise :class:`ArtifactError` unless every array has the type and the shape that the layout asks for."""
-
-    @abstractmethod
-    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """File rows ``(m,)`` -> where the block stores them, or -1."""
-
-    @abstractmethod
-    def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-        """Write the stored entries at ``positions (m,)`` over ``out (m, width)``, which holds the fill."""
-
-    def parts(self) -> Sequence[kernel.Part]:
-        """The block for the compiled kernel, field by field, where it is of layout ``transform``."""
-        return ()
-
-    def alone(self, fill: NDArray[np.float32], absent: NDArray[np.float32]) -> kernel.TrellisView | None:
-        """A whole table of this block for the compiled kernel, where it is of layout ``trellis``."""
-        return None
+    _fields_ = (
+        ("blocks", POINTER), ("block_count", LONG), ("fill", POINTER), ("absent", POINTER), ("field_count", LONG),
+        ("width", LONG), *ASKED,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -314,235 +234,31 @@ class PackedBlock(FileBlock):
             values *= self.arrays["scale"][fields[row], column]
         out[row, column] = values
 
-
-@dataclass(frozen=True)
-class Packed:
-    """A whole table as it lies in the file.
-
-    ``lookup`` is all that scoring needs; ``arrays`` and ``meta`` go into the file and ``from_arrays`` reads them back.
-    ``fill`` and ``absent`` are float32, or both float16, of shape ``(F, D)``.
-
-    Example:
-        >>> import numpy as np
-        >>> weight = np.array([[1, 2], [3, 4], [5, 6]], np.float32)
-        >>> keep = np.array([[1, 0], [0, 0], [1, 1]], bool)
-        >>> whole = PackedRange("embedding", 0, 3, 0, 2)
-        >>> zeros = np.zeros((1, 2), np.float32)
-        >>> packed = Packed.encode(weight, keep, zeros, zeros + 9, (whole,), np.zeros(3, np.int32))
-        >>> packed.lookup(np.array([[0], [1], [2], [-1]]), np.array([0], np.int32))[:, 0].tolist()
-        [[1.0, 0.0], [9.0, 9.0], [5.0, 6.0], [9.0, 9.0]]
-    """
-
-    rows: int
-    blocks: tuple[FileBlock, ...]
-    fill: NDArray[np.floating] = field(repr=False)
-    absent: NDArray[np.floating] = field(repr=False)
-
-    @property
-    def width(self) -> int:
-        """Columns ``D``."""
-        return self.fill.shape[1]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all arrays: what a look-up needs, and nothing else."""
-        return sum(a.nbytes for a in self.arrays().values())
-
     @classmethod
-    def encode(
-        cls,
-        weight: NDArray[np.float32],
-        keep: NDArray[np.bool_] | None,
-        fill: NDArray[np.float32],
-        absent: NDArray[np.float32],
-        blocks: Sequence[BlockRange],
-        fields: NDArray[np.int32],
-        rows: NDArray[np.int64] | None = None,
-        storage: Storage = "fp32",
-        present: NDArray[np.bool_] | None = None,
-        index: Index = "compact",
-    ) -> Packed:
-        """Pack the table rows ``rows`` (default: all, in order); nothing of the table's size is copied.
+    def view(
+        cls, blocks: Sequence[PackedBlock], fill: NDArray[np.float32], absent: NDArray[np.float32]
+    ) -> Table | None:
+        """The blocks side by side or one above the other, as the compiled kernel reads them."""
+        views = (BlockView * len(blocks))(*(_block_view(block) for block in blocks))
+        table = PackedTable(ctypes.addressof(views), len(blocks), pointer(fill), pointer(absent), *fill.shape)
+        return Table("pocketrec_lookup", table, len(fill), (blocks, views, fill, absent))
 
-        Args:
-            weight: The matrix, ``(n, D)``.
-            keep: Entries to store, ``(n, D)``; ``None`` stores all of them in the ``dense`` layout.
-            fill: What a stored row reads where it keeps nothing, ``(F, D)``.
-            absent: What a row that is stored nowhere reads, ``(F, D)``.
-            blocks: How the matrix is tiled; in table rows.
-            fields: Field of each table row, ``(n,)``.
-            rows: Table row of each file row; the rows of one block must come together, blocks in order.
-            storage: How values are stored.
-            present: Table rows that may be stored at all, ``(n,)`` (default: all).
-            index: How a pruned row is found: ``compact`` (layout ``bitmap``) or ``direct``.
 
-        Raises:
-            ConfigError: An unknown storage or index, rows out of order, or values too large for fp16.
-            DivergedError: A stored value is not finite.
-        """
-        if storage not in get_args(Storage):
-            raise ConfigError(f"`storage` must be one of {', '.join(get_args(Storage))}, but got {storage!r}.")
-        if index not in get_args(Index):
-            raise ConfigError(f"`index` must be one of {', '.join(get_args(Index))}, but got {index!r}.")
-        count = len(weight) if rows is None else len(rows)
-        table = _Source(weight, keep, fields, present, rows, len(fill), storage, index)
-        packed = tuple(_encode_block(table, b) for b in blocks)
-        return cls(count, packed, np.array(fill, np.float32), np.array(absent, np.float32))
-
-    def lookup(
-        self,
-        rows: NDArray[np.integer],
-        fields: NDArray[np.integer],
-        *,
-        out: NDArray[np.float32] | None = None,
-        threads: int = 1,
-    ) -> NDArray[np.float32]:
-        """Read vectors, by the compiled kernel where there is one.
-
-        Args:
-            rows: File rows ``(B, C)``; -1, or anything out of range, is absent.
-            fields: Field of each column, ``(C,)``, in ``[0, F)``.
-            out: Where to write, float32 ``(B, C, D)``, contiguous; default a new array.
-            threads: Threads for the compiled kernel.
-
-        Returns:
-            Float32 ``(B, C, D)``.
-
-        Raises:
-            ConfigError: A field out of range, or shapes that do not fit.
-        """
-        rows = np.ascontiguousarray(rows, dtype=np.int64)
-        fields = np.ascontiguousarray(fields, dtype=np.int32)
-        if rows.ndim != 2 or fields.shape != rows.shape[1:]:
-            raise ConfigError(f"`rows` must be (B, C) and `fields` (C,), but got {rows.shape} and {fields.shape}.")
-        shape = (*rows.shape, self.width)
-        if out is None:
-            out = np.empty(shape, np.float32)
-        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-            raise ConfigError(f"`out` must be contiguous float32 {shape}, but got {out.dtype} {out.shape}.")
-        if kernel.available() and self._view is not None:
-            kernel.lookup(self._view, rows, fields, out, threads)
-        else:
-            out[...] = self.lookup_numpy(rows, fields)
-        return out
-
-    @cached_property
-    def _view(self) -> kernel.View | None:
-        """The table as the compiled kernel sees it, or ``None`` where it has a block that the kernel cannot read."""
-        fill, absent = (np.ascontiguousarray(a, np.float32) for a in (self.fill, self.absent))
-        entries = [b for b in self.blocks if isinstance(b, PackedBlock)]
-        if entries and len(entries) == len(self.blocks):
-            views = [
-                kernel.block_view(b.start, b.stop, b.left, b.width, b.present_rows, b.stride, b.arrays) for b in entries
-            ]
-            return kernel.PackedView((kernel.BlockView * len(views))(*views), fill, absent)
-        if len(self.blocks) == 1 and self.blocks[0].width == self.width:
-            alone = self.blocks[0].alone(fill, absent)
-            if alone is not None:
-                return alone
-        coded = [b.parts() for b in self.blocks if b.width == self.width]
-        if not coded or len(coded) < len(self.blocks) or not all(coded):
-            return None
-        return kernel.TransformView([part for parts in coded for part in parts], fill, absent)
-
-    def lookup_numpy(self, rows: NDArray[np.integer], fields: NDArray[np.integer]) -> NDArray[np.float32]:
-        """What ``lookup`` computes, in numpy alone: the reference for the compiled kernel."""
-        flat = np.asarray(rows, dtype=np.int64).reshape(-1)
-        field_of = np.broadcast_to(np.asarray(fields, dtype=np.int32), np.shape(rows)).reshape(-1)
-        if field_of.size and not 0 <= field_of.min() <= field_of.max() < len(self.fill):
-            raise ConfigError(f"`fields` must lie in [0, {len(self.fill)}), but got {np.unique(field_of).tolist()}.")
-        out = self.fill[field_of].astype(np.float32, copy=False)
-        stored = np.zeros(len(flat), dtype=bool)
-        for block in self.blocks:
-            positions = block.positions(flat)
-            hit = np.flatnonzero(positions >= 0)
-            part = out[hit, block.left : block.right]
-            block.read(positions[hit], field_of[hit], part)
-            out[hit, block.left : block.right] = part
-            stored[hit] = True
-        out[~stored] = self.absent[field_of[~stored]]
-        return out.reshape(*np.shape(rows), self.width)
-
-    def meta(self) -> dict[str, Any]:
-        """The part that is not arrays, ready for JSON."""
-        return {"rows": self.rows, "blocks": [b.to_json() for b in self.blocks]}
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """All arrays by their name in the file; absent rows are written only where they differ from ``fill``."""
-        own = np.flatnonzero((self.absent != self.fill).any(axis=1))
-        shared: dict[str, NDArray[Any]] = {"fill": self.fill}
-        if own.size:
-            shared |= {"absent": self.absent[own], "absent_fields": own.astype(np.int32)}
-        return shared | {f"{b.name}.{name}": a for b in self.blocks for name, a in sorted(b.arrays.items())}
-
-    @classmethod
-    def from_arrays(cls, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Packed:
-        """Read what ``meta`` and ``arrays`` wrote; anything that does not fit raises :class:`ArtifactError`."""
-        try:
-            blocks = tuple(
-                _block_class(b["layout"])(
-                    **{**b, "arrays": {name: arrays[f"{b['name']}.{name}"] for name in b["arrays"]}}
-                )
-                for b in meta["blocks"]
-            )
-            rows, fill = int(meta["rows"]), arrays["fill"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"The packed table is incomplete: {error!r} is missing or malformed.") from error
-        if fill.ndim != 2 or fill.dtype not in (np.float32, np.float16):
-            raise ArtifactError(f"Array 'fill' must be float32 or float16 (F, D), but got {fill.dtype} {fill.shape}.")
-        for block in blocks:
-            block.check(len(fill))
-            if block.right > fill.shape[1] or block.start < 0 or block.stop > rows:
-                raise ArtifactError(f"Block {block.name!r} lies outside the table of {rows} rows: {block.to_json()}.")
-        return cls(rows, blocks, fill, _read_absent(fill, arrays))
+def _block_view(block: PackedBlock) -> BlockView:
+    """One block for the library; its arrays must live as long, and have been checked."""
+    arrays = block.arrays
+    values = arrays["values"]
+    masks = "records" if "records" in arrays else "masks"
+    names = ("presence", "rank", masks, "offsets", "values", "scale")
+    return BlockView(
+        block.start, block.stop, block.present_rows, values.size, block.left, block.width, NUMBERS[values.dtype],
+        block.stride.bit_length() - 1, *(pointer(arrays.get(name)) for name in names),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class PackedRange:
-    """A plain :class:`BlockRange`, for tables that are not torch modules."""
-
-    name: str
-    start: int
-    stop: int
-    left: int
-    right: int
-
-
-def _read_absent(fill: NDArray[np.floating], arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.floating]:
-    if "absent" not in arrays:
-        return fill
-    rows, own = arrays["absent"], arrays.get("absent_fields", np.empty(0, np.int32))
-    typed = own.dtype == np.int32 and rows.dtype == fill.dtype and rows.shape == (own.size, fill.shape[1])
-    if not typed or own.size == 0 or not 0 <= own.min() <= own.max() < len(fill):
-        raise ArtifactError(
-            f"Arrays 'absent' and 'absent_fields' must name fields in [0, {len(fill)}) with a row each."
-        )
-    absent = np.array(fill)
-    absent[own] = rows
-    return absent
-
-
-def _block_class(layout: str) -> type[Any]:
-    """The class that reads a layout; those of computed vectors are loaded when a file has them."""
-    if layout not in COMPOSED:
-        return PackedBlock
-    return getattr(import_module(f"pocketrec.layouts.{layout}"), COMPOSED[layout])
-
-
-def file_range(block: BlockRange, rows: NDArray[np.int64] | None) -> tuple[int, int]:
-    """The block's range of file rows, where file row ``i`` holds table row ``rows[i]`` (default: every row)."""
-    if rows is None:
-        return block.start, block.stop
-    inside = np.flatnonzero((rows >= block.start) & (rows < block.stop))
-    start, stop = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
-    if stop - start != inside.size:
-        raise ConfigError(f"`rows` must hold the rows of block {block.name!r} together, but others lie between them.")
-    return start, stop
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What ``Packed.encode`` was given."""
+class Source:
+    """A table to be packed: what :meth:`pocketrec.format.packed.Packed.encode` was given."""
 
     weight: NDArray[np.float32]
     keep: NDArray[np.bool_] | None
@@ -571,7 +287,8 @@ class _Kept:
     cells: list[NDArray[np.int32]] = field(default_factory=list)
 
 
-def _encode_block(table: _Source, block: BlockRange) -> PackedBlock:
+def encode_block(table: Source, block: BlockRange) -> PackedBlock:
+    """Pack one block of a table; nothing of the table's size is copied."""
     start, stop = file_range(block, table.rows)
     width = block.right - block.left
     columns = slice(block.left, block.right)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.layouts.factors import ComposedBlock, Shape, factor_bytes, whole
-from pocketrec.packed import Storage
+from pocketrec.format.block import Storage
+from pocketrec.format.computed import ComposedBlock, Shape, factor_bytes, whole
 
 CODES = ("uniform", "gaussian")
 ENDS = ("linear", "mish", "mish_affine")

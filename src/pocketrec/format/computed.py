@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.errors import ArtifactError, ConfigError, DivergedError
-from pocketrec.packed import COMPOSED, DTYPES, FileBlock, Storage
+from pocketrec.format import layouts
+from pocketrec.format.block import DTYPES, FileBlock, Storage
 
 Shape = tuple[int, int]
 
@@ -115,9 +116,9 @@ class ComposedBlock(FileBlock):
 
     def check(self, fields: int) -> None:
         """Raise :class:`ArtifactError` unless every array has the type and the shape that the settings ask for."""
-        if self.layout not in COMPOSED or self.storage not in get_args(Storage):
+        if self.layout not in layouts.NAMES or self.storage not in get_args(Storage):
             raise ArtifactError(
-                f"Block {self.name!r} must have a layout of {tuple(COMPOSED)} and a storage of {get_args(Storage)}, "
+                f"Block {self.name!r} must have a layout of {layouts.NAMES} and a storage of {get_args(Storage)}, "
                 f"but has {self.layout!r} and {self.storage!r}; update PocketRec."
             )
         if self.rows < 0 or self.width < 1 or self.left < 0 or not self.sound():

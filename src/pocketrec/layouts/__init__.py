@@ -1,1 +1,0 @@
-"""Layouts of tables whose vectors are computed when they are looked up, one module each. Torch-free."""
