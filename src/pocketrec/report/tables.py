@@ -12,7 +12,7 @@ import numpy as np
 from pocketrec.evaluation.statistics import Ranks, ranks, retained
 from pocketrec.report import formats
 from pocketrec.report.compare import Evidence
-from pocketrec.report.papers import PUBLISHED, beside, data_set, folded_name, is_sample, lightgcn, transfer
+from pocketrec.report.papers import PUBLISHED, beside, data_set, is_sample, lightgcn, plain, transfer
 from pocketrec.report.records import (
     DENSE,
     METRICS,
@@ -304,7 +304,7 @@ def _published_overall(study: Study, method: str, budget: str, task: Task) -> fl
     asked = formats.sparsity(budget)
     if asked is None:
         return None
-    names = [folded_name(method), folded_name(str(study.plan["methods"].get(method, {}).get("plugin", method)))]
+    names = [plain(method), plain(str(study.plan["methods"].get(method, {}).get("plugin", method)))]
     found = (transfer().get((f"{100 * asked:.6g}", name)) for name in names)
     return next((row[f"overall_{task}"] for row in found if row), None)
 
