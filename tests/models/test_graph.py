@@ -183,3 +183,12 @@ def test_propagation_works_again_after_a_measurement() -> None:
     final = graph.propagate(ego, layers=2)
     final.sum().backward()
     assert torch.equal(final.detach(), measured)
+
+
+def test_a_copied_workspace_takes_no_buffers_along():
+    workspace = Buffers()
+    first = workspace.take("kernel", (8,), torch.float32).fill_(1)
+    again = deepcopy(workspace)
+    assert not again._buffers
+    again.take("kernel", (8,), torch.float32).fill_(2)
+    assert first.tolist() == [1] * 8

@@ -318,10 +318,10 @@ def test_published_retention_agrees_with_the_papers_table_7():
     checked = 0
     for (sparsity, method), shares in papers.transfer().items():
         for column, (data, backbone, metric) in columns.items():
-            row = papers.published_rows().get((data, backbone, method, sparsity))
+            row = papers.published().get((data, backbone, method, sparsity))
             if row is None or shares[column] is None:
                 continue
-            original = papers.published_rows()[data, backbone, "original", "0"]
+            original = papers.published()[data, backbone, "original", "0"]
             assert row.figures[metric] / original.figures[metric] == pytest.approx(shares[column], abs=6e-5)
             checked += 1
     assert checked > 70
@@ -417,7 +417,7 @@ def test_what_tables_tell_of_themselves_is_a_table(folder, written):
 
 
 def test_the_papers_opt_embed_of_ranking_is_our_opt_embed_d():
-    known = papers.published_rows()
+    known = papers.published()
     assert known["gowalla", "lightgcn", "optembedd", "80"].figures["ndcg@20"] == 0.1168
     assert ("criteo", "deepfm", "optembedd", "80") not in known
     assert ("criteo", "deepfm", "optembed", "80") in known

@@ -37,6 +37,10 @@ class Buffers:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Buffers:
+        """An empty one: no buffer outlives a step."""
+        return Buffers()
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """An uninitialised tensor."""
         size = math.prod(shape)

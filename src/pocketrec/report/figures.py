@@ -109,7 +109,7 @@ def _curves(study: Study, place: Place) -> list[Line]:
     return lines
 
 
-def search_figures(study: Study, method: str) -> list[TitledFigure]:
+def search(study: Study, method: str) -> list[TitledFigure]:
     """What each trial of a method's searches came to on validation, and the best so far."""
     by_search: dict[tuple[Pairing, str], list[JournalRecord]] = {}
     for r in study.of_kind("trial"):

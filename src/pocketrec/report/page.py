@@ -75,7 +75,7 @@ def page(study: Study, known: Mapping[Pairing, Mapping[str, Evidence]], sheets: 
     return environment.get_template(TEMPLATE).render(
         study=study,
         counts=study.count(),
-        facts=study_facts(study),
+        facts=facts(study),
         sheets=by_slug,
         quality=[s for s in sheets if s.slug.startswith("quality-")],
         published=[s for s in sheets if s.slug.startswith("published-")],
@@ -95,7 +95,7 @@ def legend(study: Study) -> list[LegendEntry]:
     return [LegendEntry(swatch(figures.style(study, m)), m) for m in study.methods]
 
 
-def study_facts(study: Study) -> list[tuple[str, str]]:
+def facts(study: Study) -> list[tuple[str, str]]:
     """What the study is, in a few lines."""
     machine = study.machine
     versions = machine.get("versions", {})
@@ -122,7 +122,7 @@ def section(study: Study, method: str) -> MethodSection:
         swatch(style),
         plugin if plugin != method else "",
         tuple(found),
-        tuple(figures.search_figures(study, method)),
+        tuple(figures.search(study, method)),
         tuple(_seconds(study, method)),
     )
 

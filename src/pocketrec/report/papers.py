@@ -39,7 +39,7 @@ PaperKey = tuple[str, str, str, str]
 
 
 @cache
-def published_rows() -> Mapping[PaperKey, PublishedRow]:
+def published() -> Mapping[PaperKey, PublishedRow]:
     """Every row of the papers' result tables.
 
     Example:
@@ -53,10 +53,10 @@ def published_rows() -> Mapping[PaperKey, PublishedRow]:
     found = {}
     for name, (table, columns) in TABLES.items():
         for row in paper_rows(name):
-            method = folded_name(row["method"])
+            method = plain(row["method"])
             figures = {metric: float(row[column]) for column, metric in columns.items()}
             for called in {method, ALSO.get((name, method), method)}:
-                key = (folded_name(row["dataset"]), folded_name(row["backbone"]), called, row["sparsity"])
+                key = (plain(row["dataset"]), plain(row["backbone"]), called, row["sparsity"])
                 found[key] = PublishedRow(table, figures, float(row["params"]))
     return found
 
@@ -65,7 +65,7 @@ def published_rows() -> Mapping[PaperKey, PublishedRow]:
 def transfer() -> Mapping[tuple[str, str], Mapping[str, float | None]]:
     """Table 7: retained shares by (sparsity in percent, method), columns as in the file; ``None`` is not available."""
     return {
-        (row["sparsity"], folded_name(row["method"])): {
+        (row["sparsity"], plain(row["method"])): {
             name: float(value) if value else None for name, value in row.items() if name not in ("sparsity", "method")
         }
         for row in paper_rows("table7_transfer.csv")
@@ -76,7 +76,7 @@ def lightgcn(study: Study, pair: Pairing) -> str | None:
     """What LightGCN's authors report, for a pair that is theirs."""
     if "lightgcn" not in _names(study, "backbones", pair.backbone):
         return None
-    found = [r for r in paper_rows("lightgcn_reference.csv") if r["dataset"] == folded_name(pair.data)]
+    found = [r for r in paper_rows("lightgcn_reference.csv") if r["dataset"] == plain(pair.data)]
     told = "; ".join(f"{float(r['ndcg20']):.4f} and {float(r['recall20']):.4f} (L = {r['layers']})" for r in found)
     return f"LightGCN's authors report NDCG@20 and uncapped recall@20 on {pair.data}: {told}." if found else None
 
@@ -95,7 +95,7 @@ def beside(study: Study, place: Place) -> PublishedRow | None:
     backbone = _names(study, "backbones", place.pair.backbone)
     method = [ORIGINAL] if place.method == ORIGINAL else _names(study, "methods", place.method)
     keys = [(data_set(place.pair.data), b, m, asked) for b in backbone for m in method]
-    return next((published_rows()[key] for key in keys if key in published_rows()), None)
+    return next((published()[key] for key in keys if key in published()), None)
 
 
 def data_set(label: str) -> str:
@@ -105,17 +105,17 @@ def data_set(label: str) -> str:
         >>> data_set("criteo-80k"), data_set("gowalla"), data_set("gowallaby")
         ('criteo', 'gowalla', 'gowallaby')
     """
-    known = {key[0] for key in published_rows()}
+    known = {key[0] for key in published()}
     match = re.fullmatch(r"([a-z]+(?:20\d\d|12)?)[^a-z]*\d*[km]?", label.lower())
-    return match[1] if match and match[1] in known else folded_name(label)
+    return match[1] if match and match[1] in known else plain(label)
 
 
 def is_sample(label: str) -> bool:
     """Whether a label speaks of a part of a published data set only."""
-    return folded_name(label) != data_set(label)
+    return plain(label) != data_set(label)
 
 
-def folded_name(name: str) -> str:
+def plain(name: str) -> str:
     """Letters and digits of a name, small: ``mag_prune`` and ``MagPrune`` are one.
 
     Example:
@@ -128,7 +128,7 @@ def folded_name(name: str) -> str:
 def _names(study: Study, axis: str, label: str) -> list[str]:
     """What a label may be called in a paper: itself, or its plug-in."""
     entry = study.plan.get(axis, {}).get(label, {})
-    return [folded_name(label), folded_name(str(entry.get("plugin", label)))]
+    return [plain(label), plain(str(entry.get("plugin", label)))]
 
 
 def _percent(budget: str) -> str | None:
