@@ -25,7 +25,7 @@ from pocketrec.families.coding.lists import beam
 from pocketrec.families.coding.lists.gain_shape import GainShape, sparse_sums
 from pocketrec.families.coding.lists.plan import DISTORTION, TrellisPlan
 from pocketrec.families.coding.lists.table import TrellisTable
-from pocketrec.format import trellis_codes
+from pocketrec.format import constants_definition, trellis_codes
 from pocketrec.format.artifact import Artifact
 from pocketrec.format.layouts.trellis import Records, Shape, TrellisBlock, encode, geometric
 from pocketrec.format.packed import Packed
@@ -134,7 +134,14 @@ def test_codes_leave_the_share_of_energy_that_plans_count_on(rate):
     assert left == pytest.approx(DISTORTION[rate], rel=0.08 if CODES[rate - 1].bits < 6 else 0.5)
 
 
-SMALL = (Code(1, 1, 3, 1), Code(2, 1, 4, 1), Code(1, 2, 4, 2), Code(2, 3, 5, 3), Code(2, 1, 2))
+def small(bits: int, span: int, memory: int, seed: int = 0) -> Code:
+    """A code that no file has, with a table like those of the others."""
+    code = Code(bits, span, memory)
+    vars(code)["table"] = constants_definition.trellis(bits, span, memory, seed)
+    return code
+
+
+SMALL = (small(1, 1, 3, 1), small(2, 1, 4, 1), small(1, 2, 4, 2), small(2, 3, 5, 3), small(2, 1, 2))
 
 
 @pytest.mark.parametrize("compiled", [True, False])

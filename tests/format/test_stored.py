@@ -13,10 +13,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pocketrec import kernel, runtime
+from pocketrec import runtime
+from pocketrec.format import layouts
 from pocketrec.format.artifact import FileKind
+from pocketrec.format.block import Storage
+from pocketrec.format.entries import Layout
 from pocketrec.format.program import OPS
-from pocketrec.packed import COMPOSED, Layout, Storage
+from pocketrec.native import library
 from pocketrec.schema import Keys
 
 STORED = Path(__file__).parent / "stored"
@@ -25,15 +28,15 @@ TOLERANCE = 1e-6
 """Of max(1, |x|), on any processor."""
 
 
-@pytest.fixture(params=[*kernel.LEVELS, "numpy"])
+@pytest.fixture(params=[*library.LEVELS, "numpy"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each instruction set in turn (capped at what the processor has), then numpy alone."""
     if request.param == "numpy":
-        monkeypatch.setattr(kernel, "_library", lambda: None)
+        monkeypatch.setattr(library, "compiled", lambda: None)
     else:
-        kernel.limit(request.param)
+        library.limit(request.param)
     yield request.param
-    kernel.limit(kernel.LEVELS[-1])
+    library.limit(library.LEVELS[-1])
 
 
 @cache
@@ -144,7 +147,7 @@ def documents() -> list[dict[str, Any]]:
 
 
 def test_every_layout_has_a_stored_artifact():
-    assert {d["layout"] for d in documents()} == {*get_args(Layout), *COMPOSED}
+    assert {d["layout"] for d in documents()} == {*get_args(Layout), *layouts.NAMES}
 
 
 def test_every_layout_of_entries_has_every_storage():

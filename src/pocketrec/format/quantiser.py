@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketrec.format import constants
+
 MOST_BITS = 8
 
-_REFINEMENTS = 200
 _COMPARED_BITS = 3
 """Up to so many bits, comparing with every edge is the fastest."""
 _CELLS, _REACH = 4096, 6.0
@@ -20,7 +20,7 @@ _CELLS, _REACH = 4096, 6.0
 def levels(bits: int) -> NDArray[np.float32]:
     """The ``2^bits`` levels of least mean squared error for a standard normal variable, rising: a Lloyd-Max quantiser.
 
-    They are rounded to multiples of 2^-14, so that every machine has the same.
+    They are multiples of 2^-14, and are read from ``constants.bin``, so that every machine has the same.
 
     Example:
         >>> levels(1).tolist()
@@ -28,29 +28,7 @@ def levels(bits: int) -> NDArray[np.float32]:
 
     Reference: Max, "Quantizing for minimum distortion", 1960; Lloyd, "Least squares quantization in PCM", 1982.
     """
-    count = 1 << bits
-    found = np.array([quantile((i + 0.5) / count) * math.sqrt(3) for i in range(count)])
-    for _ in range(_REFINEMENTS if bits else 0):
-        edges = [-math.inf, *((found[1:] + found[:-1]) / 2).tolist(), math.inf]
-        density = np.array([math.exp(-e * e / 2) / math.sqrt(2 * math.pi) for e in edges])
-        below = np.array([(1 + math.erf(e / math.sqrt(2))) / 2 for e in edges])
-        found = -np.diff(density) / np.diff(below)
-        found = (found - found[::-1]) / 2
-    return (np.rint(found * 2**14) / 2**14).astype(np.float32)
-
-
-def quantile(share: float) -> float:
-    """The standard normal quantile, by bisection.
-
-    Example:
-        >>> round(quantile(0.975), 6)
-        1.959964
-    """
-    low, high = -9.0, 9.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (1 + math.erf(middle / math.sqrt(2))) / 2 < share else (low, middle)
-    return (low + high) / 2
+    return constants.levels(bits)
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.format.quantiser import levels, quantile
+from pocketrec.format import constants
 from pocketrec.native.library import LONG, POINTER, pointer, structure
 
 SCALE_BITS = 2
@@ -35,13 +35,11 @@ class Code:
         bits: of a step, ``k``.
         span: coordinates of a step, ``V``.
         memory: bits that name a row of the table, ``L``.
-        seed: of the order of the table; one of the best of some dozens for a normal variable.
     """
 
     bits: int
     span: int
     memory: int
-    seed: int = 0
 
     def steps(self, width: int) -> int:
         """Steps of a row."""
@@ -59,51 +57,27 @@ class Code:
 
     @cached_property
     def table(self) -> Floats:
-        """The values, ``(2^L, V)``: normal quantiles in a scrambled order, the same on every machine.
+        """The values, ``(2^L, V)``: normal quantiles in a scrambled order, from ``constants.bin``.
 
         They are shrunk to the variance that a code of the rate reproduces at best. The first step, before which there
         are only zeros, chooses between the levels of a Lloyd-Max quantiser.
         """
-        count = 1 << self.memory
-        if self.memory == self.bits:
-            return levels(self.bits)[:, None]
-        shrink = (1 - 4.0 ** (-self.bits / self.span)) ** 0.5
-        ranks = _normal_quantiles(count) * shrink
-        found = np.empty((count, self.span))
-        for column in range(self.span):
-            order = np.argsort(_scramble(np.arange(count), self.seed * self.span + column), kind="stable")
-            found[order, column] = ranks
-        if self.span == 1:
-            found[:: count >> self.bits, 0] = levels(self.bits)
-        return (np.rint(found * 2**14) / 2**14).astype(np.float32)
+        return constants.trellis(CODES.index(self) + 1)
 
 
 CODES = (
-    Code(1, 4, 10, 7),
-    Code(1, 2, 10, 5),
-    Code(2, 3, 10, 19),
-    Code(1, 1, 10, 19),
-    Code(3, 2, 10, 21),
-    Code(2, 1, 10, 10),
-    Code(3, 1, 10, 20),
-    Code(4, 1, 12, 28),
+    Code(1, 4, 10),
+    Code(1, 2, 10),
+    Code(2, 3, 10),
+    Code(1, 1, 10),
+    Code(3, 2, 10),
+    Code(2, 1, 10),
+    Code(3, 1, 10),
+    Code(4, 1, 12),
     Code(6, 1, 6),
     Code(8, 1, 8),
 )
 """All codes; class and file name code ``n`` by ``n + 1``, and no code by 0."""
-
-
-@cache
-def _normal_quantiles(count: int) -> NDArray[np.float64]:
-    return np.array([quantile((i + 0.5) / count) for i in range(count)])
-
-
-def _scramble(numbers: Ints, seed: int) -> NDArray[np.uint64]:
-    """Words that look random: multiplications and shifts modulo 2^32."""
-    word = (numbers + (seed << 16)).astype(np.uint64)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        word = ((word ^ (word >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
-    return word ^ (word >> np.uint64(16))
 
 
 def rate_bits(rate: int, width: int) -> int:

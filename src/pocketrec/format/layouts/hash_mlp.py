@@ -190,7 +190,9 @@ def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def _primes(buckets: int) -> NDArray[np.int64]:
     """All primes in ``(16 buckets, 17 buckets)``: so large that ``mod buckets`` favours no hash by much."""
     first, stop = 16 * buckets + 1, 17 * buckets
-    sieve = np.ones(stop - first, dtype=bool)
-    for n in range(2, math.isqrt(stop) + 1):
-        sieve[max(n * n, -(-first // n) * n) - first :: n] = False
+    small, sieve = np.ones(math.isqrt(stop) + 1, dtype=bool), np.ones(stop - first, dtype=bool)
+    for n in range(2, len(small)):
+        if small[n]:
+            small[n * n :: n] = False
+            sieve[max(n * n, -(-first // n) * n) - first :: n] = False
     return np.flatnonzero(sieve) + first
