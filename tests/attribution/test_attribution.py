@@ -311,8 +311,8 @@ def test_scores_add_up_and_unseen_rows_score_zero() -> None:
     scores = attribute(game, weight, fill, rows, Permutation(), batch_size=1000)
     e = weight[rows.ids]
     drop = game.value(e, rows.targets) - game.value(fill.expand_as(e), rows.targets)
-    assert scores.mean.sum() == pytest.approx(drop.mean().item(), rel=1e-5)
-    assert abs(scores.gap) < 1e-5
+    assert scores.mean.sum() == pytest.approx(drop.mean().item(), rel=1e-3)
+    assert abs(scores.gap) < 1e-3
     assert not scores.mean[40:].any()
     assert (scores.square >= scores.mean**2 * 0.99).all()
 

@@ -166,7 +166,7 @@ def test_random_follows_the_seed(clicks: Dataset, click_model: Model) -> None:
 def test_shaver_scores_add_up(clicks: Dataset, click_model: Model) -> None:
     scores = Shaver(estimator="permutation", batch_size=512).scores(click_model, clicks, Run(None))
     assert scores.samples == len(clicks.train)
-    assert abs(scores.gap) < 1e-5
+    assert abs(scores.gap) < 1e-3
     unseen = clicks.counts == 0
     assert not scores.mean[unseen].any()
 
