@@ -107,7 +107,7 @@ def test_rows_of_zeros_and_of_no_bits_cost_a_byte():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_products_are_inputs_and_gradients_of_the_matrices(lab, backbone):
-    """For three samples in four: a step across the kink of a ReLU has another slope, and rounding decides who takes it."""
+    """For three samples in four: a step across a ReLU's kink has another slope, and rounding decides who takes it."""
     model, data = lab.model(backbone), lab.data("ctr")
     vectors = model.table(torch.from_numpy(np.array(data.train.ids[:32]))).detach()
     program = model.lower()

@@ -30,7 +30,7 @@ SHORT = (Training(epochs=1, batch_size=128, learning_rate=1e-6),)
 EPOCHS = {"ctr": 40, "cf": 200}
 METHODS = (QR, TTRec, DHE)
 SMOOTH = {DHE: {"norm": "none", "functions": 64}}
-"""Settings with which the error falls evenly: under batch norm it jumps, and rounding decides where it stands at the end."""
+"""Settings with which the error falls evenly: under batch norm it jumps, and rounding decides where it ends."""
 RATES = {DHE: 0.01}
 
 
