@@ -123,6 +123,7 @@ def test_tables_are_quantiles_of_a_normal_variable_in_another_order(code):
     assert_array_equal(code.table * 2**14, np.rint(code.table * 2**14))
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("rate", range(1, len(CODES) + 1))
 def test_codes_leave_the_share_of_energy_that_plans_count_on(rate):
     rng = np.random.default_rng(rate)
@@ -165,6 +166,7 @@ def test_a_full_beam_is_exhaustive_search(code, compiled, monkeypatch):
         assert cost(row, found[row]) == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("code", [CODES[0], CODES[2], CODES[3], CODES[5], CODES[7], CODES[8]], ids=str)
 def test_numpy_searches_as_the_compiled_code(code, monkeypatch):
     rng = np.random.default_rng(4)
@@ -200,6 +202,7 @@ def ranker(request, lab):
     return BakedModel.of(lab.model(request.param))
 
 
+@pytest.mark.delicate
 def test_margins_by_the_text(lab, ranker):
     data = lab.data("cf")
     found = margin(ranker, lists(ranker, data))
@@ -268,6 +271,7 @@ def vectors(users: int = 300, items: int = 500, width: int = 16, seed: int = 0):
     return user, item, ListMargin(best, weights, user / np.float32(length), item, length)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("share", [0.008, 0.02, 0.05, 0.1, 0.2])
 def test_plans_fill_their_budget_and_more_bytes_lose_less(share):
     user, item, cost = vectors()
@@ -280,6 +284,7 @@ def test_plans_fill_their_budget_and_more_bytes_lose_less(share):
     assert block(plan.shape, coder.encode(plan), 16).size_bytes == spent
 
 
+@pytest.mark.delicate
 def test_scores_come_closer_with_every_byte():
     user, item, cost = vectors()
     coder = GainShape(user, item, cost, 0)

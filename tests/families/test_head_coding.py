@@ -105,6 +105,7 @@ def test_rows_of_zeros_and_of_no_bits_cost_a_byte():
     assert not found.values.any()
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_products_are_inputs_and_gradients_of_the_matrices(lab, backbone):
     """For three samples in four: a step across a ReLU's kink has another slope, and rounding decides who takes it."""
@@ -131,6 +132,7 @@ def test_products_are_inputs_and_gradients_of_the_matrices(lab, backbone):
     assert seen >= 3
 
 
+@pytest.mark.delicate
 def test_expected_loss_is_the_measured_one(lab):
     model, data = lab.model(DeepFM(hidden=(64, 64))), lab.data("ctr")
     market = HeadCosts.of(model.lower(), moments(model, data, 0))
