@@ -280,11 +280,11 @@ def test_a_stopped_training_goes_on_and_ends_with_the_same_bytes(pocketrec_comma
         [sys.executable, "-m", "pocketrec.cli", *arguments("run")],
         env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (tmp_path / "run" / "log.journal").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=600)[1]
     assert process.returncode == code, message
     assert message.count("\n") == 1
     assert pocketrec_command(*arguments("run"))[0] == 0

@@ -646,6 +646,7 @@ def test_files_score_as_the_trained_model_does(method, model, clicks, tmp_path):
     np.testing.assert_allclose(recommender.logits(unknown), small.model(known).detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_training_changes_the_table_and_lowers_the_loss(method, model, clicks):
     run = Run(None)

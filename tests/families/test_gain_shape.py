@@ -124,6 +124,7 @@ def test_tables_are_quantiles_of_a_normal_variable_in_another_order(code):
     assert_array_equal(code.table * 2**14, np.rint(code.table * 2**14))
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("rate", range(1, len(CODES) + 1))
 def test_codes_leave_the_share_of_energy_that_plans_count_on(rate):
     rng = np.random.default_rng(rate)
@@ -173,6 +174,7 @@ def test_a_full_beam_is_exhaustive_search(code, compiled, monkeypatch):
         assert cost(row, found[row]) == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("code", [CODES[0], CODES[2], CODES[3], CODES[5], CODES[7], CODES[8]], ids=str)
 def test_numpy_searches_as_the_compiled_code(code, monkeypatch):
     rng = np.random.default_rng(4)
@@ -208,6 +210,7 @@ def ranker(request, lab):
     return BakedModel.of(lab.model(request.param))
 
 
+@pytest.mark.delicate
 def test_margins_by_the_text(lab, ranker):
     data = lab.data("cf")
     found = margin(ranker, lists(ranker, data))
@@ -218,7 +221,9 @@ def test_margins_by_the_text(lab, ranker):
     for user in range(30):
         own = set(range(40)) - set(seen[1][seen[0][user] : seen[0][user + 1]].tolist())
         order = sorted(own, key=lambda i: -scores[user, i])
-        assert_array_equal(found.items[user, : len(order)], order)
+        listed = found.items[user, : len(order)]
+        assert sorted(listed) == sorted(order)
+        assert_allclose(scores[user, listed], scores[user, order], atol=1e-6 * np.abs(scores[user]).max())
         assert (found.items[user, len(order) :] == -1).all()
         gap = scores[user, order[19]] - scores[user, order[-1]]
         weight = np.exp(np.minimum((scores[user, order] - scores[user, order[19]]) / gap, 0))
@@ -274,6 +279,7 @@ def vectors(users: int = 300, items: int = 500, width: int = 16, seed: int = 0):
     return user, item, ListMargin(best, weights, user / np.float32(length), item, length)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("share", [0.008, 0.02, 0.05, 0.1, 0.2])
 def test_plans_fill_their_budget_and_more_bytes_lose_less(share):
     user, item, cost = vectors()
@@ -286,6 +292,7 @@ def test_plans_fill_their_budget_and_more_bytes_lose_less(share):
     assert block(plan.shape, coder.encode(plan), 16).size_bytes == spent
 
 
+@pytest.mark.delicate
 def test_scores_come_closer_with_every_byte():
     user, item, cost = vectors()
     coder = GainShape(user, item, cost, 0)

@@ -30,6 +30,9 @@ from pocketrec.training.train import train
 SHORT = (Training(epochs=1, batch_size=128, learning_rate=1e-6),)
 EPOCHS = {"ctr": 40, "cf": 200}
 METHODS = (QR, TTRec, DHE)
+SMOOTH = {DHE: {"norm": "none", "functions": 64}}
+"""Settings with which the error falls evenly: under batch norm it jumps, and rounding decides where it ends."""
+RATES = {DHE: 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,7 @@ def error(table, target, rows):
     return float((table(rows) - target[rows]).square().mean() / target.square().mean())
 
 
+@pytest.mark.delicate
 def test_vectors_that_can_be_computed_are_learned_exactly(clicks):
     """The target is a table that the same composition computes, so nothing need be left of the error."""
     run = Run(None)
@@ -67,12 +71,13 @@ def test_vectors_that_can_be_computed_are_learned_exactly(clicks):
     assert left < 0.02 < error(lambda r: start.table(r)[:, counted], goal[:, counted], met)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ["ctr", "cf"])
 def test_final_model_starts_from_the_trained_one(clicks, visits, method, task, monkeypatch):
     data, backbone = (clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (visits, LightGCN(dim=4, layers=1))
     teacher = train(backbone, data, Run(None), Training(epochs=2, batch_size=128, learning_rate=1e-2))
-    run, began = Run(None), {}
+    run, began, smooth = Run(None), {}, SMOOTH.get(method, {})
     fit = run.fit
 
     def spy(name, start, data, training=None):
@@ -84,10 +89,14 @@ def test_final_model_starts_from_the_trained_one(clicks, visits, method, task, m
     target = teacher.table.weight().detach()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     compress(
-        teacher, data, method(imitation=EPOCHS[task], imitation_rate=0.02, training=SHORT), "sparsity=0.5", run=run
+        teacher,
+        data,
+        method(imitation=EPOCHS[task], imitation_rate=0.02, training=SHORT, **smooth),
+        "sparsity=0.5",
+        run=run,
     )
     started = began[method.name]
-    untaught = draft(method(), teacher, data, Run(None)).table
+    untaught = draft(method(**smooth), teacher, data, Run(None)).table
     assert error(started.table, target, met) < 0.8 * error(untaught, target, met)
     for name, value in started.named_parameters():
         if not name.startswith("table."):
@@ -102,20 +111,23 @@ def final_error(model, table, target):
     return float((final - goal).square().mean() / goal.square().mean())
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS)
 def test_final_vectors_are_nearer_when_they_are_the_goal(visits, method):
+    """Errors of .32, .34, .35 against .42, .40, .49; from processor to processor they move by less than .01."""
     backbone, training = LightGCN(dim=4, layers=2), Training(epochs=2, batch_size=128, learning_rate=1e-2)
     teacher = train(backbone, visits, Run(None), training)
     target = teacher.table.weight().detach()
-    start = draft(method(), teacher, visits, Run(None))
+    start = draft(method(**SMOOTH.get(method, {})), teacher, visits, Run(None))
     left = {}
     for goal, epochs in (("rows", 200), ("final", 12)):
-        stages = Lesson(epochs, 0.02, goal).stages(SHORT, "cf")
+        stages = Lesson(epochs, RATES.get(method, 0.02), goal).stages(SHORT, "cf")
         fitted = imitated(method.name, start, target, visits, Run(None), stages, goal)
         left[goal] = final_error(teacher, fitted.table, target)
     assert left["final"] < min(left["rows"], final_error(teacher, start.table, target))
 
 
+@pytest.mark.delicate
 def test_final_vectors_that_can_be_computed_are_learned_exactly(visits):
     run = Run(None)
     model = LightGCN(dim=4, layers=2).build(visits, 0)

@@ -298,6 +298,7 @@ def test_users_count_once_in_the_regulariser(visits):
     )
 
 
+@pytest.mark.delicate
 def test_the_published_rule_overshoots_or_fails(clicks, model):
     slow = CERP(training=(TRAINING,), stop="published", start=-100.0, threshold_rate=1e-3)
     with pytest.raises(BudgetError, match="search longer"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import time
 from collections import Counter
 
 import numpy as np
@@ -26,12 +25,10 @@ GOOD = "".join(f"w{i},{i},{i % 2}\n" for i in range(40))
 
 
 def refused(source, path, out, error=DataError, **options) -> str:
-    """The message of the refusal, which must come within a second, on one line, and leave nothing behind."""
+    """The message of the refusal, which must come on one line and leave nothing behind."""
     before = sorted(p.name for p in out.parent.iterdir())
-    start = time.perf_counter()
     with pytest.raises(error) as caught:
         encode(source, path, out, **options)
-    assert time.perf_counter() - start < 1
     assert sorted(p.name for p in out.parent.iterdir()) == before
     message = str(caught.value)
     assert "\n" not in message

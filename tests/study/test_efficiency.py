@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -112,8 +113,10 @@ def test_a_stopped_training_goes_on_from_the_store(lab, tmp_path):
     stages = (TRAINING, replace(TRAINING, epochs=1))
     known = Run(None, store=tmp_path).fit("original", model, lab.clicks, stages)
     watch = Stopwatch(seed=0, threads=1, store=tmp_path, batch=16, share=0.2, least=2)
+    started = time.perf_counter()
     with watch.timing():
         fitted = watch.fit("original", model, lab.clicks, stages)
+    passed = 1000 * (time.perf_counter() - started)
     assert fingerprint(fitted) == fingerprint(known)
     assert [(len(x.steps), x.per_epoch, x.whole, x.epochs) for x in watch.loops] == [
         (5, 30, False, 2),
@@ -124,7 +127,7 @@ def test_a_stopped_training_goes_on_from_the_store(lab, tmp_path):
     assert (step["extrapolated"], epoch["extrapolated"], whole["extrapolated"]) == (False, True, True)
     assert step["ms"]["repeats"] == 5
     trained = 2 * watch.loops[0].epoch + watch.loops[1].epoch
-    assert trained <= whole["ms"]["p50"] < trained + 500
+    assert trained <= whole["ms"]["p50"] <= trained + passed
 
 
 def test_steps_are_computed_anew_while_timing(tmp_path):

@@ -17,16 +17,17 @@ from pocketrec.format.arrays import open_arrays
 from pocketrec.study.jobs import Grid
 from pocketrec.study.plan import Plan
 
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke") / "study"
     command = [sys.executable, "-m", "pocketrec.cli", "bench", "smoke", "--out", str(folder), "--json"]
-    ended = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1500)
     return folder, json.loads(ended.stdout)
 
 
-@pytest.mark.timeout(300)
 def test_every_job_is_done(smoke):
     folder, document = smoke
     assert (document["done"], document["failed"]) == (len(Grid(Plan.read("smoke")).jobs), 0)

@@ -98,6 +98,7 @@ def test_without_decay_catch_up_is_exact_up_to_eps(start, missed, scale):
     np.testing.assert_allclose(state_of(rule)[2], expected[2], rtol=1e-3, atol=1e-20)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("decay", [1e-6, 1e-5])
 @pytest.mark.parametrize(("start", "missed"), [(400, 1), (400, 20), (400, 300), (3000, 100), (3000, 3000)])
 @pytest.mark.parametrize("scale", [1e-4, 1e-5])
@@ -179,6 +180,7 @@ def test_dense_adam_is_the_oracle_rule():
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.delicate
 def test_lazy_equals_dense_where_every_row_is_read():
     everything = [(torch.tensor([[i, 30 + i % 20] for i in range(30)]), torch.ones(30)) for _ in range(20)]
     models = [DeepFM(dim=4, hidden=(8,)).build(DATA, 0) for _ in range(2)]
@@ -187,6 +189,7 @@ def test_lazy_equals_dense_where_every_row_is_read():
     torch.testing.assert_close(models[1].table.weight(), models[0].table.weight(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("decay", [0.0, 1e-6])
 def test_lazy_follows_dense_where_few_rows_are_read(decay):
     models = [DeepFM(dim=4, hidden=(8,), dropout=0.0).build(DATA, 0) for _ in range(2)]

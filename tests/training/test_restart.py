@@ -35,6 +35,7 @@ def visits(tmp_path_factory):
     return encode(Adjacency(), pairs_file(folder), folder / "data")
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ["ctr", "cf"])
 def test_retraining_goes_on_from_what_the_search_found(clicks, visits, method, task, monkeypatch):

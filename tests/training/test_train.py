@@ -60,6 +60,7 @@ def same(one, other) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.delicate
 @pytest.mark.parametrize("optimizer", ["adam", "lazy_adam"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_learns_and_is_a_function_of_its_seed(optimizer, precision):
@@ -73,6 +74,7 @@ def test_training_learns_and_is_a_function_of_its_seed(optimizer, precision):
     assert all(p.dtype == torch.float32 for p in one.parameters())
 
 
+@pytest.mark.delicate
 def test_result_is_the_best_epoch_and_patience_ends_the_loop(tmp_path):
     data = clicks(train=150, valid=300)
     training = replace(SHORT, epochs=40, learning_rate=5e-2, patience=3)

@@ -94,7 +94,7 @@ class _PairProduct:
         """``(b i,)``."""
         count = columns.stop - columns.start
         items = self.padded[columns.start : columns.stop + -count % ITEMS]
-        return (self.users[rows] @ items.T + np.float32(self.bias))[:, :count].reshape(-1)
+        return (topk.products(self.users[rows], items) + np.float32(self.bias))[:, :count].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,10 @@ class _PairTower:
         """``(b i,)`` scores, or ``(b i, o)`` of a layer inside."""
         if self.score:
             return self.scores(rows, columns).reshape(-1)
-        x = np.maximum(self.first.tile(rows, columns), 0)
+        x = np.maximum(self.first.tile(rows, columns), 0).astype(np.float64)
         for i, (weight, bias) in enumerate(self.layers):
             x = (np.maximum(x, 0) if i else x) @ weight.T + bias
+        x = x.astype(np.float32)
         return np.maximum(x, 0) if self.clipped else x
 
     def scores(self, rows: NDArray[np.int64], columns: slice) -> Array:
@@ -246,5 +247,5 @@ def _first_layer(op: Op, value: _PairVectors) -> _PairSum:
     weight, width = op.tensors["weight"], value.users.shape[1]
     parts = (value.users, value.items)
     counts = tuple(np.count_nonzero(part, axis=1).astype(np.float32) for part in parts) if value.counted else None
-    users, items = value.users @ weight[:, :width].T, value.items @ weight[:, width:].T
+    users, items = map(topk.products, parts, (weight[:, :width], weight[:, width:]))
     return _PairSum(users, items, op.tensors["bias"], counts)

@@ -96,7 +96,7 @@ def _topk_numpy(
     block = 64
     found = [
         best(
-            users[begin : begin + block] @ items.T,
+            products(users[begin : begin + block], items),
             seen_indptr[begin : begin + block + 1],
             seen_indices,
             k,
@@ -106,6 +106,30 @@ def _topk_numpy(
     if not found:
         return np.empty((0, k), np.int32), np.empty((0, k), np.float32)
     return np.concatenate([ids for ids, _ in found]), np.concatenate([scores for _, scores in found])
+
+
+def products(users: NDArray[np.float32], items: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Inner products of all pairs, by numpy.
+
+    In float64, then rounded: in float32 a library of linear algebra rounds a row by where it stands, and equal items
+    would have unequal scores.
+
+    Args:
+        users: ``(U, d)``.
+        items: ``(I, d)``; a part at a time is held in float64.
+
+    Returns:
+        ``(U, I)``.
+
+    Example:
+        >>> import numpy as np
+        >>> products(np.array([[1, 2]], np.float32), np.array([[3, 4], [5, 6]], np.float32)).tolist()
+        [[11.0, 17.0]]
+    """
+    scores, exact, wide = np.empty((len(users), len(items)), np.float32), users.astype(np.float64), 4096
+    for left in range(0, len(items), wide):
+        scores[:, left : left + wide] = exact @ items[left : left + wide].T.astype(np.float64)
+    return scores
 
 
 def best(
@@ -233,8 +257,9 @@ def _tower_numpy(
     counts: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     out: NDArray[np.float32],
 ) -> None:
+    # In float64, as `products` does.
     tall, wide = 16, 128
-    *hidden, (last, last_bias) = layers
+    *hidden, (last, last_bias) = [(weight.astype(np.float64), shift.astype(np.float64)) for weight, shift in layers]
     for top in range(0, len(users), tall):
         for right in range(wide, len(items) + wide, wide):
             stop = min(right, len(items))
@@ -242,7 +267,7 @@ def _tower_numpy(
             x = users[tile[0], None] + items[tile[1]]
             if counts is not None:
                 x /= np.maximum(counts[0][tile[0], None] + counts[1][tile[1]], 1)[..., None]
-            x = np.maximum(x + bias, 0).reshape(-1, len(bias))
+            x = np.maximum(x + bias, 0).reshape(-1, len(bias)).astype(np.float64)
             for weight, shift in hidden:
                 x = np.maximum(x @ weight.T + shift, 0)
             out[tile] = (x @ last.T + last_bias).reshape(out[tile].shape)

@@ -53,10 +53,10 @@ def published() -> Mapping[PaperKey, PublishedRow]:
     found = {}
     for name, (table, columns) in TABLES.items():
         for row in paper_rows(name):
-            method = plain(row["method"])
+            method = folded_name(row["method"])
             figures = {metric: float(row[column]) for column, metric in columns.items()}
             for called in {method, ALSO.get((name, method), method)}:
-                key = (plain(row["dataset"]), plain(row["backbone"]), called, row["sparsity"])
+                key = (folded_name(row["dataset"]), folded_name(row["backbone"]), called, row["sparsity"])
                 found[key] = PublishedRow(table, figures, float(row["params"]))
     return found
 
@@ -65,7 +65,7 @@ def published() -> Mapping[PaperKey, PublishedRow]:
 def transfer() -> Mapping[tuple[str, str], Mapping[str, float | None]]:
     """Table 7: retained shares by (sparsity in percent, method), columns as in the file; ``None`` is not available."""
     return {
-        (row["sparsity"], plain(row["method"])): {
+        (row["sparsity"], folded_name(row["method"])): {
             name: float(value) if value else None for name, value in row.items() if name not in ("sparsity", "method")
         }
         for row in paper_rows("table7_transfer.csv")
@@ -76,7 +76,7 @@ def lightgcn(study: Study, pair: Pairing) -> str | None:
     """What LightGCN's authors report, for a pair that is theirs."""
     if "lightgcn" not in _names(study, "backbones", pair.backbone):
         return None
-    found = [r for r in paper_rows("lightgcn_reference.csv") if r["dataset"] == plain(pair.data)]
+    found = [r for r in paper_rows("lightgcn_reference.csv") if r["dataset"] == folded_name(pair.data)]
     told = "; ".join(f"{float(r['ndcg20']):.4f} and {float(r['recall20']):.4f} (L = {r['layers']})" for r in found)
     return f"LightGCN's authors report NDCG@20 and uncapped recall@20 on {pair.data}: {told}." if found else None
 
@@ -107,19 +107,19 @@ def data_set(label: str) -> str:
     """
     known = {key[0] for key in published()}
     match = re.fullmatch(r"([a-z]+(?:20\d\d|12)?)[^a-z]*\d*[km]?", label.lower())
-    return match[1] if match and match[1] in known else plain(label)
+    return match[1] if match and match[1] in known else folded_name(label)
 
 
 def is_sample(label: str) -> bool:
     """Whether a label speaks of a part of a published data set only."""
-    return plain(label) != data_set(label)
+    return folded_name(label) != data_set(label)
 
 
-def plain(name: str) -> str:
+def folded_name(name: str) -> str:
     """Letters and digits of a name, small: ``mag_prune`` and ``MagPrune`` are one.
 
     Example:
-        >>> plain("DCN-Mix"), plain("dcn_mix")
+        >>> folded_name("DCN-Mix"), folded_name("dcn_mix")
         ('dcnmix', 'dcnmix')
     """
     return re.sub(r"[^a-z0-9]", "", name.lower())
@@ -128,7 +128,7 @@ def plain(name: str) -> str:
 def _names(study: Study, axis: str, label: str) -> list[str]:
     """What a label may be called in a paper: itself, or its plug-in."""
     entry = study.plan.get(axis, {}).get(label, {})
-    return [plain(label), plain(str(entry.get("plugin", label)))]
+    return [folded_name(label), folded_name(str(entry.get("plugin", label)))]
 
 
 def _percent(budget: str) -> str | None:
