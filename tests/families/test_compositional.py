@@ -689,6 +689,16 @@ def test_slots_are_places_in_the_file_and_unknown_rows_come_last(clicks):
     assert slots[unknown].min() == len(named)
 
 
+def test_places_in_the_file_are_sorted_once(model, clicks, monkeypatch):
+    data, sorts = pr.Dataset.open(clicks.path), []
+    monkeypatch.setattr(
+        pr.vocabulary, "_ordered", lambda *call, own=pr.vocabulary._ordered: sorts.append(1) or own(*call)
+    )
+    for method in (pr.methods.DHE(functions=8, order="file"), pr.methods.TTRec(order="file")):
+        method.prepare(model, data, Run(None)).table(Room(size_bytes=4 * model.table.values()))
+    assert len(sorts) == 1
+
+
 @pytest.mark.parametrize("scope", ["block", "joint"])
 @pytest.mark.parametrize("name", ["qr", "dhe", "tt_rec"])
 def test_any_tiling_of_blocks_will_do(name, scope, clicks, model):

@@ -121,6 +121,18 @@ def trellised(shape, records, width) -> TrellisTable:
 
 
 @given(coded())
+@settings(max_examples=60, deadline=None)
+def test_records_are_decoded_as_their_file_is_read(case):
+    shape, records, width = case
+    table = trellised(shape, records, width)
+    stored = table.stored().numpy()
+    packed = table.pack(rows=np.flatnonzero(stored))
+    rows = np.arange(packed.rows)[:, None]
+    assert_array_equal(table.weight()[stored], packed.lookup_numpy(rows, np.zeros(1, np.int32))[:, 0])
+    assert_array_equal(table.weight()[~stored], np.ones((2, width)))
+
+
+@given(coded())
 @settings(max_examples=40, deadline=None)
 def test_a_loose_trellis_reads_and_settles_as_the_coded_one(case):
     shape, records, width = case

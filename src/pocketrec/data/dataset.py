@@ -22,6 +22,7 @@ from pocketrec.data.tally import Tally
 from pocketrec.errors import ConfigError, DataError
 from pocketrec.evaluation.metrics import RankingTargets, to_csr
 from pocketrec.files import atomic_write, canonical_json, digest
+from pocketrec.format.vocabulary import file_order
 from pocketrec.randomness import generator
 from pocketrec.schema import Schema
 
@@ -147,6 +148,13 @@ class Dataset:
     def counts(self) -> NDArray[np.int64]:
         """Training rows (interactions) that read each table row, ``(rows,)``."""
         return self._array("counts")
+
+    @cached_property
+    def file_order(self) -> NDArray[np.int64]:
+        """Every row, ``(rows,)``, as a file that stores all would lay them; out-of-vocabulary rows come last."""
+        unknown = np.zeros(self.schema.rows, dtype=bool)
+        unknown[[f.oov_row for f in self.schema.fields if f.oov_row is not None]] = True
+        return np.concatenate([file_order(self.schema, ~unknown, self.hashes), np.flatnonzero(unknown)])
 
     def hashes(self, field: int) -> NDArray[np.uint64]:
         """``hash64`` of the raw string of each local id of a hashed field, ``(size - 1,)``: all but the OOV row."""

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,22 +81,9 @@ class Vocabulary:
         Raises:
             DataError: ``stored`` has another shape, or two values of one field have the same 64-bit hash.
         """
-        if stored.shape != (schema.rows,):
-            raise DataError(
-                f"`stored` must have one entry for each of {schema.rows} rows, but has shape {stored.shape}."
-            )
-        kept = [stored[f.offset : f.offset + _named(f)] for f in schema.fields]
-        hashed = {i: hashes(i) for i, f in enumerate(schema.fields) if f.keys == "hashed"}
-        for attempt in range(_ATTEMPTS):
-            parts = {i: part for i, h in hashed.items() if (part := _sort(h, kept[i], attempt)) is not None}
-            if len(parts) == len(hashed):
-                break
-        else:
-            raise DataError("Two values of one field have the same 64-bit hash; rename one of them.")
-        local = [parts[i][0] if i in parts else np.arange(_named(f)) for i, f in enumerate(schema.fields)]
-        rows = np.concatenate([f.offset + ids for f, ids in zip(schema.fields, local, strict=True)])
-        remainders, directory = _layout([words for _, words in parts.values()])
-        return cls(schema, tuple(map(len, local)), attempt, remainders, directory), rows.astype(np.int64)
+        order = _ordered(schema, stored, hashes)
+        remainders, directory = _layout(order.words)
+        return cls(schema, tuple(map(len, order.rows)), order.attempt, remainders, directory), order.joined()
 
     @property
     def rows(self) -> int:
@@ -260,6 +247,50 @@ class Vocabulary:
             return np.where(inside, np.array(local, dtype=np.int64) + self._first_row[field], -1)
         known = (values >= first) & (values < stop)
         return np.where(known, np.where(known, values, first).astype(np.int64) - first + self._first_row[field], -1)
+
+
+class _Order(NamedTuple):
+    """Stored rows as a file has them: of every field its table rows, and of the hashed ones their words."""
+
+    attempt: int
+    rows: list[NDArray[np.int64]]
+    words: list[NDArray[np.uint64]]
+
+    def joined(self) -> NDArray[np.int64]:
+        """All rows behind each other."""
+        return np.concatenate(self.rows).astype(np.int64)
+
+
+def file_order(
+    schema: Schema, stored: NDArray[np.bool_], hashes: Callable[[int], NDArray[np.uint64]]
+) -> NDArray[np.int64]:
+    """Table row of each file row: ``rows`` of :meth:`Vocabulary.build`, and no vocabulary.
+
+    Args:
+        schema: the fields.
+        stored: as in ``build``.
+        hashes: as in ``build``.
+
+    Raises:
+        DataError: as in ``build``.
+    """
+    return _ordered(schema, stored, hashes).joined()
+
+
+def _ordered(schema: Schema, stored: NDArray[np.bool_], hashes: Callable[[int], NDArray[np.uint64]]) -> _Order:
+    """The stored rows by the first multiplier with which no fingerprint stands for two values."""
+    if stored.shape != (schema.rows,):
+        raise DataError(f"`stored` must have one entry for each of {schema.rows} rows, but has shape {stored.shape}.")
+    kept = [stored[f.offset : f.offset + _named(f)] for f in schema.fields]
+    hashed = {i: hashes(i) for i, f in enumerate(schema.fields) if f.keys == "hashed"}
+    for attempt in range(_ATTEMPTS):
+        parts = {i: part for i, h in hashed.items() if (part := _sort(h, kept[i], attempt)) is not None}
+        if len(parts) == len(hashed):
+            break
+    else:
+        raise DataError("Two values of one field have the same 64-bit hash; rename one of them.")
+    rows = [f.offset + (parts[i][0] if i in parts else np.arange(_named(f))) for i, f in enumerate(schema.fields)]
+    return _Order(attempt, rows, [words for _, words in parts.values()])
 
 
 def _named(field: Field) -> int:

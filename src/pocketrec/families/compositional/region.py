@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.format.vocabulary import Vocabulary
-from pocketrec.models.table import Block, oov_rows
+from pocketrec.models.table import Block
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
@@ -73,10 +72,7 @@ def slots_of(region: Region, data: Dataset, order: SlotOrder) -> NDArray[np.int6
     """
     if order == "id":
         return np.arange(region.rows)
-    schema = data.schema
-    unknown = oov_rows(schema).numpy()
-    _, named = Vocabulary.build(schema, ~unknown, data.hashes)
-    rows = np.concatenate([named, np.flatnonzero(unknown)])
+    rows = data.file_order
     rows = rows[(rows >= region.start) & (rows < region.stop)] - region.start
     slots = np.empty(region.rows, np.int64)
     slots[rows] = np.arange(region.rows)

@@ -12,10 +12,67 @@ from torch import Tensor
 
 from pocketrec.format.block import Storage
 from pocketrec.format.entries import Index
-from pocketrec.format.layouts.trellis import Records, Shape, TrellisBlock, encode
+from pocketrec.format.layouts.trellis import (
+    GAIN_BITS,
+    Records,
+    Shape,
+    TrellisBlock,
+    centroid_values,
+    direction,
+    encode,
+    geometric,
+)
 from pocketrec.format.packed import Packed
+from pocketrec.format.trellis_codes import CODES, SCALE_BITS, code_values
 from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema
+
+_AT_ONCE = 4096
+"""Rows that are decoded together."""
+
+
+def decoded(shape: Shape, records: Records) -> NDArray[np.float32]:
+    """The vectors of users and items, ``(U + I, D)``: in every bit what the block of these records reads."""
+    scales, width = records.scales, records.centroids.shape[1]
+    gain, gain_ratio, item, item_ratio, user, user_ratio, step = scales[:7].tolist()
+    shapes = centroid_values(records.centroids, step)[records.shapes]
+    grown = geometric(item, item_ratio, SCALE_BITS)[records.item_scales]
+    for which, rate in enumerate(shape.rates):
+        rows = np.flatnonzero(records.classes == which)
+        add_codes(shapes, rows, rate, records.item_codes, grown)
+    users = np.zeros((shape.users, width), np.float32)
+    if (records.classes >= shape.first).any():
+        units = direction(shapes)
+        for coefficient, atoms in zip(scales[7:], records.atoms.T, strict=True):
+            users += coefficient * units[atoms]
+    grown = geometric(user, user_ratio, SCALE_BITS)[records.user_scales]
+    add_codes(users, np.arange(shape.users), shape.rest, records.user_codes, grown)
+    return np.concatenate([users, shapes * geometric(gain, gain_ratio, GAIN_BITS)[records.gains, None]])
+
+
+def add_codes(
+    vectors: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    rate: int,
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+) -> None:
+    """Add to some ``rows`` of ``vectors (m, D)`` what their trellis codes say times their ``scales (m,)``.
+
+    Args:
+        vectors: changed in place.
+        rows: which of them.
+        rate: number of their code, 0 for none.
+        codes: of all rows, ``(m, s)``; steps that the code does not have are ignored.
+        scales: of all rows.
+    """
+    if not rate:
+        return
+    width = vectors.shape[1]
+    steps = CODES[rate - 1].steps(width)
+    for start in range(0, len(rows), _AT_ONCE):
+        part = rows[start : start + _AT_ONCE]
+        vectors[part] += code_values(rate, codes[part, :steps], width) * scales[part, None]
 
 
 class TrellisTable(Table):
@@ -43,10 +100,7 @@ class TrellisTable(Table):
         self.shape = shape
         self.records = records
         matrix = fill.astype(np.float32)[schema.field_of_row]
-        packed = self.pack(rows=np.flatnonzero(self.stored().numpy()))
-        matrix[self.stored().numpy()] = packed.lookup_numpy(np.arange(packed.rows)[:, None], np.zeros(1, np.int32))[
-            :, 0
-        ]
+        matrix[self.stored().numpy()] = decoded(shape, records)
         self.register_buffer("matrix", torch.from_numpy(matrix))
 
     def forward(self, ids: Tensor) -> Tensor:

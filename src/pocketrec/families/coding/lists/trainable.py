@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pocketrec.families.coding.lists.table import TrellisTable
+from pocketrec.families.coding.lists.table import TrellisTable, add_codes
 from pocketrec.format.layouts.trellis import CENTROID_BITS, GAIN_BITS, centroid_values, geometric
-from pocketrec.format.trellis_codes import CODES, SCALE_BITS, code_values
+from pocketrec.format.trellis_codes import SCALE_BITS
 from pocketrec.models.table import Lookup
 
 _TINY = 1e-20
@@ -51,15 +51,12 @@ class TrainableTrellisTable(Lookup):
         gain, gain_ratio, item, item_ratio, user, user_ratio = records.scales[:6].tolist()
         self.step = float(records.scales[6])
         rests = np.zeros((shape.items, width), np.float32)
+        grown = geometric(item, item_ratio, SCALE_BITS)[records.item_scales]
         for which, rate in enumerate(shape.rates):
-            rows = np.flatnonzero(records.classes == which)
-            if rate:
-                rests[rows] = code_values(rate, records.item_codes[rows, : CODES[rate - 1].steps(width)], width)
-        rests *= geometric(item, item_ratio, SCALE_BITS)[records.item_scales, None]
+            add_codes(rests, np.flatnonzero(records.classes == which), rate, records.item_codes, grown)
         sums = np.zeros((shape.users, width), np.float32)
-        if shape.rest:
-            sums = code_values(shape.rest, records.user_codes, width)
-            sums *= geometric(user, user_ratio, SCALE_BITS)[records.user_scales, None]
+        grown = geometric(user, user_ratio, SCALE_BITS)[records.user_scales]
+        add_codes(sums, np.arange(shape.users), shape.rest, records.user_codes, grown)
         levels = np.log(np.maximum(geometric(gain, gain_ratio, GAIN_BITS), _TINY))
         self.shared = nn.Parameter(torch.from_numpy(centroid_values(records.centroids, self.step)))
         self.gains = nn.Parameter(torch.from_numpy(levels[records.gains]))
