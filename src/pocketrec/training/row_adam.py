@@ -210,7 +210,7 @@ def _rate(step: int) -> float:
     return _unbias(step) / (1 - BETAS[0] ** step)
 
 
-@structure("RowState")
+@structure("Rows")
 class _RowStateView(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p), ("first", ctypes.c_void_p), ("second", ctypes.c_void_p),
