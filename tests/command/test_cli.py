@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import pocketrec
-from pocketrec import cli
+from pocketrec import cli, settings
 from pocketrec.command import options, shown
 from pocketrec.command import verbs as commands
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError, DataError, DivergedError, RunLocked, StorageError
@@ -313,7 +313,7 @@ class Plug:
 
 
 def parse(*arguments):
-    command = click.Command("plug", params=[s.option() for s in options.fields(Plug)])
+    command = click.Command("plug", params=[options.option(s) for s in settings.leaves(Plug)])
     return options.build(Plug, command.make_context("plug", list(arguments)).params)
 
 
@@ -335,12 +335,12 @@ def test_flags_come_from_the_dataclass(arguments, expected):
 
 
 def test_help_comes_from_the_docstring():
-    by_name = {s.name: s for s in options.fields(Plug)}
+    by_name = {s.name: s for s in settings.leaves(Plug)}
     assert by_name["size"].help == "how large it is, on two lines."
-    assert "[default: 3]" in by_name["size"].option().help
-    assert "[default: 4,2]" in by_name["widths"].option().help
-    assert "[default: none]" in by_name["rate"].option().help
-    assert "[default: on]" in by_name["strict"].option().help
+    assert "[default: 3]" in options.option(by_name["size"]).help
+    assert "[default: 4,2]" in options.option(by_name["widths"]).help
+    assert "[default: none]" in options.option(by_name["rate"]).help
+    assert "[default: on]" in options.option(by_name["strict"]).help
 
 
 def test_verbs_list_the_flags_of_the_chosen_plug_in(pocketrec_command):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -17,10 +17,6 @@ from pocketrec.data.source import Batch, Column, Scan, Source
 from pocketrec.families.pruning import PruningLadder
 from pocketrec.methods.mag_prune import MagPrune
 from pocketrec.testing import ExamFailed, Lab, backbone, method, plugin, source
-from pocketrec.training.loop import Training
-
-FEW = {"population": 4, "generations": 3, "children": 2}
-"""Settings of an evolution that make it short: no law depends on how good the candidates are."""
 
 
 def numbers(rows: int, columns: int) -> list[list[int]]:
@@ -81,10 +77,7 @@ def test_backbone(name, check, lab):
 @pytest.mark.parametrize(("name", "check"), examined("methods"))
 def test_method(name, check, lab):
     examinee = registry.load("methods", name)()
-    if examinee.trains and check.__module__ == method.__name__:
-        small = {name: size for name, size in FEW.items() if hasattr(examinee, name)}
-        examinee = replace(examinee, training=(Training(epochs=2),), **small)
-    check(examinee, lab)
+    check(examinee.small() if check.__module__ == method.__name__ else examinee, lab)
 
 
 @pytest.mark.parametrize("axis", ["sources", "backbones", "methods"])

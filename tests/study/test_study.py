@@ -105,9 +105,10 @@ def test_a_later_stage_is_as_the_first_but_for_what_it_says():
 
 
 def test_a_method_like_another_differs_in_what_it_says():
-    both = {"method.pep": {"search_epochs": 2, "budgets": ["50%"], "backbone": {"deepfm": {"dropout": 0.3}}}}
-    own = {**both["method.pep"], "is": "pep", "restart": "found"}
-    said, alike = plan(both | {"method.found": own}), plan(both | {"method.found": {"like": "pep", "restart": "found"}})
+    both = {"method.pep": {"search": {"epochs": 2}, "budgets": ["50%"], "backbone": {"deepfm": {"dropout": 0.3}}}}
+    own = {**both["method.pep"], "is": "pep", "retrain": {"values": "found"}}
+    like = {"like": "pep", "retrain": {"values": "found"}}
+    said, alike = plan(both | {"method.found": own}), plan(both | {"method.found": like})
     assert said.to_json() == alike.to_json()
     assert alike.methods["found"].plugin == "pep"
 
@@ -371,7 +372,7 @@ def test_ranking_data_with_two_stages_and_baked_vectors(tmp_path):
         "trials": 0,
         "data": {"pairs": {"source": "adjacency", "raw": str(pairs_file(tmp_path)), "bake": True}},
         "backbone": {"lightgcn": {"dim": 4, "training": [{"epochs": 2, "batch_size": 64}, {"epochs": 1}]}},
-        "method": {"random": {}, "cerp": {"search_epochs": 1}},
+        "method": {"random": {}, "cerp": {"search": {"epochs": 1}}},
     }
     from pocketrec.study.plan import parse
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from pocketrec.compression.budget import Budget
 from pocketrec.compression.file_fit import fit_file, with_ladder_table
@@ -22,6 +22,7 @@ from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
+    from pocketrec.training.loop import Training
 
 
 @overload
@@ -32,6 +33,7 @@ def compress(
     budget: str | Budget,
     *,
     run: Run | str | Path | None = None,
+    training: Training | Sequence[Training] | None = None,
     storage: Storage | None = None,
     index: Index = "compact",
     bake: bool = False,
@@ -46,6 +48,7 @@ def compress(
     budget: Sequence[str | Budget],
     *,
     run: Run | str | Path | None = None,
+    training: Training | Sequence[Training] | None = None,
     storage: Storage | None = None,
     index: Index = "compact",
     bake: bool = False,
@@ -59,6 +62,7 @@ def compress(
     budget: str | Budget | Sequence[str | Budget],
     *,
     run: Run | str | Path | None = None,
+    training: Training | Sequence[Training] | None = None,
     storage: Storage | None = None,
     index: Index = "compact",
     bake: bool = False,
@@ -72,6 +76,8 @@ def compress(
         budget: ``"sparsity=0.95"`` (share of values removed), ``"5%"`` (of the dense table's bytes) or ``"4MiB"`` (the
             whole file), or several of them.
         run: A folder that keeps the preparation: a later budget takes seconds.
+        training: How methods that train do so: settings, or several stages of them; by default those of the run, else
+            of the data's task. Searches take theirs from the first stage.
         storage: ``fp32``, ``fp16`` or ``int8``; by default ``fp32`` for a sparsity, ``int8`` for a budget in bytes.
         index: ``compact`` finds a row in the fewest bytes, ``direct`` in the least time.
         bake: For ranking models: propagate first and compress the final vectors, as a device needs them.
@@ -87,7 +93,10 @@ def compress(
     """
     if not isinstance(run, Run):
         with Run(run) as opened:
-            return compress(model, data, method, budget, run=opened, storage=storage, index=index, bake=bake)
+            more: Any = {"training": training, "storage": storage, "index": index, "bake": bake}
+            return compress(model, data, method, budget, run=opened, **more)
+    if training is not None:
+        run = run.with_training(training)
     single = isinstance(budget, (str, Budget))
     budgets = [Budget.parse(b) for b in ([budget] if single else budget)]
     if bake:
@@ -96,7 +105,7 @@ def compress(
 
     def at(budget: Budget) -> Small:
         chosen = storage or ("fp32" if budget.kind == "sparsity" else "int8")
-        return _at(ladder, Small(model, data, method, budget, chosen, index))
+        return _at(ladder, Small(model, data, method, budget, chosen, index, run.training if method.trains else ()))
 
     return at(budgets[0]) if single else [at(b) for b in budgets]
 

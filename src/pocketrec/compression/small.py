@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocketrec import settings
 from pocketrec.compression.budget import Budget
 from pocketrec.compression.ladder import Method
 from pocketrec.format.artifact import Contents, FileKind
@@ -17,6 +18,7 @@ from pocketrec.packed import Index, Storage
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
+    from pocketrec.training.loop import Training
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Small:
         budget: what was asked for.
         storage: how kept values are stored in the file.
         index: how the file finds a row.
+        training: how a method that trains was told to.
     """
 
     model: Model
@@ -38,6 +41,7 @@ class Small:
     budget: Budget
     storage: Storage
     index: Index = "compact"
+    training: tuple[Training, ...] = ()
 
     @property
     def table(self) -> Table:
@@ -66,13 +70,14 @@ class Small:
         vocabulary, rows = Vocabulary.build(self.data.schema, stored, self.data.hashes)
         backbone = self.model.backbone
         info = {
-            "backbone": {"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
+            "backbone": {"name": backbone.name, "config": settings.to_json(backbone)},
             "method": self.method.config(),
             "budget": asdict(self.budget),
             "storage": self.storage,
             "values": self.values,
             "sparsity": self.sparsity,
             "data": self.data.digest,
+            **({"training": [settings.to_json(stage) for stage in self.training]} if self.training else {}),
         }
         packed = self.table.pack(self.storage, rows, self.index)
         return Contents(file_kind(self.model), self.data.schema, vocabulary, packed, self.model.lower(), info)

@@ -1,1 +1,1 @@
-"""What methods share: pruning, thresholds, retraining, distillation, mixed dimension, compositional embeddings, coding."""
+"""What methods of one family share: tables, searches, ladders."""

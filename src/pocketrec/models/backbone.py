@@ -120,10 +120,17 @@ class RankingModel(Model):
 
 
 class Backbone(ABC):
-    """Configuration of a recommender; subclasses are frozen dataclasses, one per file in ``backbones/``."""
+    """Configuration of a recommender; subclasses are frozen dataclasses, one per file in ``backbones/``.
+
+    Attributes:
+        name: in the registry and on the command line.
+        task: that it is made for.
+        version: rises when a default or a meaning changes, so that stored work of the other one is not taken.
+    """
 
     name: ClassVar[str]
     task: ClassVar[Task]
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def blocks(self, schema: Schema) -> tuple[Block, ...]:
@@ -132,3 +139,7 @@ class Backbone(ABC):
     @abstractmethod
     def build(self, data: Dataset, seed: int) -> Model:
         """A freshly initialised model with a :class:`~pocketrec.models.table.DenseTable`; same seed, same bits."""
+
+    def small(self) -> Self:
+        """The same recommender with a head of a few units, for exams; by default itself."""
+        return self

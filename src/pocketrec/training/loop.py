@@ -17,15 +17,16 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pocketrec import settings
 from pocketrec.data.dataset import Dataset
-from pocketrec.errors import ConfigError, DataError, DivergedError
+from pocketrec.errors import DataError, DivergedError
 from pocketrec.files import boundary, canonical_json
 from pocketrec.format.arrays import buffer
 from pocketrec.models.backbone import Model, noise
@@ -56,6 +57,8 @@ class Training:
         shuffle: a new order of rows in each epoch; ``False`` reads them in file order, as published runs do.
     """
 
+    version: ClassVar[int] = 1
+
     epochs: int = 15
     batch_size: int = 2048
     learning_rate: float = 1e-3
@@ -66,15 +69,17 @@ class Training:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("patience", 1), ("weight_decay", 0)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
-                raise ConfigError(f"`{name}` must be at least {least}, but got {value}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"`learning_rate` must be above 0, but got {self.learning_rate}.")
-        for name, known in (("optimizer", ("adam", "lazy_adam")), ("precision", ("fp32", "bf16"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
+        settings.check(self, epochs=1, batch_size=2, patience=1, weight_decay=0)
+        settings.check_above(self, learning_rate=0)
+
+    def steps(self, rows: int) -> int:
+        """Steps of all epochs over so many training rows.
+
+        Example:
+            >>> Training(epochs=3, batch_size=100).steps(250)
+            9
+        """
+        return self.epochs * max(1, math.ceil(rows / self.batch_size))
 
     @classmethod
     def default(cls, task: Task) -> Training:
@@ -121,12 +126,12 @@ def history(path: str | Path) -> list[Epoch]:
 def fit_step(run: Run, name: str, model: Model, data: Dataset, training: Training | Sequence[Training] | None) -> Model:
     """See :meth:`pocketrec.training.run.Run.fit`."""
     if training is None:
-        training = Training.default(data.schema.task)
+        training = run.stages(data.schema.task)
     if not isinstance(training, Training):
         for stage in training:
             model = fit_step(run, name, model, data, stage)
         return model
-    key = {"model": fingerprint(model), "training": asdict(training), "data": data.digest}
+    key = {"model": fingerprint(model), "training": settings.key(training), "data": data.digest}
     computed = False
 
     def compute(checkpoint: Checkpoint) -> Arrays:
@@ -151,9 +156,9 @@ def _tell_past(run: Run, stage: str, epochs: Iterable[Epoch]) -> None:
 
 
 def fingerprint(model: Model) -> str:
-    """SHA-256 over the configuration and every tensor of a model."""
+    """SHA-256 over the :func:`~pocketrec.settings.key` of the configuration and every tensor of a model."""
     table = f"{type(model.table).__name__}{model.table.extra_repr()}"
-    state = sha256(canonical_json([type(model).__name__, repr(model.backbone), table]))
+    state = sha256(canonical_json([type(model).__name__, settings.key(model.backbone), table]))
     for name, tensor in model.state_dict(keep_vars=True).items():
         state.update(f"{name}{tuple(tensor.shape)}{tensor.requires_grad}".encode())
         state.update(buffer(tensor.detach().cpu().numpy()))
