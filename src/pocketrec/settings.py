@@ -61,7 +61,7 @@ class Setting:
 @cache
 def leaves(cls: type[Any]) -> tuple[Setting, ...]:
     """The settings of a dataclass in order, those of groups in their place."""
-    hints, text = _hints(cls), described(cls.__doc__)
+    hints, text = _hints(cls), explained(cls)
     found: list[Setting] = []
     for field in dataclasses.fields(cls):
         if not field.init:
@@ -92,6 +92,11 @@ def described(docstring: str | None) -> dict[str, str]:
     lines = re.split(r"\n(?= {4}\S)", section[1].rstrip()) if section else []
     found = (re.match(r"\s*\**(\w+)(?:\s*\([^)]*\))?:\s*(.*)", line, re.S) for line in lines)
     return {m[1]: " ".join(m[2].split()).replace("``", "") for m in found if m}
+
+
+def explained(cls: type[Any]) -> dict[str, str]:
+    """What the docstring of a class says of each setting, or that of the nearest base which says something."""
+    return {name: words for base in reversed(cls.__mro__) for name, words in described(base.__doc__).items()}
 
 
 def spell(value: Any) -> str:

@@ -116,8 +116,12 @@ def check_explains_itself(plugin: Any, _lab: Lab) -> None:
     """The class docstring has a first line, and a line for every field."""
     text = inspect.getdoc(type(plugin)) or ""
     require(text.split("\n")[0].endswith("."), "a one-line summary that ends in a full stop", repr(text[:80]))
-    missing = {f.name for f in dataclasses.fields(plugin)} - set(settings.described(type(plugin).__doc__))
-    require(not missing, "a line in the docstring's Args for every field", f"none for {', '.join(sorted(missing))}")
+    missing = {f.name for f in dataclasses.fields(plugin)} - set(settings.explained(type(plugin)))
+    require(
+        not missing,
+        "a line in the Args for every field, of the class or a base",
+        f"none for {', '.join(sorted(missing))}",
+    )
 
 
 def check_cites_its_reference(plugin: Any, _lab: Lab) -> None:
