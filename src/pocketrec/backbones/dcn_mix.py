@@ -122,7 +122,7 @@ class DCNMix(Deep, ClickBackbone):
     dropout: float = 0.2
     batch_norm: bool = True
     init: Literal["published", "he"] = "published"
-    least: ClassVar = {"layers": 0, "experts": 1, "rank": 1}
+    bounds: ClassVar = {"layers": 0, "experts": 1, "rank": 1}
 
     def small(self) -> DCNMix:
         """Narrow experts, too."""

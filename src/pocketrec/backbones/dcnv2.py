@@ -102,7 +102,7 @@ class DCNv2(Deep, ClickBackbone):
     batch_norm: bool = True
     linear: bool = False
     linear_std: float = 0.01
-    least: ClassVar = {"layers": 0, "linear_std": 0}
+    bounds: ClassVar = {"layers": 0, "linear_std": 0}
 
     @property
     def linear_start(self) -> float | None:

@@ -120,7 +120,7 @@ class NeuMF(Deep, PairBackbone):
     negatives: int = 4
     regularisation: float = 1e-4
     pretraining: int = 0
-    least: ClassVar = {"pretraining": 0}
+    bounds: ClassVar = {"pretraining": 0}
 
     def blocks(self, schema: Schema) -> tuple[Block, ...]:
         """Four tables: users and items, times columns ``[0, d)`` of the product and ``[d, 2d)`` of the perceptron."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pocketrec import settings
@@ -61,6 +63,12 @@ class Method(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool] = False
     version: ClassVar[int] = 1
+    bounds: ClassVar[Mapping[str, float]] = {}
+    """Least values of settings, see :func:`pocketrec.settings.check`."""
+
+    def __post_init__(self) -> None:
+        if is_dataclass(self):
+            settings.check(self, **self.bounds)
 
     @property
     def starts_from(self) -> Literal["trained", "fresh"]:

@@ -76,12 +76,15 @@ class Retrain:
 class TrainingMethod(Method):
     """A method that trains, from a :class:`Start` of its own.
 
-    Attributes:
-        starts: the kinds of start that it knows.
+    Args:
+        start: ``fresh``, as published, or at the weights of the ``trained`` model.
+        search: for a mask, or for lengths.
+        retrain: where what was found is trained again.
     """
 
     trains: ClassVar[bool] = True
     starts: ClassVar[tuple[str, ...]] = ("fresh", "trained")
+    """The kinds of start that it knows."""
 
     start: Start
 
@@ -90,8 +93,8 @@ class TrainingMethod(Method):
         """Whether the weights of the given model count."""
         return "fresh" if self.start.kind == "fresh" else "trained"
 
-    def check_start(self) -> None:
-        """Refuse a start that the method does not know."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         settings.one_of("start.kind", self.start.kind, self.starts)
 
 

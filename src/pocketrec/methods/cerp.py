@@ -52,8 +52,6 @@ class CERP(CompositionalMethod):
         eta: steepness of the count, above 0.
         spread: first ``s`` of each single threshold: that of the ``search`` for all (``constant``), or that times a
             number of its own in [0, 1]: ``uniform``, ``normal`` (scaled to that range) or ``power`` (density ``2 v``).
-        search: of the thresholds.
-        retrain: where the masks are trained again.
         scope: ``block`` has a pair of codebooks for each counted block, ``joint`` one for all rows.
         order: which ids share rows: by their place in the ``file`` (free there), or by ``id`` (order of appearance).
         start: ``fresh``, as published, or ``taught`` by the trained model before the search.
@@ -68,6 +66,7 @@ class CERP(CompositionalMethod):
     """
 
     name: ClassVar[str] = "cerp"
+    bounds: ClassVar = {"bucket": 1, "gamma": 0}
 
     operation: Operation = "add"
     bucket: int | None = None
@@ -83,9 +82,8 @@ class CERP(CompositionalMethod):
     start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
-        settings.check(self, bucket=1, gamma=0)
+        super().__post_init__()
         settings.check_above(self, slack=1, eta=0)
-        self.check_start()
 
     def least(self, region: Region) -> int:
         """None: codebooks may be empty."""

@@ -49,7 +49,6 @@ class DHE(CompositionalMethod):
             0: 4 bytes each in a file, which says which they are, and ``4 d`` in memory; nothing is learned for them.
         scope: ``block`` has a network for each counted block, ``joint`` one for all rows.
         order: what is hashed: the place in the ``file`` (free), or the ``id`` (4 bytes a row where fields are hashed).
-        start: ``fresh``, as published, or ``taught`` by the trained model.
 
     Example:
         >>> DHE().widths(width=16, values=3_477_792)
@@ -61,6 +60,7 @@ class DHE(CompositionalMethod):
 
     name: ClassVar[str] = "dhe"
     teaching_rate: ClassVar[float] = 0.002
+    bounds: ClassVar = {"depth": 1, "functions": 2, "buckets": 2, "multiple": 1, "salt": 0, "hot": 0}
 
     depth: int = 3
     hidden: tuple[int, ...] = ()
@@ -77,9 +77,8 @@ class DHE(CompositionalMethod):
     start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
-        settings.check(self, depth=1, functions=2, buckets=2, multiple=1, salt=0, hot=0)
+        super().__post_init__()
         settings.check_widths(self, "hidden")
-        self.check_start()
         if self.functions % 2 or self.buckets > 10**7:
             raise ConfigError(
                 f"`functions` must be even and `buckets` at most 10,000,000, but got functions={self.functions} and "

@@ -27,9 +27,6 @@ class OptEmbed(SupernetMethod):
         pressure: weight of the thresholds in the loss, at least 0.
         threshold_rate: learning rate of plain descent on ``t``, above 0; by default such that the pressure alone would
             lift it to the mean first norm.
-        search: of the supernet and of the lengths.
-        retrain: where the result is trained again.
-        start: where the supernet starts: ``fresh``, as published, or at the weights of the ``trained`` model.
 
     Example:
         >>> OptEmbed(search=Evolution(sampling="uniform", patience=30)).retrain.head
@@ -43,6 +40,7 @@ class OptEmbed(SupernetMethod):
 
     name: ClassVar[str] = "opt_embed"
     drops: ClassVar[bool] = True
+    bounds: ClassVar = {"pressure": 0}
 
     threshold: ThresholdSharing = "field"
     pressure: float = 1e-3
@@ -52,9 +50,8 @@ class OptEmbed(SupernetMethod):
     start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
-        settings.check(self, pressure=0)
+        super().__post_init__()
         settings.check_above(self, threshold_rate=0)
-        self.check_start()
 
     def units(self, dense: DenseTable) -> Units:
         """The rows of a field share a length."""

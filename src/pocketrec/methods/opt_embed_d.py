@@ -19,11 +19,6 @@ class OptEmbedD(SupernetMethod):
     As OptEmbed without row thresholds: every vector keeps at least one column, so a table of width ``d`` cannot be made
     smaller than ``1 / d``. Ranking models have one length per row and block, click models one per field.
 
-    Args:
-        search: of the supernet and of the lengths.
-        retrain: where the result is trained again.
-        start: where the supernet starts: ``fresh``, as published, or at the weights of the ``trained`` model.
-
     Example:
         >>> OptEmbedD().search.generations
         30
@@ -39,9 +34,6 @@ class OptEmbedD(SupernetMethod):
     search: Evolution = field(default=Evolution())
     retrain: Retrain = field(default=Retrain(head="initial"))
     start: Start = field(default=Start())
-
-    def __post_init__(self) -> None:
-        self.check_start()
 
     def units(self, dense: DenseTable) -> Units:
         """Each row of ranking models has a length in each block, each field of click models one."""

@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from pocketrec import settings
 from pocketrec.compression.ladder import Ladder
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
@@ -34,10 +33,7 @@ class PEP(TrainingMethod):
     Args:
         granularity: who shares a threshold: everything (``global``), a column (``dimension``), a row (``feature``), a
             field, nobody (``feature_dim``), or a field and column.
-        search: of the thresholds.
-        retrain: where the mask is trained again.
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
-        start: ``fresh``, as published, or at the ``trained`` model.
 
     Example:
         >>> PEP(granularity="field_dim", search=ThresholdSearch(first=-15.0, rate=1e-2)).search.stop
@@ -55,10 +51,6 @@ class PEP(TrainingMethod):
     retrain: Retrain = field(default=Retrain())
     scope: RankingScope = "joint"
     start: Start = field(default=Start())
-
-    def __post_init__(self) -> None:
-        settings.check(self)
-        self.check_start()
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PEPLadder:
         """Search once, for all budgets."""

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketrec import settings
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
@@ -60,7 +59,7 @@ class PTQ(Method):
     def __post_init__(self) -> None:
         if self.bits not in (0, *BITS):
             raise ConfigError(f"`bits` must be 0 or lie in [{BITS[0]}, {BITS[-1]}], but got bits={self.bits}.")
-        settings.check(self)
+        super().__post_init__()
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PTQLadder:
         """Nothing is computed before the budget is known."""

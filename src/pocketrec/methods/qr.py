@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec import settings
 from pocketrec.errors import ConfigError
 from pocketrec.families.compositional.ladder import CompositionalMethod
 from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder
@@ -44,7 +43,6 @@ class QR(CompositionalMethod):
         scope: ``block`` has a pair of tables for each counted block, ``joint`` one for all rows.
         order: which ids are neighbours: ``file`` (by fingerprint of the value; free in a file) or ``id`` (in the order
             of first appearance; 4 bytes a row in a file with hashed fields).
-        start: ``fresh``, as published, or ``taught`` by the trained model.
 
     Example:
         >>> QR().divisor_of(rows=1_086_810, most=543_405), QR(large="quotient").divisor_of(rows=1_086_810, most=543_407)
@@ -56,6 +54,7 @@ class QR(CompositionalMethod):
     """
 
     name: ClassVar[str] = "qr"
+    bounds: ClassVar = {"divisor": 1}
 
     operation: Operation = "mult"
     init: FactorInit = "normal"
@@ -64,10 +63,6 @@ class QR(CompositionalMethod):
     scope: RegionScope = "block"
     order: SlotOrder = "file"
     start: Start = field(default=Start())
-
-    def __post_init__(self) -> None:
-        settings.check(self, divisor=1)
-        self.check_start()
 
     def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> QRPlan | None:
         """The tables of a region that hold at most ``values`` scalars."""

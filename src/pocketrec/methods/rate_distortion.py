@@ -71,14 +71,12 @@ class RateDistortion(Method):
     """
 
     name: ClassVar[str] = "rate_distortion"
+    bounds: ClassVar = {"samples": 1, "probes": 1, "touch_up": 0}
 
     samples: int | None = None
     probes: int = 8
     code_head: bool = True
     touch_up: int = 0
-
-    def __post_init__(self) -> None:
-        settings.check(self, samples=1, probes=1, touch_up=0)
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """Gather what errors cost; the run keeps it.

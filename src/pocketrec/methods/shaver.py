@@ -74,6 +74,10 @@ class Shaver(Method):
     """
 
     name: ClassVar[str] = "shaver"
+    bounds: ClassVar = {
+        "draws": 1, "passes": 1, "masks": 1, "batch_size": 1, "shards": 1, "samples": 1, "top": 0, "balance": 0,
+        "tolerance": 0,
+    }  # fmt: skip
 
     fill: Fill = "codebook"
     score: Score = "geo"
@@ -96,8 +100,7 @@ class Shaver(Method):
     tune: Literal["none", "table", "codebook"] = "none"
 
     def __post_init__(self) -> None:
-        settings.check(self, draws=1, passes=1, masks=1, batch_size=1, shards=1, samples=1)
-        settings.check(self, top=0, balance=0, tolerance=0)
+        super().__post_init__()
         for name in ("exponent", "ego_exponent", "baked_exponent"):
             if not np.isfinite(value := getattr(self, name)):
                 raise ConfigError(f"`{name}` must be finite, but got {name}={value}.")

@@ -61,6 +61,7 @@ class TTRec(CompositionalMethod):
     """
 
     name: ClassVar[str] = "tt_rec"
+    bounds: ClassVar = {"cores": 2, "warm_up": 0, "multiple": 1}
 
     cores: int = 3
     ranks: tuple[int, ...] = ()
@@ -74,9 +75,8 @@ class TTRec(CompositionalMethod):
     start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
-        settings.check(self, cores=2, warm_up=0, multiple=1)
+        super().__post_init__()
         settings.check_share(self, "cache_share")
-        self.check_start()
         if self.cores > 4:
             raise ConfigError(f"`cores` must lie in [2, 4], but got cores={self.cores}.")
         if self.ranks and (len(self.ranks) != self.cores - 1 or min(self.ranks) < 1):

@@ -157,13 +157,13 @@ class ClickBackbone(Backbone):
 
     task: ClassVar[Task] = "ctr"
     model: ClassVar[type[HeadedModel]]
-    least: ClassVar[Mapping[str, float]] = {}
+    bounds: ClassVar[Mapping[str, float]] = {}
     """Least values of further settings."""
 
     dim: int
 
     def __post_init__(self) -> None:
-        settings.check(self, dim=1, **self.least)
+        settings.check(self, dim=1, **self.bounds)
 
     @property
     def linear_start(self) -> float | None:
@@ -211,7 +211,7 @@ class HeadedModel(ClickModel):
 class FactorisationBackbone(ClickBackbone):
     """A backbone with a linear weight beside each embedding."""
 
-    least: ClassVar[Mapping[str, float]] = {"linear_std": 0}
+    bounds: ClassVar[Mapping[str, float]] = {"linear_std": 0}
 
     linear_std: float
 

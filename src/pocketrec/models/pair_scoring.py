@@ -71,7 +71,7 @@ class PairBackbone(Backbone):
 
     task: ClassVar[Task] = "cf"
     model: ClassVar[type[PairModel]]
-    least: ClassVar[Mapping[str, float]] = {}
+    bounds: ClassVar[Mapping[str, float]] = {}
     """Least values of further settings."""
 
     dim: int
@@ -80,7 +80,7 @@ class PairBackbone(Backbone):
     regularisation: float
 
     def __post_init__(self) -> None:
-        settings.check(self, dim=1, negatives=1, regularisation=0, **self.least)
+        settings.check(self, dim=1, negatives=1, regularisation=0, **self.bounds)
 
     def objective(self) -> Objective:
         """What is minimised."""

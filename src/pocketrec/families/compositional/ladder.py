@@ -39,12 +39,15 @@ if TYPE_CHECKING:
 class CompositionalMethod(TrainingMethod):
     """A method whose vectors are computed: what it says of a region and a number of values, and how it trains.
 
-    Attributes:
-        teaching_rate: learning rate of a ``taught`` start that says none.
+    Args:
+        start: ``fresh``, as published, or ``taught`` by the trained model.
+        scope: ``block`` has one for each counted block, ``joint`` one for all rows.
+        order: which rows are neighbours: by their place in the ``file`` (free there), or by ``id``.
     """
 
     starts: ClassVar[tuple[str, ...]] = ("fresh", "taught")
     teaching_rate: ClassVar[float] = 0.01
+    """Learning rate of a ``taught`` start that says none."""
 
     start: Start
     scope: RegionScope
