@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedOp,
     )
+    from pocketrec.families.evolution import Evolution
+    from pocketrec.families.retraining import Retrain, Start
+    from pocketrec.families.thresholds import ThresholdSearch
     from pocketrec.format.artifact import Contents
     from pocketrec.models.backbone import Backbone, ClickModel, Model, RankingModel
     from pocketrec.models.pruned import PrunedTable
@@ -61,11 +64,14 @@ _HOME = {
         "StorageError",
         "UnsupportedOp",
     ),
+    "evolution": ("Evolution",),
+    "masked": ("Retrain", "Start"),
     "measure": ("Measurement", "measure"),
     "method": ("Budget", "Method", "compress"),
     "run": ("Run",),
     "runtime": ("open",),
     "schema": ("Field", "Schema"),
+    "soft": ("ThresholdSearch",),
     "table": ("Block", "DenseTable", "PrunedTable", "Table"),
     "train": ("Training", "load", "train"),
 }
@@ -85,6 +91,7 @@ __all__ = [
     "Dataset",
     "DenseTable",
     "DivergedError",
+    "Evolution",
     "Field",
     "Measurement",
     "Method",
@@ -92,12 +99,15 @@ __all__ = [
     "PocketRecError",
     "PrunedTable",
     "RankingModel",
+    "Retrain",
     "Run",
     "RunLocked",
     "Schema",
     "Split",
+    "Start",
     "StorageError",
     "Table",
+    "ThresholdSearch",
     "Training",
     "UnsupportedOp",
     "backbones",
