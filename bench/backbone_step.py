@@ -93,7 +93,7 @@ class Loop(nn.Module):
 def looped(backbone: DCNMix, data: Dataset) -> Model:
     """DCN-Mix with its cross layers replaced by loops over the same weights."""
     model = backbone.build(data, 0)
-    model.crosses = nn.ModuleList(Loop(cast("CrossMixture", cross)) for cross in model.crosses)
+    model.crosses = nn.ModuleList(Loop(cast("CrossMixture", cross)) for cross in cast("nn.ModuleList", model.crosses))
     return model
 
 

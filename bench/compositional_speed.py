@@ -32,19 +32,21 @@ from torch.nn import functional as F
 from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
+from pocketrec.families.compositional.hash_network import HashNetwork, NetworkPlan
 from pocketrec.families.compositional.table import Composition
+from pocketrec.families.compositional.tensor_train import TensorTrain, TrainPlan
 from pocketrec.families.retraining import MaskedTable
 from pocketrec.format.block import PackedRange
 from pocketrec.format.layouts.hash_mlp import constants
 from pocketrec.format.packed import Packed
 from pocketrec.methods.cerp import CERP
-from pocketrec.methods.dhe import DHE, DHEComposition, DHEPlan
+from pocketrec.methods.dhe import DHE
 from pocketrec.methods.mag_prune import MagPrune
 from pocketrec.methods.opt_embed import OptEmbed
 from pocketrec.methods.opt_embed_d import OptEmbedD
 from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR, QRPlan
-from pocketrec.methods.tt_rec import TTComposition, TTPlan, TTRec
+from pocketrec.methods.tt_rec import TTRec
 from pocketrec.models.backbone import Model, noise
 from pocketrec.models.table import Lookup
 from pocketrec.training.hooks import LearningTable
@@ -59,7 +61,7 @@ HOT_SHARE = 0.05
 Reader = Callable[[Tensor], Any]
 
 
-def plain_tt(part: TTComposition) -> Reader:
+def plain_tt(part: TensorTrain) -> Reader:
     """Per id, the product of one slice of each core."""
 
     def read(slots: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def plain_tt(part: TTComposition) -> Reader:
     return read
 
 
-def plain_dhe(part: DHEComposition) -> Reader:
+def plain_dhe(part: HashNetwork) -> Reader:
     """Per id, all hashes in int64, then the network."""
     plan = part.plan
     a, b, p = (torch.from_numpy(c) for c in constants(plan.widths[0], plan.buckets, plan.salt))
@@ -107,8 +109,8 @@ def from_file(part: Composition) -> Reader:
 def readers(shape: CriteoShape) -> dict[str, dict[str, Reader]]:
     """Ways to look up, by method; the plain one, the base of the ratios, first."""
     source = noise(0, "bench")
-    tt = TTPlan(ROWS, (125, 125, 128), (2, 2, 4), (128, 96)).build(source)
-    plan = DHEPlan(ROWS, (1024, 512, 256, WIDTH), 1_000_000, "uniform", "before", "linear", 1)
+    tt = TrainPlan(ROWS, (125, 125, 128), (2, 2, 4), (128, 96)).build(source)
+    plan = NetworkPlan(ROWS, (1024, 512, 256, WIDTH), 1_000_000, "uniform", "before", "linear", 1)
     frequent = [rows[: max(1, int(HOT_SHARE * len(rows)))] for rows in shape.order]
     dhe, hot = plan.build(source), replace(plan, hot=np.sort(np.concatenate(frequent))).build(noise(0, "bench"))
     hot.load_state_dict(dhe.state_dict())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from configs import LIGHTGCN, LIGHTGCN_COOLING, LIGHTGCN_TRAINING, RESULTS, ranking_data
@@ -24,7 +24,9 @@ from pocketrec.backbones.neumf import NeuMF
 from pocketrec.compression.compress import compress
 from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.retraining import initial_model
+from pocketrec.families.pruning import RankingScope
+from pocketrec.families.retraining import Retrain, initial_model
+from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR
 from pocketrec.models.backbone import Backbone
@@ -51,121 +53,126 @@ def ranker(**changes: float) -> LightGCN:
     return replace(LIGHTGCN, **changes)
 
 
-def pep(*training: tuple[Training, int], **settings: Any) -> PEP:
-    """PEP that goes on from what its search found."""
-    return PEP(**{"restart": "found", **settings}, training=stages(*training))
+def pep(
+    *training: tuple[Training, int],
+    values: Literal["first", "found"] = "found",
+    scope: RankingScope = "joint",
+    **search: Any,
+) -> tuple[Method, tuple[Training, ...]]:
+    """PEP that goes on from what its search found, and how it trains."""
+    return PEP(search=ThresholdSearch(**search), retrain=Retrain(values=values), scope=scope), stages(*training)
 
 
-def qr(training: Training, epochs: int, **settings: Any) -> QR:
-    """QR of the plan, without its second stage."""
-    return QR(**{"init": "uniform", **settings}, training=stages((training, epochs)))
+def qr(training: Training, epochs: int, **settings: Any) -> tuple[Method, tuple[Training, ...]]:
+    """QR of the plan, and how it trains, without its second stage."""
+    return QR(**{"init": "uniform", **settings}), stages((training, epochs))
 
 
-TRIALS: tuple[tuple[str, Backbone, str, Method], ...] = (
+TRIALS: tuple[tuple[str, Backbone, str, tuple[Method, tuple[Training, ...]]], ...] = (
     (
         "each table the same share, 8 epochs",
         LIGHTGCN,
         "sparsity=0.95",
-        pep((LIGHTGCN_TRAINING, 3), (LIGHTGCN_COOLING, 6), scope="block", search_epochs=8),
+        pep((LIGHTGCN_TRAINING, 3), (LIGHTGCN_COOLING, 6), scope="block", epochs=8),
     ),
     (
         "the same, 1 epoch",
         LIGHTGCN,
         "sparsity=0.95",
-        pep((FAST, 3), (EXACT, 2), scope="block", search_epochs=1, reach=0.5),
+        pep((FAST, 3), (EXACT, 2), scope="block", epochs=1, reach=0.5),
     ),
     (
         "the same, 1 epoch, from the first values",
         LIGHTGCN,
         "sparsity=0.95",
-        pep((FAST, 6), (EXACT, 2), scope="block", search_epochs=1, reach=0.5, restart="first"),
+        pep((FAST, 6), (EXACT, 2), scope="block", epochs=1, reach=0.5, values="first"),
     ),
     (
         "the same, 3 epochs at a third of the rate, high thresholds",
         LIGHTGCN,
         "sparsity=0.95",
-        pep((SLOW, 2), (replace(EXACT, learning_rate=1e-3), 1), scope="block", search_epochs=3, threshold_rate=0.0112),
+        pep((SLOW, 2), (replace(EXACT, learning_rate=1e-3), 1), scope="block", epochs=3, rate=0.0112),
     ),
     (
         "both tables together, contrast .1, 8 epochs",
         ranker(contrast=0.1),
         "sparsity=0.95",
-        pep((FAST, 4), (SLOW, 4), search_epochs=8),
+        pep((FAST, 4), (SLOW, 4), epochs=8),
     ),
     (
         "the same, high thresholds",
         ranker(contrast=0.1),
         "sparsity=0.95",
-        pep((FAST, 2), (SLOW, 1), search_epochs=8, threshold_rate=0.0053),
+        pep((FAST, 2), (SLOW, 1), epochs=8, rate=0.0053),
     ),
     (
         "the same, 6 epochs at half the rate",
         ranker(contrast=0.1),
         "sparsity=0.95",
-        pep((replace(FAST, learning_rate=6e-3), 3), search_epochs=6, threshold_rate=0.0072),
+        pep((replace(FAST, learning_rate=6e-3), 3), epochs=6, rate=0.0072),
     ),
     (
         "the same, 5 epochs, regularisation .01",
         ranker(contrast=0.1, regularisation=1e-2),
         "sparsity=0.95",
-        pep((FAST, 2), search_epochs=5, threshold_rate=0.0085),
+        pep((FAST, 2), epochs=5, rate=0.0085),
     ),
     (
         "the same, 5 epochs, contrast .03",
         ranker(contrast=0.03),
         "sparsity=0.95",
-        pep((FAST, 2), search_epochs=5, threshold_rate=0.0085),
+        pep((FAST, 2), epochs=5, rate=0.0085),
     ),
     (
         "the same, 5 epochs, contrast .2",
         ranker(contrast=0.2),
         "sparsity=0.95",
-        pep((FAST, 2), search_epochs=5, threshold_rate=0.0085),
+        pep((FAST, 2), epochs=5, rate=0.0085),
     ),
     (
         "the same, 5 epochs, contrast .1, thresholds decay at 5e-7",
         ranker(contrast=0.1),
         "sparsity=0.95",
-        pep((FAST, 2), search_epochs=5, threshold_rate=0.0085, threshold_decay=5e-7),
+        pep((FAST, 2), epochs=5, rate=0.0085, decay=5e-7),
     ),
     (
         "the same, thresholds decay at 5e-8",
         ranker(contrast=0.1),
         "sparsity=0.95",
-        pep((FAST, 2), search_epochs=5, threshold_rate=0.0085, threshold_decay=5e-8),
+        pep((FAST, 2), epochs=5, rate=0.0085, decay=5e-8),
     ),
     (
         "the same, 12 epochs, contrast .13, high thresholds",
         ranker(contrast=0.13),
         "sparsity=0.95",
-        pep((FAST, 1), (SLOW, 1), search_epochs=12, threshold_rate=0.0035),
+        pep((FAST, 1), (SLOW, 1), epochs=12, rate=0.0035),
     ),
     (
         "each table the same share, 4 epochs, from the first values",
         NEUMF,
         "sparsity=0.8",
-        pep((PAIRS, 9), (COOL, 2), scope="block", search_epochs=4, reach=0.1, restart="first"),
+        pep((PAIRS, 9), (COOL, 2), scope="block", epochs=4, reach=0.1, values="first"),
     ),
     (
         "the same, gone on with",
         NEUMF,
         "sparsity=0.8",
-        pep((PAIRS, 3), (COOL, 2), scope="block", search_epochs=4, reach=0.1),
+        pep((PAIRS, 3), (COOL, 2), scope="block", epochs=4, reach=0.1),
     ),
     (
         "the same, high thresholds",
         NEUMF,
         "sparsity=0.8",
-        pep((PAIRS, 3), (COOL, 2), scope="block", search_epochs=4, threshold_rate=0.00618),
+        pep((PAIRS, 3), (COOL, 2), scope="block", epochs=4, rate=0.00618),
     ),
-    ("all tables together, 4 epochs", NEUMF, "sparsity=0.8", pep((PAIRS, 3), (COOL, 2), search_epochs=4, reach=0.1)),
+    ("all tables together, 4 epochs", NEUMF, "sparsity=0.8", pep((PAIRS, 3), (COOL, 2), epochs=4, reach=0.1)),
     (
         "the same, from the first values",
         NEUMF,
         "sparsity=0.8",
-        pep((PAIRS, 9), (COOL, 2), search_epochs=4, reach=0.1, restart="first"),
+        pep((PAIRS, 9), (COOL, 2), epochs=4, reach=0.1, values="first"),
     ),
-    ("the same, 7 epochs, gone on with", NEUMF, "sparsity=0.8", pep((PAIRS, 2), (COOL, 2), search_epochs=7, reach=0.1)),
+    ("the same, 7 epochs, gone on with", NEUMF, "sparsity=0.8", pep((PAIRS, 2), (COOL, 2), epochs=7, reach=0.1)),
     ("product, 9 epochs", LIGHTGCN, "sparsity=0.8", qr(LIGHTGCN_TRAINING, 9)),
     ("contrast .4, 9 epochs", ranker(contrast=0.4), "sparsity=0.8", qr(FAST, 9)),
     (
@@ -193,10 +200,10 @@ def tried(backbone: Backbone, budget: str, method: Method, data: Dataset, run: R
     model = backbone.build(data, run.seed)
     found = ["–", "–", "–"]
     if isinstance(method, PEP):
-        net, table = method.search(*initial_model(model, data, run), data, run)
+        net, table = method.searched(*initial_model(model, data, run, method.start), data, run)
         alive = table.alive()
         found[:2] = f"{table.threshold.detach().sigmoid().median():.3f}", f"{alive[-1] / alive[0]:.3f}"
-        if method.restart == "found":
+        if method.retrain.values == "found":
             found[2] = f"{validate(net, data.valid):.4f}"
     trained = validate(compress(model, data, method, budget, run=run).model, data.valid)
     return " | ".join([*found, f"{trained:.4f}"])
@@ -214,8 +221,8 @@ def main() -> None:
         "|---|---|---|---|" + "---:|" * 4,
     ]
     with Run(None, seed=0, threads=1, store=options.store) as run:
-        for words, backbone, budget, method in TRIALS:
-            figures = tried(backbone, budget, method, data, run)
+        for words, backbone, budget, (method, training) in TRIALS:
+            figures = tried(backbone, budget, method, data, run.with_training(training))
             lines.append(f"| {backbone.name} | {method.name} | {budget} | {words} | {figures} |")
             print(lines[-1], flush=True)
     text = (__doc__ or "").split("\n")[0]

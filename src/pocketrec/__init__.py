@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedOp,
     )
+    from pocketrec.families.evolution import Evolution
+    from pocketrec.families.retraining import Retrain, Start
+    from pocketrec.families.thresholds import ThresholdSearch
     from pocketrec.format.artifact import Contents
     from pocketrec.models.backbone import Backbone, ClickModel, Model, RankingModel
     from pocketrec.models.pruned import PrunedTable
@@ -64,6 +67,9 @@ _HOME = {
         "StorageError",
         "UnsupportedOp",
     ),
+    "families.evolution": ("Evolution",),
+    "families.retraining": ("Retrain", "Start"),
+    "families.thresholds": ("ThresholdSearch",),
     "format.artifact": ("Contents",),
     "models.backbone": ("Backbone", "ClickModel", "Model", "RankingModel"),
     "models.pruned": ("PrunedTable",),
@@ -89,6 +95,7 @@ __all__ = [
     "Dataset",
     "DenseTable",
     "DivergedError",
+    "Evolution",
     "Field",
     "Measurement",
     "Method",
@@ -96,12 +103,15 @@ __all__ = [
     "PocketRecError",
     "PrunedTable",
     "RankingModel",
+    "Retrain",
     "Run",
     "RunLocked",
     "Schema",
     "Split",
+    "Start",
     "StorageError",
     "Table",
+    "ThresholdSearch",
     "Training",
     "UnsupportedOp",
     "backbones",

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 
 import pocketrec
-from pocketrec import cli
+from pocketrec import cli, settings
 from pocketrec.command import options, shown
 from pocketrec.command import verbs as commands
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError, DataError, DivergedError, RunLocked, StorageError
 from pocketrec.files import Journal
+from pocketrec.format.artifact import Artifact
+from pocketrec.training.loop import Training
 
 PARTS = {"file", "table", "vocabulary", "head", "header"}
 CLICKS = ["--rows", "2000", "--cardinalities", "60,20,7"]
@@ -313,7 +315,7 @@ class Plug:
 
 
 def parse(*arguments):
-    command = click.Command("plug", params=[s.option() for s in options.fields(Plug)])
+    command = click.Command("plug", params=[options.option(s) for s in settings.leaves(Plug)])
     return options.build(Plug, command.make_context("plug", list(arguments)).params)
 
 
@@ -335,12 +337,12 @@ def test_flags_come_from_the_dataclass(arguments, expected):
 
 
 def test_help_comes_from_the_docstring():
-    by_name = {s.name: s for s in options.fields(Plug)}
+    by_name = {s.name: s for s in settings.leaves(Plug)}
     assert by_name["size"].help == "how large it is, on two lines."
-    assert "[default: 3]" in by_name["size"].option().help
-    assert "[default: 4,2]" in by_name["widths"].option().help
-    assert "[default: none]" in by_name["rate"].option().help
-    assert "[default: on]" in by_name["strict"].option().help
+    assert "[default: 3]" in options.option(by_name["size"]).help
+    assert "[default: 4,2]" in options.option(by_name["widths"]).help
+    assert "[default: none]" in options.option(by_name["rate"]).help
+    assert "[default: on]" in options.option(by_name["strict"]).help
 
 
 def test_verbs_list_the_flags_of_the_chosen_plug_in(pocketrec_command):
@@ -351,6 +353,36 @@ def test_verbs_list_the_flags_of_the_chosen_plug_in(pocketrec_command):
     assert "--temperature" in lightgcn
     assert "--dropout" not in lightgcn
     assert "--estimator" in shaver
+
+
+def test_a_method_that_trains_takes_the_flags_of_a_training(pocketrec_command, work, tmp_path):
+    method = ["--method", "pep", "--budget", "sparsity=0.5", "--search-epochs", "1", "--retrain-values", "found"]
+    training = ["--epochs", "3", "--batch-size", "128", "--learning-rate", "0.01", "--patience", "3"]
+    code, _, err = pocketrec_command("compress", work / "run", *method, *training, "--out", tmp_path)
+    assert code == 0, err
+    info = Artifact(tmp_path / "pep-sparsity-0.5.safetensors").info
+    assert info["training"] == [
+        settings.to_json(Training(epochs=3, batch_size=128, learning_rate=0.01, patience=3)),
+    ]
+    assert (info["method"]["search"]["epochs"], info["method"]["retrain"]["values"]) == (1, "found")
+    logged = [r for r in Journal(work / "run" / "log.journal").read() if "epoch" in r and r["stage"] != "train"]
+    assert [r["stage"] for r in logged] == ["search", *["retrain"] * 3]
+    code, _, err = pocketrec_command("compress", work / "run", *method, "--search-epochs", "0", "--out", tmp_path)
+    assert code == 2
+    assert "`search`: `epochs` must be at least 1, but got epochs=0" in err
+
+
+def test_a_method_that_trains_nothing_has_no_flags_of_a_training(pocketrec_command, work, tmp_path):
+    flags = ["--budget", "5%", "--epochs", "3", "--out", tmp_path]
+    code, _, err = pocketrec_command("compress", work / "run", "--method", "mag_prune", *flags)
+    assert code == 2
+    assert "--epochs" in err
+
+
+def test_a_flag_that_a_plug_in_has_itself_is_spelt_otherwise_for_its_training():
+    spelt = options.spelt(settings.leaves(Training), ["--epochs", "--dim"])
+    assert [flag for _, flag in spelt][:2] == ["--training-epochs", "--batch-size"]
+    assert options.given({"training_epochs": 3, "epochs": 5}, settings.leaves(Training), ["--epochs"]) == {"epochs": 3}
 
 
 def test_artifact_names_are_plain():

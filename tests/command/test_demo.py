@@ -31,7 +31,7 @@ def report(out):
 
 
 def test_every_method_and_budget_is_a_measured_file(report, out):
-    assert list(report.chart.curves) == ["Shaver", "MagPrune", "FrequencyDistance"]
+    assert list(report.chart.curves) == ["RateDistortion", "Shaver", "MagPrune", "FrequencyDistance"]
     for points in report.chart.curves.values():
         assert [p.budget for p in points] == list(demo.BUDGETS)
         for point in points:

@@ -13,6 +13,7 @@ from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Method
 from pocketrec.data.encode import encode
 from pocketrec.errors import BudgetError
+from pocketrec.families.evolution import Evolution
 from pocketrec.format.block import Storage
 from pocketrec.format.vocabulary import Vocabulary
 from pocketrec.methods.cerp import CERP
@@ -30,14 +31,14 @@ from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
 TRAINING = (Training(epochs=2, batch_size=128, learning_rate=1e-2),)
-FEW = {"population": 2, "generations": 1, "children": 1, "parents": 2}
+FEW = Evolution(population=2, generations=1, children=1, parents=2)
 EXACT: list[Method] = [
-    PEP(training=TRAINING),
-    PEP(training=TRAINING, scope="block"),
-    CERP(training=TRAINING),
-    CERP(training=TRAINING, operation="concat"),
-    OptEmbed(training=TRAINING, **FEW),
-    OptEmbedD(training=TRAINING, **FEW),
+    PEP(),
+    PEP(scope="block"),
+    CERP(),
+    CERP(operation="concat"),
+    OptEmbed(search=FEW),
+    OptEmbedD(search=FEW),
 ]
 UNDER: list[Method] = [QR(), QR(large="quotient"), TTRec(), TTRec(cache_share=0), DHE(functions=8), DHE(depth=1), PTQ()]
 METHODS = [*EXACT, *UNDER]
@@ -57,7 +58,7 @@ def ladders(tmp_path_factory):
     ):
         model = backbone.build(data, 0)
         for method in METHODS:
-            made[method, task] = method.prepare(model, data, Run(None)), model.table, data
+            made[method, task] = method.prepare(model, data, Run(None, training=TRAINING)), model.table, data
     return made
 
 

@@ -22,9 +22,11 @@ from pocketrec import registry
 from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError
+from pocketrec.families.compositional.hash_network import HashNetwork, NetworkPlan
 from pocketrec.families.compositional.ladder import ComposedLadder
 from pocketrec.families.compositional.region import Region, regions, slots_of
 from pocketrec.families.compositional.table import ComposedTable
+from pocketrec.families.compositional.tensor_train import TensorTrain, TrainPlan, rank_bounds, train_values
 from pocketrec.format.artifact import Artifact
 from pocketrec.format.block import PackedRange
 from pocketrec.format.computed import encode_factor, factor_bytes
@@ -33,10 +35,10 @@ from pocketrec.format.layouts.quantised import pack_codes, unpack_codes
 from pocketrec.format.layouts.tensor_train import row_factors, width_factors
 from pocketrec.format.packed import Packed
 from pocketrec.methods.cerp import CERP
-from pocketrec.methods.dhe import DHE, DHEComposition, DHEPlan
+from pocketrec.methods.dhe import DHE
 from pocketrec.methods.ptq import PTQ, QuantisedTable
 from pocketrec.methods.qr import QR, QRPlan, least_rows, table_rows
-from pocketrec.methods.tt_rec import TTComposition, TTPlan, TTRec, rank_bounds, train_values
+from pocketrec.methods.tt_rec import TTRec
 from pocketrec.models.backbone import noise
 from pocketrec.models.table import Block, DenseTable, oov_rows
 from pocketrec.schema import Field, Schema
@@ -44,12 +46,12 @@ from pocketrec.training.run import Run
 
 TRAINING = (pr.Training(epochs=2, batch_size=256),)
 METHODS = [
-    QR(training=TRAINING),
-    QR(operation="concat", large="quotient", order="id", training=TRAINING),
-    DHE(depth=2, functions=16, training=TRAINING),
-    DHE(depth=1, functions=8, norm="after", last_layer="bn_mish", code="gaussian", order="id", training=TRAINING),
-    TTRec(training=TRAINING),
-    TTRec(cores=2, cache_share=0, order="id", training=TRAINING),
+    QR(),
+    QR(operation="concat", large="quotient", order="id"),
+    DHE(depth=2, functions=16),
+    DHE(depth=1, functions=8, norm="after", last_layer="bn_mish", code="gaussian", order="id"),
+    TTRec(),
+    TTRec(cores=2, cache_share=0, order="id"),
 ]
 NAMES = [f"{m.name}-{i}" for i, m in enumerate(METHODS)]
 
@@ -107,7 +109,8 @@ def test_published_counts_of_qr(tables, width, divisor, published):
 )
 def test_published_counts_of_tt_rec(tables, width, cores, ranks, cached, published):
     plans = [
-        TTPlan(n, row_factors(n, cores), width_factors(width, cores), ranks, cached=np.arange(cached)) for n in tables
+        TrainPlan(n, row_factors(n, cores), width_factors(width, cores), ranks, cached=np.arange(cached))
+        for n in tables
     ]
     assert sum(plan.values for plan in plans) == published
 
@@ -136,9 +139,9 @@ def test_published_counts_of_dhe(tables, hidden, width, published):
     [
         (QRPlan(101, 6, 7), 6),
         (QRPlan(101, 6, 7, "concat"), 6),
-        (TTPlan(29, (3, 2, 5), (2, 1, 3), (4, 5), cached=np.array([3, 8])), 6),
-        (DHEPlan(20, (8, 5, 4, 6), 100, "uniform", "before", "bn_mish", 1), 6),
-        (DHEPlan(20, (8, 5, 4, 6), 100, "uniform", "none", "linear", 1), 6),
+        (TrainPlan(29, (3, 2, 5), (2, 1, 3), (4, 5), cached=np.array([3, 8])), 6),
+        (NetworkPlan(20, (8, 5, 4, 6), 100, "uniform", "before", "bn_mish", 1), 6),
+        (NetworkPlan(20, (8, 5, 4, 6), 100, "uniform", "none", "linear", 1), 6),
     ],
 )
 def test_a_plan_counts_the_parameters_that_it_builds(plan, width):
@@ -236,7 +239,7 @@ def test_qr_with_ones_reads_the_quotient_row():
     torch.testing.assert_close(part(torch.arange(20)), part.quotient[torch.arange(20) // 4])
 
 
-def contraction(part: TTComposition, i: int) -> np.ndarray:
+def contraction(part: TensorTrain, i: int) -> np.ndarray:
     """The vector of a slot, by loops over digits, columns and ranks."""
     plan, digits, rest = part.plan, [], i
     for n in reversed(plan.rows):
@@ -263,7 +266,7 @@ def test_tt_rec_is_the_contraction_of_its_cores(data):
     rows, widths = (tuple(data.draw(st.integers(1, 4)) for _ in range(count)) for _ in range(2))
     ranks = tuple(data.draw(st.integers(1, 5)) for _ in range(count - 1))
     slots = data.draw(st.integers(1, math.prod(rows)))
-    part = TTPlan(slots, rows, widths, ranks).build(noise(2, "tt"))
+    part = TrainPlan(slots, rows, widths, ranks).build(noise(2, "tt"))
     expected = np.stack([contraction(part, i) for i in range(slots)])
     some = torch.tensor(data.draw(st.lists(st.integers(0, slots - 1), min_size=1, max_size=9)))
     scale = {"rtol": 1e-4, "atol": 1e-6 * float(np.abs(expected).max() + 1e-30)}
@@ -279,7 +282,7 @@ def test_tt_rec_is_the_contraction_of_its_cores(data):
 def test_digits_count_the_slots_the_first_core_slowest(rows, data):
     """Cores whose products are ``2^i`` of slot ``i``, as mixed-radix places say."""
     slots = data.draw(st.integers(1, math.prod(rows)))
-    part = TTPlan(slots, tuple(rows), (1,) * len(rows), (1,) * (len(rows) - 1)).build(noise(0, "tt"))
+    part = TrainPlan(slots, tuple(rows), (1,) * len(rows), (1,) * (len(rows) - 1)).build(noise(0, "tt"))
     with torch.no_grad():
         for k, core in enumerate(part.cores):
             core.copy_(torch.exp2(torch.arange(rows[k]) * (math.prod(rows[k + 1 :]) / 8))[:, None])
@@ -296,7 +299,7 @@ def test_gradients_of_a_train_are_contractions_with_another_core(data):
     count = data.draw(st.integers(2, 4))
     rows, widths = (tuple(data.draw(st.integers(1, 3)) for _ in range(count)) for _ in range(2))
     ranks = tuple(data.draw(st.integers(1, 3)) for _ in range(count - 1))
-    part = TTPlan(math.prod(rows), rows, widths, ranks).build(noise(2, "tt"))
+    part = TrainPlan(math.prod(rows), rows, widths, ranks).build(noise(2, "tt"))
     slots = data.draw(st.lists(st.integers(0, math.prod(rows) - 1), min_size=1, max_size=6))
     with torch.no_grad():
         for core in part.cores:
@@ -321,7 +324,7 @@ def test_a_train_of_full_rank_says_every_matrix_and_a_short_one_as_the_singular_
     matrix = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=(math.prod(rows), math.prod(widths)))
     ranks = tuple(data.draw(st.integers(1, bound)) for bound in bounds)
     for chosen, exact in ((bounds, True), (ranks, False)):
-        part = TTPlan(len(matrix), rows, widths, chosen).build(noise(3, "tt"))
+        part = TrainPlan(len(matrix), rows, widths, chosen).build(noise(3, "tt"))
         cores, lost = decomposed(matrix, rows, widths, chosen)
         with torch.no_grad():
             for parameter, core in zip(part.cores, cores, strict=True):
@@ -352,13 +355,13 @@ def decomposed(matrix, rows, widths, ranks):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(16, 32), st.integers(16, 32))
 def test_the_corrected_start_has_the_variance_of_the_target(first, second):
-    part = TTPlan(10**6, (2000, 2000, 2000), (2, 2, 4), (first, second)).build(noise(5, "tt"))
+    part = TrainPlan(10**6, (2000, 2000, 2000), (2, 2, 4), (first, second)).build(noise(5, "tt"))
     found = math.prod(float(c.detach().double().square().mean()) for c in part.cores) * first * second
     assert found == pytest.approx(1 / (3 * 10**6), rel=0.05)
 
 
 def test_the_published_start_is_as_large_as_was_derived():
-    part = TTPlan(1_000_000, (100, 100, 100), (2, 2, 4), (32, 32), "approx_normal").build(noise(5, "tt"))
+    part = TrainPlan(1_000_000, (100, 100, 100), (2, 2, 4), (32, 32), "approx_normal").build(noise(5, "tt"))
     values = torch.cat([c.detach().flatten() for c in part.cores]).double() * (3 * 1_000_000) ** (1 / 6)
     assert float(values.abs().min()) >= 2 - 1e-4
     assert float(values.square().mean()) == pytest.approx(5.746, rel=0.01)
@@ -380,7 +383,7 @@ def test_tt_rec_keeps_every_budget_and_fills_it_with_cached_rows(rows, width, co
 
 
 def test_the_cache_starts_as_the_cores_say_and_is_then_read():
-    part = TTPlan(60, (3, 4, 5), (2, 2, 2), (3, 3), cached=np.array([7, 11, 40])).build(noise(0, "tt"))
+    part = TrainPlan(60, (3, 4, 5), (2, 2, 2), (3, 3), cached=np.array([7, 11, 40])).build(noise(0, "tt"))
     expected = np.stack([contraction(part, i) for i in range(60)])
     np.testing.assert_allclose(part.weight().detach().numpy(), expected, atol=1e-6)
     with torch.no_grad():
@@ -399,9 +402,9 @@ def test_the_cache_starts_as_the_cores_say_and_is_then_read():
 @given(st.lists(st.integers(0, 59), max_size=40), st.integers(0, 99))
 def test_a_cache_by_accesses_holds_the_slots_that_were_looked_up_most_in_the_warm_up(slots, seed):
     planned = np.sort(np.random.default_rng(seed).choice(60, 5, replace=False))
-    plan = TTPlan(60, (3, 4, 5), (2, 2, 2), (3, 3), cached=planned, tallied=True)
+    plan = TrainPlan(60, (3, 4, 5), (2, 2, 2), (3, 3), cached=planned, tallied=True)
     part, plain = plan.build(noise(0, "tt")), replace(plan, tallied=False).build(noise(0, "tt"))
-    assert part.extra_repr() == plain.extra_repr()
+    assert part.extra_repr() != plain.extra_repr()
     assert plain.accesses is None
     part.fill(warm=True)
     for start in range(0, len(slots), 7):
@@ -424,11 +427,11 @@ def test_a_cache_by_accesses_holds_the_slots_that_were_looked_up_most_in_the_war
 
 
 def test_accesses_of_click_data_are_the_counts_times_epochs(clicks, model):
-    method = TTRec(cache_by="accesses", warm_up=2, training=TRAINING)
-    run = Run(None)
+    method = TTRec(cache_by="accesses", warm_up=2)
+    run = Run(None, training=TRAINING)
     draft = model.with_table(method.prepare(model, clicks, run).table(Room(values=model.table.values() // 2)))
     (part,) = draft.table.compositions
-    (ended,) = method._train(draft, clicks, run).table.compositions
+    (ended,) = method.train(draft, clicks, run).table.compositions
     slots = slots_of(draft.table.regions[0], clicks, "file")
     times = np.bincount(slots[clicks.train.ids.reshape(-1)], minlength=clicks.schema.rows)
     np.testing.assert_array_equal(ended.accesses.numpy() % times.clip(1), 0)
@@ -512,7 +515,7 @@ def test_dhe_width_is_the_largest_within_the_budget(depth, width, values, last):
 @pytest.mark.parametrize("norm", ["before", "after", "none"])
 @pytest.mark.parametrize("last", ["linear", "bn_mish"])
 def test_dhe_files_fold_the_normalisation_in(norm, last):
-    part = DHEPlan(40, (16, 9, 8, 6), 1000, "uniform", norm, last, 3).build(noise(0, "dhe"))
+    part = NetworkPlan(40, (16, 9, 8, 6), 1000, "uniform", norm, last, 3).build(noise(0, "dhe"))
     generator = noise(1, "statistics")
     for layer in part.norms:
         for tensor in (layer.running_mean, layer.running_var, layer.weight.data, layer.bias.data):
@@ -524,7 +527,7 @@ def test_dhe_files_fold_the_normalisation_in(norm, last):
 
 
 def test_dhe_trains_on_the_statistics_of_distinct_ids_and_survives_a_single_one():
-    part: DHEComposition = DHEPlan(40, (16, 9, 6), 1000, "uniform", "before", "linear", 3).build(noise(0, "dhe"))
+    part: HashNetwork = NetworkPlan(40, (16, 9, 6), 1000, "uniform", "before", "linear", 3).build(noise(0, "dhe"))
     live = part.drawn()
     once, often = live(torch.tensor([1, 2, 3])), live(torch.tensor([1, 2, 3, 3, 3]))
     torch.testing.assert_close(once, often[:3])
@@ -535,8 +538,8 @@ def test_dhe_trains_on_the_statistics_of_distinct_ids_and_survives_a_single_one(
 @settings(max_examples=30, deadline=None)
 @given(st.sets(st.integers(0, 39), max_size=12), st.lists(st.integers(0, 39), min_size=1, max_size=12))
 def test_hot_vectors_of_dhe_are_read_from_memory_and_follow_the_network(hot, slots):
-    plan = DHEPlan(40, (16, 9, 6), 1000, "uniform", "before", "linear", 3)
-    part: DHEComposition = replace(plan, hot=np.array(sorted(hot), np.int64)).build(noise(0, "dhe"))
+    plan = NetworkPlan(40, (16, 9, 6), 1000, "uniform", "before", "linear", 3)
+    part: HashNetwork = replace(plan, hot=np.array(sorted(hot), np.int64)).build(noise(0, "dhe"))
     assert part.plan == plan
     ids, calls, network = torch.tensor(slots), [], part._network
     part._network = lambda x: calls.append(len(x)) or network(x)  # type: ignore[method-assign]
@@ -561,8 +564,8 @@ def test_hot_vectors_of_dhe_are_read_from_memory_and_follow_the_network(hot, slo
 def test_hot_rows_of_dhe_are_the_frequent_ones_and_cost_four_bytes_each_in_a_file(clicks, model, tmp_path):
     sizes, files = {}, {}
     for hot in (0, 7, 10**9):
-        method = DHE(hidden=(9,), functions=16, hot=hot, training=TRAINING)
-        small = compress(model, clicks, method, "sparsity=0.5")
+        method = DHE(hidden=(9,), functions=16, hot=hot)
+        small = compress(model, clicks, method, "sparsity=0.5", training=TRAINING)
         (part,), files[hot] = small.table.compositions, tmp_path / f"{hot}.safetensors"
         small.save(files[hot])
         sizes[hot] = small.sizes["table"]
@@ -589,8 +592,8 @@ def test_hot_rows_of_dhe_are_the_frequent_ones_and_cost_four_bytes_each_in_a_fil
 @given(st.lists(st.integers(0, 39), min_size=1, max_size=9), st.booleans())
 def test_gradients_of_dhe_are_those_of_a_network_that_sees_every_occurrence(slots, normed):
     """Without statistics, going through the network once or often makes no difference; with them, all stays finite."""
-    plan = DHEPlan(40, (8, 5, 4, 6), 100, "uniform", "before" if normed else "none", "linear", 1)
-    part: DHEComposition = plan.build(noise(0, "dhe"))
+    plan = NetworkPlan(40, (8, 5, 4, 6), 100, "uniform", "before" if normed else "none", "linear", 1)
+    part: HashNetwork = plan.build(noise(0, "dhe"))
     upstream = torch.randn(len(slots), 6, generator=noise(1, "upstream"))
     (part.drawn()(torch.tensor(slots)) * upstream).sum().backward()
     found = [p.grad for p in part.parameters()]
@@ -633,7 +636,7 @@ def model(clicks):
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_files_score_as_the_trained_model_does(method, model, clicks, tmp_path):
-    small = compress(model, clicks, method, "sparsity=0.6")
+    small = compress(model, clicks, method, "sparsity=0.6", training=TRAINING)
     assert isinstance(small.table, ComposedTable)
     assert small.table.values() <= model.table.values() - int(0.6 * model.table.values())
     small.save(tmp_path / "file")
@@ -649,7 +652,7 @@ def test_files_score_as_the_trained_model_does(method, model, clicks, tmp_path):
 @pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_training_changes_the_table_and_lowers_the_loss(method, model, clicks):
-    run = Run(None)
+    run = Run(None, training=TRAINING)
     ladder = method.prepare(model, clicks, run)
     room = Room(values=model.table.values() // 2)
     draft = ladder.table(room)
@@ -713,9 +716,7 @@ def test_any_tiling_of_blocks_will_do(name, scope, clicks, model):
     dense = pr.table.DenseTable(clicks.schema, blocks, torch.zeros(n, 10))
     method = registry.load("methods", name)(scope=scope)
     ladder = method.prepare(model, clicks, Run(None))
-    ladder = ComposedLadder(
-        name, model.with_table(dense), clicks, Run(None), scope, "file", ladder.plan, ladder.least, ladder.train
-    )
+    ladder = replace(ladder, start=model.with_table(dense))
     table = ladder.table(Room(values=n * 5))
     assert len(table.regions) == (4 if scope == "block" else 2)
     assert table.values() <= n * 5
@@ -754,12 +755,13 @@ def test_every_budget_of_every_tiling_is_kept_and_unreachable_ones_name_the_leas
     )  # fmt: skip
 
     def plan(region, values):
-        extra = (np.arange(region.rows),) if isinstance(method, TTRec) else ()
-        return method.plan(region, values, *extra)
+        return method.plan(region, values, np.arange(region.rows))
 
-    least = getattr(method, "least", lambda region: 0)
     start, scope = SimpleNamespace(schema=schema, table=dense), data.draw(st.sampled_from(["block", "joint"]))
-    ladder = ComposedLadder(method.name, start, SimpleNamespace(), Run(None), scope, "id", plan, least, lambda m: m)
+    ladder = ComposedLadder(
+        name=method.name, start=start, data=SimpleNamespace(), run=Run(None), scope=scope, order="id",
+        plan=plan, least=method.least, train=lambda m: m,
+    )  # fmt: skip
     values = data.draw(st.integers(0, dense.values()))
     with pytest.raises(BudgetError) as caught:
         ladder.table(Room(values=-1))
@@ -918,7 +920,7 @@ def test_a_file_of_each_layout_is_read_without_torch(clicks, model, tmp_path):
     paths = []
     for i, method in enumerate([*METHODS[::2], PTQ(bits=4)]):
         paths.append(tmp_path / f"{i}.safetensors")
-        compress(model, clicks, method, "70%").save(paths[-1])
+        compress(model, clicks, method, "70%", training=TRAINING).save(paths[-1])
         Artifact(paths[-1]).verify()
     code = (
         "import sys\nfrom pocketrec import runtime\n"
@@ -934,19 +936,19 @@ def test_a_file_of_each_layout_is_read_without_torch(clicks, model, tmp_path):
 
 def test_an_interrupted_warm_up_goes_on(clicks, model, tmp_path):
     method = METHODS[4]
-    whole = compress(model, clicks, method, "sparsity=0.6")
+    whole = compress(model, clicks, method, "sparsity=0.6", training=TRAINING)
     folder = tmp_path / "run"
-    compress(model, clicks, method, "sparsity=0.6", run=folder)
+    compress(model, clicks, method, "sparsity=0.6", run=folder, training=TRAINING)
     steps = sorted((folder / "steps").glob("tt_rec-*.safetensors"))
     assert steps
     for step in steps:
         step.unlink()
-    again = compress(model, clicks, method, "sparsity=0.6", run=folder)
+    again = compress(model, clicks, method, "sparsity=0.6", run=folder, training=TRAINING)
     assert torch.equal(whole.table.weight(), again.table.weight())
 
 
 def test_the_multiplied_cores_follow_an_optimiser_that_leaves_no_trace():
-    part = TTPlan(60, (3, 4, 5), (2, 2, 2), (3, 3)).build(noise(0, "tt"))
+    part = TrainPlan(60, (3, 4, 5), (2, 2, 2), (3, 3)).build(noise(0, "tt"))
     adam, ids = torch.optim.Adam(part.parameters(), lr=0.1, fused=True), torch.arange(60)
     for _ in range(3):
         with torch.no_grad():
@@ -970,7 +972,7 @@ def test_published_shapes():
 
 def test_a_copy_of_a_train_reads_its_own_cores():
     """A copy whose cores are overwritten must not read products of the old ones, however often they were written."""
-    plan = TTPlan(30, (2, 3, 5), (1, 2, 2), (2, 2), "corrected")
+    plan = TrainPlan(30, (2, 3, 5), (1, 2, 2), (2, 2), "corrected")
     first, other = (plan.build(torch.Generator().manual_seed(seed)) for seed in (0, 1))
     for _ in range(4):
         with torch.no_grad():

@@ -35,6 +35,7 @@ from pocketrec.methods.opt_embed_d import OptEmbedD
 from pocketrec.models.table import Block, DenseTable
 from pocketrec.randomness import generator
 from pocketrec.schema import Field, Schema
+from pocketrec.settings import build, key
 from pocketrec.training.evaluate import validate
 from pocketrec.training.hooks import Rule
 from pocketrec.training.loop import Training
@@ -49,7 +50,7 @@ FOUR = tuple(
     for side, left in (("product", 0), ("perceptron", 3))
 )
 TRAINING = Training(epochs=2, batch_size=64, learning_rate=1e-2)
-SHORT = {"generations": 3, "training": (TRAINING,)}
+SHORT = {"search": Evolution(generations=3)}
 
 
 def net(schema=SCHEMA, blocks=CLICK_BLOCKS, rows="field", by="field") -> Supernet:
@@ -196,7 +197,7 @@ def test_the_original_search_forgets_all_but_the_best():
         seen.append((young, figures))
         return figures
 
-    evolution = Evolution(generations=12, patience=12, kind="original", mutation=0.0)
+    evolution = Evolution(generations=12, patience=12, crossover="original", mutation=0.0)
     found = evolution.search(longest, sizes, 60, judged, 0, Kept())
     best = [max(figures) for _, figures in seen]
     assert found["figures"].tolist() == np.maximum.accumulate(best).tolist()
@@ -209,8 +210,9 @@ def test_the_original_search_forgets_all_but_the_best():
             np.array_equal(child, np.r_[one[:cut], other[cut:]])
             for one in parents for other in parents for cut in range(7)
         )  # fmt: skip
-    assert Evolution().to_json() == {k: v for k, v in evolution.to_json().items() if k != "kind"} | {
-        "generations": 30, "patience": 8, "mutation": 0.1
+    assert key(Evolution()) == {"name": "Evolution"}
+    assert key(evolution) == {
+        "name": "Evolution", "generations": 12, "patience": 12, "crossover": "original", "mutation": 0.0
     }  # fmt: skip
 
 
@@ -252,7 +254,7 @@ def test_an_evolution_that_is_cut_short_goes_on_to_the_same_end(kind):
     def judged(young):
         return [float((genes**0.3).sum()) for genes in young]
 
-    evolution = Evolution(generations=9, patience=9, kind=kind)
+    evolution = Evolution(generations=9, patience=9, crossover=kind)
     whole = evolution.search(longest, sizes, 60, judged, 3, Kept())
     for stop in range(1, 9):
         cut = Kept(stop=stop)
@@ -336,22 +338,22 @@ def test_a_step_moves_what_it_reads_and_nothing_behind_a_prefix(seed, ids):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.95])
 def test_sizes_are_exact_and_fields_have_one_length(clicks, model, sparsity):
     run = Run(None)
-    small = compress(model, clicks, OptEmbed(**SHORT), f"sparsity={sparsity}", run=run)
+    small = compress(model, clicks, OptEmbed(**SHORT), f"sparsity={sparsity}", run=run, training=TRAINING)
     total = clicks.schema.rows * 4
     assert small.values == total - int(total * sparsity)
     keep = small.table.keep[:, :4].int()
     assert bool((keep[:, 1:] <= keep[:, :-1]).all())
     start = DeepFM(dim=4, hidden=(8,)).build(clicks, 0)
-    draft = OptEmbed(**SHORT).prepare(model, clicks, run).table(Room(values=small.values))
+    draft = OptEmbed(**SHORT).prepare(model, clicks, run.with_training(TRAINING)).table(Room(values=small.values))
     assert torch.equal(draft.base, start.table.weight())
 
 
 def test_no_row_is_left_out_by_opt_embed_d_so_few_columns_are_out_of_reach(visits, clicks, model):
     ranking = LightGCN(dim=4, layers=1).build(visits, 0)
     training = Training(epochs=2, batch_size=64, weight_decay=0.0)
-    method = OptEmbedD(generations=2, training=(training,))
+    method = OptEmbedD(search=Evolution(generations=2))
     run = Run(None)
-    small = compress(ranking, visits, method, "sparsity=0.6", run=run)
+    small = compress(ranking, visits, method, "sparsity=0.6", run=run, training=training)
     assert small.values == 280 - int(280 * 0.6)
     assert bool(small.table.keep[:, 0].all())
     assert len(set(small.table.keep.sum(dim=1).tolist())) > 1
@@ -361,7 +363,7 @@ def test_no_row_is_left_out_by_opt_embed_d_so_few_columns_are_out_of_reach(visit
     least = compress(ranking, visits, method, "sparsity=0.75", run=run)
     assert least.values == 70
     with pytest.raises(BudgetError) as caught:
-        compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.95")
+        compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.95", training=TRAINING)
     assert caught.value.least_values == clicks.schema.rows
 
 
@@ -369,16 +371,17 @@ def test_a_width_of_sixteen_cannot_be_cut_by_95_percent_without_leaving_rows_out
     model, rows = DeepFM(dim=16, hidden=(8,)).build(clicks, 0), clicks.schema.rows
     run = Run(None)
     with pytest.raises(BudgetError, match=f"{rows:,}") as caught:
-        compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.95", run=run)
+        compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.95", run=run, training=TRAINING)
     assert caught.value.least_values == rows == 16 * rows - int(16 * rows * 0.9375)
-    assert compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.9375", run=run).values == rows
-    assert compress(model, clicks, OptEmbed(**SHORT), "sparsity=0.95").values == 16 * rows - int(16 * rows * 0.95)
+    assert compress(model, clicks, OptEmbedD(**SHORT), "sparsity=0.9375", run=run, training=TRAINING).values == rows
+    small = compress(model, clicks, OptEmbed(**SHORT), "sparsity=0.95", training=TRAINING)
+    assert small.values == 16 * rows - int(16 * rows * 0.95)
 
 
 def test_four_blocks_have_lengths_of_their_own(visits):
     ranking = NeuMF(dim=4, hidden=(8,)).build(visits, 0)
     training = Training(epochs=2, batch_size=64, weight_decay=0.0)
-    small = compress(ranking, visits, OptEmbedD(generations=2, training=(training,)), "sparsity=0.5")
+    small = compress(ranking, visits, OptEmbedD(search=Evolution(generations=2)), "sparsity=0.5", training=training)
     assert small.values == 280
     left, right = (small.table.keep[:, part].sum(dim=1) for part in (slice(0, 4), slice(4, 8)))
     assert not torch.equal(left, right)
@@ -405,8 +408,8 @@ class Cut(Exception):
 
 
 def test_phases_that_are_cut_short_go_on_to_the_same_bytes(clicks, model, tmp_path):
-    method = OptEmbed(**SHORT)
-    expected = compress(model, clicks, method, "sparsity=0.8").table.weight()
+    method, short = OptEmbed(**SHORT), {"training": TRAINING}
+    expected = compress(model, clicks, method, "sparsity=0.8", **short).table.weight()
     for cut in (5, 25, 40):
         steps = SimpleNamespace(left=cut)
 
@@ -416,14 +419,15 @@ def test_phases_that_are_cut_short_go_on_to_the_same_bytes(clicks, model, tmp_pa
                 raise Cut
 
         with pytest.raises(Cut), Run(tmp_path / f"{cut}", checkpoint_calls=1, progress=stop) as run:
-            compress(model, clicks, method, "sparsity=0.8", run=run)
+            compress(model, clicks, method, "sparsity=0.8", run=run, **short)
         with Run(tmp_path / f"{cut}") as run:
-            assert torch.equal(compress(model, clicks, method, "sparsity=0.8", run=run).table.weight(), expected)
+            small = compress(model, clicks, method, "sparsity=0.8", run=run, **short)
+            assert torch.equal(small.table.weight(), expected)
 
 
 @pytest.mark.parametrize("method", [OptEmbed, OptEmbedD])
-@pytest.mark.parametrize("bad", [{"population": 0}, {"patience": 0}, {"mutation": 1.5}, {"search_epochs": 0}])
+@pytest.mark.parametrize("bad", [{"population": 0}, {"patience": 0}, {"mutation": 1.5}, {"epochs": 0}])
 def test_settings_out_of_range_are_named(method, bad):
     (name,) = bad
-    with pytest.raises(ConfigError, match=f"`{name}` must"):
-        method(**bad)
+    with pytest.raises(ConfigError, match=f"`search`: `{name}` must"):
+        build(method, {f"search.{name}": bad[name]})

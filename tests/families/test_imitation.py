@@ -12,7 +12,8 @@ from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.data.encode import encode
 from pocketrec.errors import ConfigError, UnsupportedOp
-from pocketrec.families.distillation import Lesson, imitated
+from pocketrec.families.distillation import imitated, lessons
+from pocketrec.families.retraining import Start
 from pocketrec.methods.dhe import DHE
 from pocketrec.methods.qr import QR
 from pocketrec.methods.tt_rec import TTRec
@@ -63,7 +64,7 @@ def test_vectors_that_can_be_computed_are_learned_exactly(clicks):
     model = DeepFM(dim=4, hidden=(8,)).build(clicks, 0)
     goal = draft(QR(init="uniform"), model, clicks, Run(None, seed=5)).table.weight().detach()
     start = draft(QR(init="uniform"), model, clicks, run)
-    stages = Lesson(100, 0.03).stages((Training(epochs=1, batch_size=256),), "ctr")
+    stages = lessons(Start("taught", 100), 0.03, Training(epochs=1, batch_size=256))
     met = torch.tensor(clicks.train.ids[:]).long().flatten()
     fitted = imitated("qr", start, goal, clicks, run, stages)
     counted = slice(0, 4)
@@ -77,7 +78,7 @@ def test_vectors_that_can_be_computed_are_learned_exactly(clicks):
 def test_final_model_starts_from_the_trained_one(clicks, visits, method, task, monkeypatch):
     data, backbone = (clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (visits, LightGCN(dim=4, layers=1))
     teacher = train(backbone, data, Run(None), Training(epochs=2, batch_size=128, learning_rate=1e-2))
-    run, began, smooth = Run(None), {}, SMOOTH.get(method, {})
+    run, began, smooth = Run(None, training=SHORT), {}, SMOOTH.get(method, {})
     fit = run.fit
 
     def spy(name, start, data, training=None):
@@ -88,13 +89,8 @@ def test_final_model_starts_from_the_trained_one(clicks, visits, method, task, m
     met = torch.tensor(data.train.ids[:]).long().flatten()
     target = teacher.table.weight().detach()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    compress(
-        teacher,
-        data,
-        method(imitation=EPOCHS[task], imitation_rate=0.02, training=SHORT, **smooth),
-        "sparsity=0.5",
-        run=run,
-    )
+    start = Start("taught", EPOCHS[task], 0.02)
+    compress(teacher, data, method(start=start, **smooth), "sparsity=0.5", run=run)
     started = began[method.name]
     untaught = draft(method(**smooth), teacher, data, Run(None)).table
     assert error(started.table, target, met) < 0.8 * error(untaught, target, met)
@@ -121,7 +117,7 @@ def test_final_vectors_are_nearer_when_they_are_the_goal(visits, method):
     start = draft(method(**SMOOTH.get(method, {})), teacher, visits, Run(None))
     left = {}
     for goal, epochs in (("rows", 200), ("final", 12)):
-        stages = Lesson(epochs, RATES.get(method, 0.02), goal).stages(SHORT, "cf")
+        stages = lessons(Start("taught", epochs), RATES.get(method, 0.02), SHORT[0])
         fitted = imitated(method.name, start, target, visits, Run(None), stages, goal)
         left[goal] = final_error(teacher, fitted.table, target)
     assert left["final"] < min(left["rows"], final_error(teacher, start.table, target))
@@ -133,7 +129,7 @@ def test_final_vectors_that_can_be_computed_are_learned_exactly(visits):
     model = LightGCN(dim=4, layers=2).build(visits, 0)
     goal = draft(QR(init="uniform"), model, visits, Run(None, seed=5)).table.weight().detach()
     start = draft(QR(init="uniform"), model, visits, run)
-    stages = Lesson(40, 0.03, "final").stages((Training(epochs=1, batch_size=256),), "cf")
+    stages = lessons(Start("taught", 40), 0.03, Training(epochs=1, batch_size=256))
     fitted = imitated("qr", start, goal, visits, run, stages, "final")
     assert final_error(model, fitted.table, goal) < 0.02 < final_error(model, start.table, goal)
 
@@ -141,15 +137,13 @@ def test_final_vectors_that_can_be_computed_are_learned_exactly(visits):
 def test_there_must_be_a_trained_table(visits):
     model = LightGCN(dim=4, layers=1).build(visits, 0)
     with pytest.raises(UnsupportedOp, match="leave `bake` out"):
-        QR(imitation=1).prepare(BakedModel.of(model), visits, Run(None))
+        QR(start=Start("taught", 1)).prepare(BakedModel.of(model), visits, Run(None))
     small = draft(QR(), model, visits, Run(None))
     with pytest.raises(ConfigError, match="dense table, but got ComposedTable"):
-        QR(imitation=1).prepare(small, visits, Run(None))
-    for settings in ({"imitation": -1}, {"imitation_rate": 0.0}):
-        with pytest.raises(ConfigError, match="`imitation` must be at least 0"):
-            DHE(**settings)
-    with pytest.raises(ConfigError, match="must be one of rows, final, but got 'heads'"):
-        DHE(imitated="heads")
+        QR(start=Start("taught", 1)).prepare(small, visits, Run(None))
+    for bad in ({"epochs": 0}, {"rate": 0.0}, {"goal": "heads"}):
+        with pytest.raises(ConfigError, match=f"`{next(iter(bad))}` must be"):
+            Start("taught", **bad)
 
 
 def test_a_study_hands_over_the_original(tmp_path):
@@ -160,7 +154,11 @@ def test_a_study_hands_over_the_original(tmp_path):
             "trials": 0,
             "data": {"clicks": {"source": "synthetic", "rows": 900}},
             "backbone": {"fm": {"dim": 4, "training": training}},
-            "method": {"qr": {"imitation": 1}, "dhe": {}, "opt_embed": {"origin": "trained"}},
+            "method": {
+                "qr": {"start": {"kind": "taught", "epochs": 1}},
+                "dhe": {},
+                "opt_embed": {"start": {"kind": {"choices": ["fresh", "trained"]}}},
+            },
         },
         "imitation",
     )

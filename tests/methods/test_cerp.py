@@ -19,10 +19,13 @@ from pocketrec.backbones.neumf import NeuMF
 from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import ArtifactError, BudgetError, ConfigError
+from pocketrec.families.compositional.pruned_sum import NonZeros, PrunedCodebooks, PrunedSumPlan, SoftCodebooks
 from pocketrec.families.compositional.region import Region
+from pocketrec.families.retraining import Retrain, Start
+from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.format.block import PackedRange
 from pocketrec.format.layouts.pruned_sum import PrunedSumBlock, codebook_places, codebook_rows, pruned_sum_bytes
-from pocketrec.methods.cerp import CERP, CERPPlan, PrunedCodebooks, SoftCodebooks, _Count
+from pocketrec.methods.cerp import CERP
 from pocketrec.training.evaluate import logits
 from pocketrec.training.hooks import Rule
 from pocketrec.training.loop import Training
@@ -33,12 +36,12 @@ TRAINING = Training(epochs=4, batch_size=64, learning_rate=1e-2)
 
 
 def books(rows: int = 23, bucket: int = 6, width: int = 4, kept: int = 30, operation="add") -> PrunedCodebooks:
-    return CERPPlan(rows, width, bucket, kept, operation).build(torch.Generator().manual_seed(0))
+    return PrunedSumPlan(rows, width, bucket, kept, operation).build(torch.Generator().manual_seed(0))
 
 
 def soft(part: PrunedCodebooks, first: float = -6.0, kind="batch", gamma: float = 1.0, eta: float = 100.0):
     thresholds = torch.full(part.books.shape, first)
-    return SoftCodebooks(part, thresholds, Rule(1e-2, 1e-5), _Count(kind, gamma, eta), 1)
+    return SoftCodebooks(part, thresholds, Rule(1e-2, 1e-5), NonZeros(kind, gamma, eta), 1)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_halves_side_by_side_are_one_row_of_each_codebook(rows, data):
 
 
 def test_halves_side_by_side_reach_sizes_and_files_as_sums_do(clicks, model, tmp_path):
-    small = compress(model, clicks, CERP(operation="concat", training=(TRAINING,)), "sparsity=0.5")
+    small = compress(model, clicks, CERP(operation="concat"), "sparsity=0.5", training=TRAINING)
     total = clicks.schema.rows * 4
     assert small.values == total - total // 2
     (part,) = small.table.compositions
@@ -115,12 +118,12 @@ def test_halves_side_by_side_reach_sizes_and_files_as_sums_do(clicks, model, tmp
 
 @pytest.mark.parametrize("spread", ["constant", "uniform", "normal", "power"])
 def test_first_thresholds_are_the_start_times_a_share_of_their_own(clicks, model, spread, monkeypatch):
-    run, began = Run(None), {}
+    run, began = Run(None, training=Training(epochs=1, batch_size=512)), {}
     fit = run.fit
     monkeypatch.setattr(
         run, "fit", lambda name, start, *rest: began.setdefault(name, start) and fit(name, start, *rest)
     )
-    method = CERP(start=-20.0, spread=spread, training=(Training(epochs=1, batch_size=512),))
+    method = CERP(search=ThresholdSearch(first=-20.0), spread=spread)
     compress(model, clicks, method, "sparsity=0.5", run=run)
     (part,) = began["search"].table.compositions
     share = part.threshold.detach().double().numpy().reshape(-1) / -20
@@ -264,7 +267,7 @@ def test_gradients_reach_kept_entries_of_the_rows_that_are_read(slots, seed):
 @pytest.mark.parametrize("storage", ["fp32", "int8"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.95])
 def test_sizes_are_exact_and_the_file_scores_the_same(clicks, model, sparsity, storage, tmp_path):
-    small = compress(model, clicks, CERP(training=(TRAINING,)), f"sparsity={sparsity}", storage=storage)
+    small = compress(model, clicks, CERP(), f"sparsity={sparsity}", storage=storage, training=TRAINING)
     total = clicks.schema.rows * 4
     assert small.values == total - int(total * sparsity)
     (part,) = small.table.compositions
@@ -279,7 +282,7 @@ def test_sizes_are_exact_and_the_file_scores_the_same(clicks, model, sparsity, s
 def test_four_blocks_have_a_pair_each_or_one_per_column_range(visits, scope):
     model = NeuMF(dim=4, hidden=(8,)).build(visits, 0)
     training = Training(epochs=2, batch_size=64, weight_decay=0.0)
-    small = compress(model, visits, CERP(scope=scope, training=(training,)), "sparsity=0.5")
+    small = compress(model, visits, CERP(scope=scope), "sparsity=0.5", training=training)
     assert len(small.table.compositions) == (4 if scope == "block" else 2)
     assert small.values == 70 * 8 // 2
     ids = torch.arange(70)
@@ -288,7 +291,7 @@ def test_four_blocks_have_a_pair_each_or_one_per_column_range(visits, scope):
 
 def test_users_count_once_in_the_regulariser(visits):
     model = NeuMF(dim=4, hidden=(8,)).build(visits, 0)
-    draft = CERP(training=(TRAINING,)).prepare(model, visits, Run(None)).table(Room(values=280))
+    draft = CERP().prepare(model, visits, Run(None)).table(Room(values=280))
     table = draft.with_parts([soft(part, eta=3.0) for part in draft.compositions], draft.weight().detach())
     ids = torch.tensor([[4, 31, 40], [4, 32, 40], [2, 31, 69]])
     weight = table.weight().detach()
@@ -300,10 +303,11 @@ def test_users_count_once_in_the_regulariser(visits):
 
 @pytest.mark.delicate
 def test_the_published_rule_overshoots_or_fails(clicks, model):
-    slow = CERP(training=(TRAINING,), stop="published", start=-100.0, threshold_rate=1e-3)
+    slow = CERP(search=ThresholdSearch(stop="published", first=-100.0, rate=1e-3))
     with pytest.raises(BudgetError, match="search longer"):
-        compress(model, clicks, slow, "sparsity=0.8")
-    small = compress(model, clicks, CERP(training=(TRAINING,), stop="published", gamma=0.0), "sparsity=0.4")
+        compress(model, clicks, slow, "sparsity=0.8", training=TRAINING)
+    quick = CERP(search=ThresholdSearch(stop="published"), gamma=0.0)
+    small = compress(model, clicks, quick, "sparsity=0.4", training=TRAINING)
     assert 0 < small.values <= clicks.schema.rows * 4 - int(clicks.schema.rows * 4 * 0.4)
 
 
@@ -316,8 +320,8 @@ def test_codebooks_imitate_whole_and_the_search_prunes_them_to_size(visits):
     backbone = LightGCN(dim=4, layers=2)
     teacher = train(backbone, visits, None, Training(epochs=2, batch_size=64, learning_rate=1e-2))
     run = Run(None)
-    method = CERP(imitation=4, imitated="final", restart="found", training=(TRAINING,))
-    small = compress(teacher, visits, method, "sparsity=0.6", run=run)
+    method = CERP(start=Start("taught", epochs=4, goal="final"), retrain=Retrain(values="found"))
+    small = compress(teacher, visits, method, "sparsity=0.6", run=run, training=TRAINING)
     assert small.values == teacher.table.values() - math.ceil(0.6 * teacher.table.values())
     assert {entry["stage"] for entry in run.logged()} >= {"cerp-imitation", "search", "retrain"}
 
@@ -327,8 +331,8 @@ class Cut(Exception):
 
 
 def test_a_search_that_is_cut_short_goes_on_to_the_same_bytes(clicks, model, tmp_path):
-    method = CERP(training=(TRAINING,), checks=7)
-    expected = compress(model, clicks, method, "sparsity=0.8").table.weight()
+    method, short = CERP(search=ThresholdSearch(checks=7)), {"training": TRAINING}
+    expected = compress(model, clicks, method, "sparsity=0.8", **short).table.weight()
     for cut in (3, 29, 60):
         steps = SimpleNamespace(left=cut)
 
@@ -338,9 +342,10 @@ def test_a_search_that_is_cut_short_goes_on_to_the_same_bytes(clicks, model, tmp
                 raise Cut
 
         with pytest.raises(Cut), Run(tmp_path / f"{cut}", checkpoint_calls=1, progress=stop) as run:
-            compress(model, clicks, method, "sparsity=0.8", run=run)
+            compress(model, clicks, method, "sparsity=0.8", run=run, **short)
         with Run(tmp_path / f"{cut}") as run:
-            assert torch.equal(compress(model, clicks, method, "sparsity=0.8", run=run).table.weight(), expected)
+            small = compress(model, clicks, method, "sparsity=0.8", run=run, **short)
+            assert torch.equal(small.table.weight(), expected)
 
 
 @given(st.integers(1, 60), st.data())
@@ -355,7 +360,8 @@ def test_the_overlap_counts_coordinates_that_both_codebooks_fill(rows, data):
 
 
 def test_the_overlap_of_a_table_is_the_mean_of_its_blocks_by_rows(visits):
-    small = compress(NeuMF(dim=4, hidden=(8,)).build(visits, 0), visits, CERP(training=(TRAINING,)), "sparsity=0.5")
+    model = NeuMF(dim=4, hidden=(8,)).build(visits, 0)
+    small = compress(model, visits, CERP(), "sparsity=0.5", training=TRAINING)
     table, facts = small.model.table, small.model.table.facts()
     own = [part.facts()["overlap"] for part in table.compositions]
     assert len(own) > 1
@@ -367,7 +373,7 @@ def test_the_overlap_of_a_table_is_the_mean_of_its_blocks_by_rows(visits):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"bucket": 0}, {"slack": 1.0}, {"gamma": -1.0}, {"eta": 0.0}, {"reach": 0.7}, {"clip": -1.0},
+    [{"bucket": 0}, {"slack": 1.0}, {"gamma": -1.0}, {"eta": 0.0},
      {"operation": "mult"}, {"spread": "xavier"}],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(bad):

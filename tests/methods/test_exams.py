@@ -22,9 +22,6 @@ from pocketrec.training.loop import Training
 DELICATE = ("check_training_lowers_the_loss", "check_scores_are_row_by_row", "check_lowered_head_agrees")
 """Checks whose verdict depends on trained numbers."""
 
-FEW = {"population": 4, "generations": 3, "children": 2}
-"""Settings of an evolution that make it short: no law depends on how good the candidates are."""
-
 
 def numbers(rows: int, columns: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, 6, (rows, columns)).tolist()
@@ -89,10 +86,7 @@ def test_backbone(name, check, lab):
 @pytest.mark.parametrize(("name", "check"), examined("methods"))
 def test_method(name, check, lab):
     examinee = registry.load("methods", name)()
-    if examinee.trains and check.__module__ == method.__name__:
-        small = {name: size for name, size in FEW.items() if hasattr(examinee, name)}
-        examinee = replace(examinee, training=(Training(epochs=2),), **small)
-    check(examinee, lab)
+    check(examinee.small() if check.__module__ == method.__name__ else examinee, lab)
 
 
 @pytest.mark.parametrize("axis", registry.AXES)
@@ -181,11 +175,10 @@ class Late(Method):
 
     name: ClassVar[str] = "late"
     trains: ClassVar[bool] = True
-    training: tuple[Training, ...] = (Training(epochs=1, batch_size=64, learning_rate=0.1),)
 
     def prepare(self, model, data, run):
         def cut(draft, room):
-            trained = run.fit("late", model, data, self.training)
+            trained = run.fit("late", model, data, Training(epochs=1, batch_size=64, learning_rate=0.1))
             return trained.with_table(MagPrune().prepare(trained, data, run).table(room))
 
         return Finished(MagPrune().prepare(model, data, run), cut)

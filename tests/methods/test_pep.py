@@ -21,8 +21,9 @@ from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
 from pocketrec.errors import BudgetError, ConfigError, UnsupportedOp
 from pocketrec.families.pruning import carry_uncounted, rank_keys
-from pocketrec.families.retraining import MaskedTable, initial_model
-from pocketrec.methods.pep import PEP, SoftTable
+from pocketrec.families.retraining import MaskedTable, Retrain, initial_model
+from pocketrec.families.thresholds import SoftTable, ThresholdSearch
+from pocketrec.methods.pep import PEP
 from pocketrec.models.backbone import noise
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, DenseTable
@@ -242,7 +243,7 @@ def test_a_masked_table_reads_as_the_pruned_table_does(seed, share):
 @pytest.mark.parametrize("scope", ["joint", "block"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
 def test_sparsity_is_exact_and_the_mask_survives_retraining(clicks, model, scope, sparsity):
-    method, run = PEP(scope=scope, training=(TRAINING,)), Run(None)
+    method, run = PEP(scope=scope), Run(None, training=TRAINING)
     ladder = method.prepare(model, clicks, run)
     small = compress(model, clicks, method, f"sparsity={sparsity}", run=run)
     total = clicks.schema.rows * 4
@@ -255,16 +256,16 @@ def test_sparsity_is_exact_and_the_mask_survives_retraining(clicks, model, scope
 
 
 def test_masks_of_smaller_budgets_lie_in_those_of_larger_ones(clicks, model):
-    ladder = PEP(training=(TRAINING,)).prepare(model, clicks, Run(None))
+    ladder = PEP().prepare(model, clicks, Run(None, training=TRAINING))
     masks = [ladder.table(Room(values=values)).keep[:, :4] for values in (600, 300, 100, 10)]
     assert all(bool((small <= large).all()) for large, small in pairwise(masks))
 
 
 @pytest.mark.delicate
 def test_the_published_rule_stops_at_the_first_check_below_and_may_fail(clicks, model):
-    run = Run(None)
-    exact = PEP(training=(TRAINING,), reach=0.05)
-    published = PEP(training=(TRAINING,), reach=0.05, stop="published")
+    run = Run(None, training=TRAINING)
+    exact = PEP(search=ThresholdSearch(reach=0.05))
+    published = PEP(search=ThresholdSearch(reach=0.05, stop="published"))
     ladder = published.prepare(model, clicks, run)
     alive = published.search(*initial_model(model, clicks, run), clicks, run)[1].alive()
     wanted = int(alive[len(alive) // 2]) + 1
@@ -276,9 +277,9 @@ def test_the_published_rule_stops_at_the_first_check_below_and_may_fail(clicks, 
 
 
 def test_the_published_start_prunes_nothing_in_a_short_search(clicks, model):
-    method = PEP(start=-150.0, threshold_rate=1e-3, training=(TRAINING,))
-    run = Run(None)
-    _, found = method.search(*initial_model(model, clicks, run), clicks, run)
+    method = PEP(search=ThresholdSearch(first=-150.0, rate=1e-3))
+    run = Run(None, training=TRAINING)
+    _, found = method.searched(*initial_model(model, clicks, run, method.start), clicks, run)
     assert found.alive()[-1] == clicks.schema.rows * 4
     assert float(found.threshold.detach().max()) < -149
 
@@ -286,7 +287,7 @@ def test_the_published_start_prunes_nothing_in_a_short_search(clicks, model):
 def test_one_search_serves_all_budgets_and_each_is_trained_once(clicks, model):
     run = Run(None)
     for _ in range(2):
-        compress(model, clicks, PEP(training=(TRAINING,)), ["sparsity=0.5", "sparsity=0.9"], run=run)
+        compress(model, clicks, PEP(), ["sparsity=0.5", "sparsity=0.9"], run=run, training=TRAINING)
     trained = [(record["stage"], record.get("epoch")) for record in run.logged()]
     assert trained.count(("search", 0)) == trained.count(("search", 1)) == 1
     assert trained.count(("retrain", 0)) == 2
@@ -295,7 +296,7 @@ def test_one_search_serves_all_budgets_and_each_is_trained_once(clicks, model):
 @pytest.mark.parametrize("head", ["fresh", "initial"])
 def test_the_head_starts_again_or_where_the_search_started(clicks, model, head, monkeypatch):
     started = {}
-    run = Run(None)
+    run = Run(None, training=TRAINING)
     fit = run.fit
 
     def spy(name, start, data, training=None):
@@ -303,7 +304,7 @@ def test_the_head_starts_again_or_where_the_search_started(clicks, model, head, 
         return fit(name, start, data, training)
 
     monkeypatch.setattr(run, "fit", spy)
-    compress(model, clicks, PEP(head=head, training=(TRAINING,)), "sparsity=0.5", run=run)
+    compress(model, clicks, PEP(retrain=Retrain(head=head)), "sparsity=0.5", run=run)
     search, retrain = started["search"], started["retrain"]
     same_head = torch.equal(search.layers[0].weight, retrain.layers[0].weight)
     same_linear = torch.equal(search.table.base[:, 4], retrain.table.base[:, 4])
@@ -317,8 +318,8 @@ class Cut(Exception):
 
 
 def test_a_search_that_is_cut_short_goes_on_to_the_same_bytes(clicks, model, tmp_path):
-    method = PEP(training=(TRAINING,), checks=7)
-    expected = compress(model, clicks, method, "sparsity=0.8").table.weight()
+    method, short = PEP(search=ThresholdSearch(checks=7)), {"training": TRAINING}
+    expected = compress(model, clicks, method, "sparsity=0.8", **short).table.weight()
     for cut in (3, 17, 29, 60, 75):
         steps = SimpleNamespace(left=cut)
 
@@ -328,9 +329,10 @@ def test_a_search_that_is_cut_short_goes_on_to_the_same_bytes(clicks, model, tmp
                 raise Cut
 
         with pytest.raises(Cut), Run(tmp_path / f"{cut}", checkpoint_calls=1, progress=stop) as run:
-            compress(model, clicks, method, "sparsity=0.8", run=run)
+            compress(model, clicks, method, "sparsity=0.8", run=run, **short)
         with Run(tmp_path / f"{cut}") as run:
-            assert torch.equal(compress(model, clicks, method, "sparsity=0.8", run=run).table.weight(), expected)
+            small = compress(model, clicks, method, "sparsity=0.8", run=run, **short)
+            assert torch.equal(small.table.weight(), expected)
 
 
 def test_ranking_models_are_pruned_and_baked_ones_refused(tmp_path):
@@ -340,22 +342,22 @@ def test_ranking_models_are_pruned_and_baked_ones_refused(tmp_path):
     visits = pr.encode(pr.sources.Adjacency(), tmp_path / "train.txt", tmp_path / "data")
     model = LightGCN(dim=8, layers=2).build(visits, 0)
     training = Training(epochs=6, batch_size=64, weight_decay=0.0, learning_rate=1e-2)
-    small = compress(model, visits, PEP(training=(training,), granularity="dimension"), "sparsity=0.8")
+    small = compress(model, visits, PEP(granularity="dimension"), "sparsity=0.8", training=training)
     assert small.values == 70 * 8 - int(70 * 8 * 0.8)
     assert int((small.table.weight() != 0).sum()) == small.values
     with pytest.raises(UnsupportedOp, match="leave `bake` out"):
-        compress(model, visits, PEP(training=(training,)), "sparsity=0.8", bake=True)
+        compress(model, visits, PEP(), "sparsity=0.8", training=training, bake=True)
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        {"start": 1.0},
+        {"first": 1.0},
         {"reach": 0.0},
         {"reach": 0.6},
-        {"threshold_rate": 0.0},
-        {"threshold_decay": 0.0},
-        {"search_epochs": 0},
+        {"rate": 0.0},
+        {"decay": 0.0},
+        {"epochs": 0},
         {"checks": 0},
         {"clip": -1.0},
     ],
@@ -363,7 +365,7 @@ def test_ranking_models_are_pruned_and_baked_ones_refused(tmp_path):
 def test_settings_out_of_range_are_named(bad):
     (name,) = bad
     with pytest.raises(ConfigError, match=f"`{name}` must"):
-        PEP(**bad)
+        ThresholdSearch(**bad)
 
 
 class Hooked(LearningTable):
@@ -407,15 +409,16 @@ def test_rules_and_clipping_of_a_table():
 
 
 def test_folder_of_a_search_holds_its_steps(clicks, model, tmp_path):
-    compress(model, clicks, PEP(training=(TRAINING,)), "sparsity=0.5", run=tmp_path / "run")
+    compress(model, clicks, PEP(), "sparsity=0.5", run=tmp_path / "run", training=TRAINING)
     names = sorted(p.name.rpartition("-")[0] for p in Path(tmp_path / "run" / "steps").glob("*.safetensors"))
     assert names == ["retrain", "search"]
 
 
 @pytest.mark.parametrize("extra", range(0, 900, 60))
 def test_a_file_stays_within_its_budget_whatever_digits_the_new_head_has(clicks, model, extra, tmp_path):
-    method = PEP(training=(Training(epochs=1, batch_size=512),))
+    method, short = PEP(), Training(epochs=1, batch_size=512)
     with pytest.raises(BudgetError) as caught:
-        compress(model, clicks, method, "10 B")
+        compress(model, clicks, method, "10 B", training=short)
     limit = caught.value.least_bytes + extra
-    assert compress(model, clicks, method, f"{limit} B").save(tmp_path / "x.safetensors")["file"] <= limit
+    small = compress(model, clicks, method, f"{limit} B", training=short)
+    assert small.save(tmp_path / "x.safetensors")["file"] <= limit

@@ -59,9 +59,8 @@ class Made:
 
 
 def method_of(name: str) -> Method:
-    """The method at its defaults; one that trains does so for an epoch."""
-    plugin = registry.load("methods", name)
-    return plugin(training=TRAINING) if plugin.trains else plugin()
+    """The method at its defaults."""
+    return registry.load("methods", name)()
 
 
 def rows_of(data: Dataset) -> np.ndarray:
@@ -73,7 +72,7 @@ def rows_of(data: Dataset) -> np.ndarray:
 def product(lab: Lab, tmp_path_factory) -> dict[tuple[str, str], Made]:
     """Every cell; one process reads all files."""
     folder = tmp_path_factory.mktemp("product")
-    run, smalls, rows = Run(None), {}, {}
+    run, smalls, rows = Run(None, training=TRAINING), {}, {}
     narrow = {b.name: b for b in lab.backbones}
     for method in registry.modules("methods"):
         for backbone in BACKBONES:

@@ -15,6 +15,8 @@ from pocketrec.backbones.mf import MF
 from pocketrec.compression.compress import compress
 from pocketrec.compression.ladder import Method
 from pocketrec.data.encode import encode
+from pocketrec.families.evolution import Evolution
+from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.methods.cerp import CERP
 from pocketrec.methods.dhe import DHE
 from pocketrec.methods.opt_embed import OptEmbed
@@ -28,15 +30,15 @@ from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
 TRAINING = (Training(epochs=2, batch_size=128, learning_rate=1e-2),)
-FEW = {"population": 3, "generations": 3, "children": 1, "parents": 2}
+FEW = Evolution(population=3, generations=3, children=1, parents=2)
 CASES: list[tuple[str, Method, list[str]]] = [
-    ("ctr", QR(training=TRAINING), ["qr"]),
-    ("ctr", TTRec(cores=2, training=TRAINING, cache_by="accesses"), ["tt_rec_warm_up", "tt_rec"]),
-    ("cf", DHE(functions=8, depth=1, hot=4, training=TRAINING), ["dhe"]),
-    ("cf", PEP(training=TRAINING, checks=3), ["search", "retrain"]),
-    ("ctr", CERP(training=TRAINING, checks=3), ["search", "retrain"]),
-    ("ctr", OptEmbed(training=TRAINING, **FEW), ["supernet", "evolution", "retrain"]),
-    ("cf", OptEmbedD(training=TRAINING, **FEW), ["supernet", "evolution", "retrain"]),
+    ("ctr", QR(), ["qr"]),
+    ("ctr", TTRec(cores=2, cache_by="accesses"), ["tt_rec_warm_up", "tt_rec"]),
+    ("cf", DHE(functions=8, depth=1, hot=4), ["dhe"]),
+    ("cf", PEP(search=ThresholdSearch(checks=3)), ["search", "retrain"]),
+    ("ctr", CERP(search=ThresholdSearch(checks=3)), ["search", "retrain"]),
+    ("ctr", OptEmbed(search=FEW), ["supernet", "evolution", "retrain"]),
+    ("cf", OptEmbedD(search=FEW), ["supernet", "evolution", "retrain"]),
 ]
 
 
@@ -86,7 +88,8 @@ def test_what_a_kill_at_any_boundary_leaves_goes_on_to_the_same_bytes(
     def bytes_from(folder: Path) -> bytes:
         """The file that a run in this folder ends with."""
         with Run(folder, checkpoint_calls=2) as run:
-            compress(model, data, method, "sparsity=0.5", run=run).save(tmp_path / "small.safetensors")
+            small = compress(model, data, method, "sparsity=0.5", run=run, training=TRAINING)
+            small.save(tmp_path / "small.safetensors")
             stages = [r["stage"] for r in run.logged() if "step" in r]
         assert stages[-len(phases) :] == phases
         return (tmp_path / "small.safetensors").read_bytes()

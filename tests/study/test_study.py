@@ -105,11 +105,29 @@ def test_a_later_stage_is_as_the_first_but_for_what_it_says():
 
 
 def test_a_method_like_another_differs_in_what_it_says():
-    both = {"method.pep": {"search_epochs": 2, "budgets": ["50%"], "backbone": {"deepfm": {"dropout": 0.3}}}}
-    own = {**both["method.pep"], "is": "pep", "restart": "found"}
-    said, alike = plan(both | {"method.found": own}), plan(both | {"method.found": {"like": "pep", "restart": "found"}})
+    both = {"method.pep": {"search": {"epochs": 2}, "budgets": ["50%"], "backbone": {"deepfm": {"dropout": 0.3}}}}
+    own = {**both["method.pep"], "is": "pep", "retrain": {"values": "found"}}
+    like = {"like": "pep", "retrain": {"values": "found"}}
+    said, alike = plan(both | {"method.found": own}), plan(both | {"method.found": like})
     assert said.to_json() == alike.to_json()
     assert alike.methods["found"].plugin == "pep"
+
+
+def test_a_training_can_be_named_and_referred_to():
+    stages = [{"epochs": 3, "learning_rate": {"low": 0.1, "high": 1.0}}, {"epochs": 2}]
+    named = {"training": {"long": stages}, "backbone.deepfm.training": "long", "method.pep": {"training": "long"}}
+    said = plan({"backbone.deepfm.training": stages, "method.pep": {"training": stages}})
+    assert plan(named).to_json() == said.to_json()
+    with pytest.raises(ConfigError, match=r"`backbone.deepfm.training.lang` is no training of the plan; .*`long`"):
+        plan({"training": {"long": stages}, "backbone.deepfm.training": "lang"})
+
+
+def test_a_default_that_is_said_leaves_the_keys():
+    said = {"method.pep": {"search": {"reach": 0.3}, "scope": "joint"}, "backbone.deepfm.linear_std": 0.01}
+    grids = [Grid(plan(changes)) for changes in ({"method.pep": {}}, said, {**said, "method.pep.search.reach": 0.2})]
+    (cell,) = (j for j in grids[0].jobs if (j.method, j.kind, j.budget, j.seed) == ("pep", "cell", "50%", 0))
+    keys = [grid.key(cell) for grid in grids]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_changes_for_one_data_set():
@@ -371,7 +389,7 @@ def test_ranking_data_with_two_stages_and_baked_vectors(tmp_path):
         "trials": 0,
         "data": {"pairs": {"source": "adjacency", "raw": str(pairs_file(tmp_path)), "bake": True}},
         "backbone": {"lightgcn": {"dim": 4, "training": [{"epochs": 2, "batch_size": 64}, {"epochs": 1}]}},
-        "method": {"random": {}, "cerp": {"search_epochs": 1}},
+        "method": {"random": {}, "cerp": {"search": {"epochs": 1}}},
     }
     from pocketrec.study.plan import parse
 

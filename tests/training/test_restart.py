@@ -10,6 +10,9 @@ from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.mf import MF
 from pocketrec.compression.compress import compress
 from pocketrec.data.encode import encode
+from pocketrec.errors import ConfigError
+from pocketrec.families.evolution import Evolution
+from pocketrec.families.retraining import Retrain, Start
 from pocketrec.methods.cerp import CERP
 from pocketrec.methods.opt_embed import OptEmbed
 from pocketrec.methods.opt_embed_d import OptEmbedD
@@ -20,7 +23,7 @@ from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
 TRAINING = (Training(epochs=2, batch_size=128, learning_rate=1e-2),)
-SMALL = {"population": 3, "generations": 2, "children": 1, "parents": 2}
+SMALL = {"search": Evolution(population=3, generations=2, children=1, parents=2)}
 METHODS = {PEP: {}, CERP: {}, OptEmbed: SMALL, OptEmbedD: SMALL}
 
 
@@ -40,7 +43,7 @@ def visits(tmp_path_factory):
 @pytest.mark.parametrize("task", ["ctr", "cf"])
 def test_retraining_goes_on_from_what_the_search_found(clicks, visits, method, task, monkeypatch):
     data, backbone = (clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (visits, MF(dim=4))
-    run, began, ended = Run(None), {}, {}
+    run, began, ended = Run(None, training=TRAINING), {}, {}
     fit = run.fit
 
     def spy(name, start, data, training=None):
@@ -48,7 +51,7 @@ def test_retraining_goes_on_from_what_the_search_found(clicks, visits, method, t
         return ended[name]
 
     monkeypatch.setattr(run, "fit", spy)
-    found = method(**METHODS[method], training=TRAINING, restart="found")
+    found = method(**METHODS[method], retrain=Retrain(values="found"))
     small = compress(backbone.build(data, 0), data, found, "sparsity=0.5", run=run)
     (search,) = set(began) - {"retrain"}
     table, net = began["retrain"].table, ended[search]
@@ -72,12 +75,12 @@ def test_retraining_goes_on_from_what_the_search_found(clicks, visits, method, t
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_published_start_is_the_default(method):
-    assert method().restart == "first"
+    assert method().retrain.values == "first"
 
 
-@pytest.mark.parametrize("method", [OptEmbed, OptEmbedD])
+@pytest.mark.parametrize("method", [PEP, OptEmbed, OptEmbedD])
 def test_a_search_can_start_from_the_trained_model(visits, method, monkeypatch):
-    run, began = Run(None), {}
+    run, began = Run(None, training=TRAINING), {}
     fit = run.fit
 
     def spy(name, start, data, training=None):
@@ -86,5 +89,12 @@ def test_a_search_can_start_from_the_trained_model(visits, method, monkeypatch):
 
     monkeypatch.setattr(run, "fit", spy)
     trained = fit("original", MF(dim=4).build(visits, 0), visits, TRAINING)
-    method(**SMALL, training=TRAINING, origin="trained").prepare(trained, visits, run)
-    assert torch.equal(began["supernet"].table.base, trained.table.weight())
+    method(**METHODS[method], start=Start("trained")).prepare(trained, visits, run)
+    (search,) = began.values()
+    assert torch.equal(search.table.base, trained.table.weight())
+
+
+def test_a_start_that_a_method_does_not_know_is_refused():
+    for method, kind in ((PEP, "taught"), (OptEmbed, "taught"), (CERP, "trained")):
+        with pytest.raises(ConfigError, match=f"`start.kind` must be one of fresh, .*, but got '{kind}'"):
+            method(start=Start(kind))

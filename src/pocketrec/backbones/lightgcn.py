@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pocketrec.errors import ConfigError
+from pocketrec import settings
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import Backbone, RankingModel, noise
-from pocketrec.models.first_values import check_least, pair_blocks, xavier
+from pocketrec.models.first_values import pair_blocks, xavier
 from pocketrec.models.graph import Buffers, Graph
 from pocketrec.models.pair_scoring import ranking_batches
 from pocketrec.models.table import Block, DenseTable, Table
@@ -73,11 +72,8 @@ class LightGCN(Backbone):
     init: Literal["xavier", "normal"] = "xavier"
 
     def __post_init__(self) -> None:
-        check_least(self, dim=1, layers=0, regularisation=0, contrast=0, negatives=1)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"`temperature` must be above 0, but got {self.temperature}.")
-        if self.init not in ("xavier", "normal"):
-            raise ConfigError(f"`init` must be 'xavier' or 'normal', but got {self.init!r}.")
+        settings.check(self, dim=1, layers=0, regularisation=0, contrast=0, negatives=1)
+        settings.check_above(self, temperature=0)
 
     def blocks(self, schema: Schema) -> tuple[Block, ...]:
         """One block of rows for users, one for items."""

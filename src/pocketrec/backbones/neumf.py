@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from pocketrec.format.program import Op, Program
-from pocketrec.models.backbone import Backbone, noise
-from pocketrec.models.first_values import check_least, xavier
-from pocketrec.models.pair_scoring import Loss, Objective, PairModel, opposed
-from pocketrec.models.perceptron import Perceptron, array, batch_norms, check_perceptron, linear, linear_layers
-from pocketrec.models.table import Block, DenseTable, Table
-from pocketrec.schema import Schema, Task
+from pocketrec.models.first_values import xavier
+from pocketrec.models.pair_scoring import Loss, PairBackbone, PairModel, opposed
+from pocketrec.models.perceptron import Deep, DeepModel, array, linear
+from pocketrec.models.table import Block, DenseTable
+from pocketrec.schema import Schema
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset, Split
@@ -24,93 +23,14 @@ PERCEPTRON, PRODUCT, BOTH = range(3)
 """Which branches an epoch trains."""
 
 
-@dataclass(frozen=True)
-class NeuMF(Backbone):
-    """Configuration of NeuMF.
-
-    Users and items have two vectors each, ``g`` and ``m``: four tables, as two column ranges of one table::
-
-        score = h . (g_u * g_v) + b + MLP([m_u, m_v])
-        MLP   = [Linear -> ReLU -> Dropout] x hidden -> Linear(., 1)
-
-    Positives and negatives go through one forward pass.
-
-    Args:
-        dim: width ``d`` of each vector, at least 1.
-        hidden: widths of the perceptron's hidden layers.
-        dropout: share of hidden units dropped in training, in [0, 1).
-        loss: ``bce`` or ``bpr``.
-        negatives: of each training pair, at least 1.
-        regularisation: ``lambda`` on the looked-up vectors, at least 0.
-        pretraining: epochs that train the perceptron alone, then as many for the product alone, before both; if there
-            are any, each branch counts one half in their sum.
-
-    Example:
-        >>> NeuMF(hidden=(64, 32, 16)).dim
-        32
-
-    Reference:
-        He et al., Neural Collaborative Filtering, 2017, equations 7 and 12 and section 3.4.1. The loss averages each
-        side, as the code of the benchmark of lightweight embeddings (2024) does.
-    """
-
-    name: ClassVar[str] = "neumf"
-    task: ClassVar[Task] = "cf"
-
-    dim: int = 32
-    hidden: tuple[int, ...] = (64, 32, 16)
-    dropout: float = 0.0
-    loss: Loss = "bce"
-    negatives: int = 4
-    regularisation: float = 1e-4
-    pretraining: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        check_least(self, dim=1, negatives=1, regularisation=0, pretraining=0)
-        check_perceptron(self.hidden, self.dropout)
-        self.objective()
-
-    def objective(self) -> Objective:
-        """What is minimised."""
-        return Objective(self.loss, self.negatives, self.regularisation)
-
-    def blocks(self, schema: Schema) -> tuple[Block, ...]:
-        """Four tables: users and items, times columns ``[0, d)`` of the product and ``[d, 2d)`` of the perceptron."""
-        return tuple(
-            Block(f"{kind} {branch}", field.offset, field.stop, left, left + self.dim)
-            for left, branch in ((0, "product"), (self.dim, "perceptron"))
-            for kind, field in zip(("user", "item"), schema.fields, strict=True)
-        )
-
-    def build(self, data: Dataset, seed: int) -> NeuMFModel:
-        """Each table and each hidden layer Xavier-uniform; the two output layers as the framework draws them."""
-        source = noise(seed, "init")
-        weight = torch.empty(data.schema.rows, 2 * self.dim)
-        blocks = self.blocks(data.schema)
-        for block in blocks:
-            xavier(weight[block.start : block.stop, block.left : block.right], source)
-        return NeuMFModel(self, DenseTable(data.schema, blocks, weight), source)
-
-
-class NeuMFModel(PairModel):
+class NeuMFModel(DeepModel, PairModel):
     """Both branches around a table of width ``2d``."""
 
-    def __init__(self, backbone: NeuMF, table: Table, source: torch.Generator) -> None:
-        super().__init__()
-        self.backbone = self.config = backbone
-        self.objective = backbone.objective()
-        self.schema = table.schema
-        self.table = table
-        self.output = linear(backbone.dim, 1, source)
-        self.layers = linear_layers((2 * backbone.dim, *backbone.hidden, 1), source, "xavier")
-        self.norms = batch_norms(())
-        self.share = 0.5 if backbone.pretraining else 1.0
-
-    @property
-    def perceptron(self) -> Perceptron:
-        """The deep branch."""
-        return Perceptron(self.layers, self.norms, self.config.dropout)
+    def draw(self, source: torch.Generator) -> None:
+        """The output of the product, and the perceptron."""
+        self.output = linear(self.config.dim, 1, source)
+        self.draw_perceptron(self.inputs, source, "xavier", norm=False)
+        self.share = 0.5 if self.config.pretraining else 1.0
 
     def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """``(B, 2, 2d) -> (B,)``."""
@@ -163,3 +83,56 @@ class NeuMFModel(PairModel):
                 Op("add", ("product", "perceptron"), "score"),
             )
         )
+
+
+@dataclass(frozen=True)
+class NeuMF(Deep, PairBackbone):
+    """Configuration of NeuMF.
+
+    Users and items have two vectors each, ``g`` and ``m``: four tables, as two column ranges of one table::
+
+        score = h . (g_u * g_v) + b + MLP([m_u, m_v])
+        MLP   = [Linear -> ReLU -> Dropout] x hidden -> Linear(., 1)
+
+    Positives and negatives go through one forward pass.
+
+    Args:
+        dim: width ``d`` of each vector, at least 1.
+        pretraining: epochs that train the perceptron alone, then as many for the product alone, before both; if there
+            are any, each branch counts one half in their sum.
+
+    Example:
+        >>> NeuMF(hidden=(64, 32, 16)).dim
+        32
+
+    Reference:
+        He et al., Neural Collaborative Filtering, 2017, equations 7 and 12 and section 3.4.1. The loss averages each
+        side, as the code of the benchmark of lightweight embeddings (2024) does.
+    """
+
+    name: ClassVar[str] = "neumf"
+    model = NeuMFModel
+
+    dim: int = 32
+    hidden: tuple[int, ...] = (64, 32, 16)
+    dropout: float = 0.0
+    loss: Loss = "bce"
+    negatives: int = 4
+    regularisation: float = 1e-4
+    pretraining: int = 0
+    bounds: ClassVar = {"pretraining": 0}
+
+    def blocks(self, schema: Schema) -> tuple[Block, ...]:
+        """Four tables: users and items, times columns ``[0, d)`` of the product and ``[d, 2d)`` of the perceptron."""
+        return tuple(
+            Block(f"{kind} {branch}", field.offset, field.stop, left, left + self.dim)
+            for left, branch in ((0, "product"), (self.dim, "perceptron"))
+            for kind, field in zip(("user", "item"), schema.fields, strict=True)
+        )
+
+    def table(self, schema: Schema, source: torch.Generator) -> DenseTable:
+        """Each table and each hidden layer Xavier-uniform; the two output layers as the framework draws them."""
+        weight, blocks = torch.empty(schema.rows, 2 * self.dim), self.blocks(schema)
+        for block in blocks:
+            xavier(weight[block.start : block.stop, block.left : block.right], source)
+        return DenseTable(schema, blocks, weight)

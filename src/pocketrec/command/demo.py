@@ -1,6 +1,6 @@
 """The main job on the embedded default: a click log with a known teacher, one training, a ladder of budgets.
 
-Synthetic log -> encode -> train DeepFM -> one scoring pass -> five budgets for each of three methods -> one file each
+Synthetic log -> encode -> train DeepFM -> one scoring pass -> five budgets for each of four methods -> one file each
 -> each measured from its file -> a table and a picture. Everything lies in one folder; run again, it goes on where it
 was.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pocketrec.models.backbone import Model
 
 BUDGETS = ("50%", "20%", "10%", "5%", "1%")
-METHODS = ("shaver", "mag_prune", "frequency_distance")
+METHODS = ("rate_distortion", "shaver", "mag_prune", "frequency_distance")
 CARDINALITIES = (10_000, 10_000, 6_000, 6_000, 3_000, 2_000, 1_000, 500)
 ROWS = 1_000_000
 

@@ -1,45 +1,56 @@
-"""Flags from dataclasses: a plug-in's fields are its flags, for every plug-in alike.
+"""Flags from dataclasses: a plug-in's settings are its flags, for every plug-in alike.
 
 ``dim: int = 16`` becomes ``--dim INTEGER``, ``batch_norm: bool = True`` becomes ``--batch-norm / --no-batch-norm``,
 ``Literal["zero", "codebook"]`` a choice, ``tuple[int, ...]`` a comma-separated list, ``X | None`` an optional ``X``.
-The help text is the field's line in the class docstring. A flag that is not given leaves the field's default alone.
+A field of a group is ``--group-field``, see :mod:`pocketrec.settings`. The help text is the field's line in the class
+docstring. A flag that is not given leaves the field's default alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
-from pocketrec import registry
-from pocketrec.errors import ConfigError
+from pocketrec import registry, settings
+from pocketrec.settings import REQUIRED, Setting
 
-REQUIRED: Any = object()
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One field of a dataclass, or one keyword of a function, as a flag; ``default=REQUIRED`` if it has none."""
+def option(setting: Setting, flag: str = "") -> click.Option:
+    """The click option of a setting; its value is ``None`` unless the user gives the flag."""
+    flag = flag or setting.flag
+    kind = click_type(setting.type)
+    names = [f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag, parameter(flag)]
+    if setting.default is REQUIRED:
+        return click.Option(names, type=kind, required=True, help=setting.help)
+    shown = f"{setting.help} [default: {settings.spell(setting.default)}]".strip()
+    return click.Option(names, type=kind, default=None, help=shown)
 
-    name: str
-    type: Any
-    default: Any
-    help: str
 
-    def option(self) -> click.Option:
-        """The click option; its value is ``None`` unless the user gives the flag."""
-        flag = "--" + self.name.replace("_", "-")
-        kind = click_type(self.type)
-        given = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
-        if self.default is REQUIRED:
-            return click.Option([given, self.name], type=kind, required=True, help=self.help)
-        shown = f"{self.help} [default: {spell(self.default)}]".strip()
-        return click.Option([given, self.name], type=kind, default=None, help=shown)
+def parameter(flag: str) -> str:
+    """The name under which click hands over a flag's value."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def given(values: Mapping[str, Any], wanted: Iterable[Setting], taken: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings whose flags the user gave, by name; see :func:`spelt` for those that are ``taken``."""
+    named = {s.name: values.get(parameter(flag)) for s, flag in spelt(wanted, taken)}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def spelt(wanted: Iterable[Setting], taken: Iterable[str]) -> list[tuple[Setting, str]]:
+    """Settings of a training with their flags; ``--training-NAME`` where the plug-in has a flag of that name."""
+    return [(s, f"--training-{s.flag[2:]}" if s.flag in taken else s.flag) for s in wanted]
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of the dataclass from the flags that were given; its own checks raise :class:`ConfigError`."""
+    return settings.build(cls, given(values, settings.leaves(cls)))
 
 
 class ListType(click.ParamType):
@@ -71,54 +82,6 @@ def click_type(hint: Any) -> click.ParamType:
     return _SCALARS.get(hint, click.STRING)
 
 
-def spell(value: Any) -> str:
-    """A default as the user would type it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if value is None or value == () or value == {}:
-        return "none"
-    return ",".join(map(spell, value)) if isinstance(value, tuple) else str(value)
-
-
-def argument_texts(docstring: str | None) -> dict[str, str]:
-    """``name: text`` lines of a google-style ``Args:`` or ``Attributes:`` section, continuation lines joined."""
-    section = re.search(r"^\s*(?:Args|Attributes):\n((?:[ \t]+\S.*\n?)+)", inspect.cleandoc(docstring or ""), re.M)
-    lines = re.split(r"\n(?= {4}\S)", section[1].rstrip()) if section else []
-    found = (re.match(r"\s*\**(\w+)(?:\s*\([^)]*\))?:\s*(.*)", line, re.S) for line in lines)
-    return {m[1]: " ".join(m[2].split()).replace("``", "") for m in found if m}
-
-
-def fields(cls: type[Any]) -> tuple[Setting, ...]:
-    """The settings of a dataclass, in order."""
-    hints, text = get_type_hints(cls), argument_texts(cls.__doc__)
-    return tuple(
-        Setting(f.name, hints[f.name], _default(f), text.get(f.name, "")) for f in dataclasses.fields(cls) if f.init
-    )
-
-
-def keywords(function: Callable[..., Any], skip: Iterable[str] = ()) -> tuple[Setting, ...]:
-    """The keyword-only settings of a function, in order, without those in ``skip``."""
-    hints, text = get_type_hints(function), argument_texts(function.__doc__)
-    return tuple(
-        Setting(p.name, hints[p.name], REQUIRED if p.default is p.empty else p.default, text.get(p.name, ""))
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in skip
-    )
-
-
-def build(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass from the flags that were given; its own checks raise :class:`ConfigError`."""
-    try:
-        return cls(**given(values, fields(cls)))
-    except TypeError as error:
-        raise ConfigError(f"{cls.__name__} cannot be made from these flags: {error}.") from error
-
-
-def given(values: Mapping[str, Any], settings: Iterable[Setting]) -> dict[str, Any]:
-    """Those of ``values`` that belong to ``settings`` and that the user gave."""
-    return {s.name: values[s.name] for s in settings if values.get(s.name) is not None}
-
-
 class PluginCommand(click.Command):
     """A verb whose flags are those of the plug-in that one of its own flags names, plus those of fixed dataclasses.
 
@@ -130,7 +93,7 @@ class PluginCommand(click.Command):
         *args: Any,
         axis: registry.Axis,
         flag: str,
-        also: Callable[[type[Any]], tuple[Setting, ...]] = lambda _: (),
+        also: Callable[[type[Any]], tuple[Setting, ...]] = lambda plugin: (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -146,9 +109,12 @@ class PluginCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Own parameters, then the plug-in's flags; a flag that the verb has already is not repeated."""
         own = super().get_params(ctx)
+        if (plugin := ctx.meta.get("plugin")) is None:
+            return own
         taken = {p.name for p in own}
-        settings = (*fields(ctx.meta["plugin"]), *self.also(ctx.meta["plugin"])) if "plugin" in ctx.meta else ()
-        return [*own, *(s.option() for s in settings if s.name not in taken)]
+        named = [(s, s.flag) for s in settings.leaves(plugin)]
+        named += spelt(self.also(plugin), [flag for _, flag in named])
+        return [*own, *(option(s, flag) for s, flag in named if parameter(flag) not in taken)]
 
     def _named(self, args: list[str]) -> str:
         for here, following in zip(args, [*args[1:], ""], strict=True):
@@ -157,9 +123,3 @@ class PluginCommand(click.Command):
             if here.startswith(f"--{self.flag}="):
                 return here.partition("=")[2]
         return next(str(p.default) for p in self.params if p.name == self.flag)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return REQUIRED if field.default is dataclasses.MISSING else field.default

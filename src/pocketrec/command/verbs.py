@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pocketrec import registry
+from pocketrec import registry, settings
 from pocketrec.command import options, shown
 from pocketrec.command.progress import Watcher
 from pocketrec.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from pocketrec.schema import Task
     from pocketrec.study.runner import Workers
+    from pocketrec.training.loop import Training
     from pocketrec.training.run import Run
     from pocketrec.training.steps import Progress
 
@@ -113,8 +115,8 @@ def encode_command(source: type[Any]) -> click.Command:
     """``encode SOURCE RAW OUT``, with the source's fields and the keywords of ``pocketrec.encode`` as flags."""
     from pocketrec.data.encode import encode as encode_log
 
-    settings = options.fields(source)
-    more = options.keywords(encode_log, skip={"seed", "progress", *(s.name for s in settings)})
+    own = settings.leaves(source)
+    more = settings.keywords(encode_log, skip={"seed", "progress", *(s.name for s in own)})
 
     @verb
     def command(session: Session, out: Path, raw: Path | None = None, **flags: Any) -> None:
@@ -128,16 +130,33 @@ def encode_command(source: type[Any]) -> click.Command:
     made.params = [
         *([] if source.generates else [click.Argument(["raw"], type=_PATH)]),
         click.Argument(["out"], type=_PATH),
-        *(s.option() for s in (*settings, *more)),
+        *(options.option(s) for s in (*own, *more)),
         *made.params,
     ]
     return made
 
 
-def _training_settings(_backbone: type[Any]) -> tuple[options.Setting, ...]:
+def _training_settings(plugin: type[Any]) -> tuple[settings.Setting, ...]:
+    """The flags of a training beside those of a plug-in that trains, with the defaults of a backbone's task."""
     from pocketrec.training.loop import Training
 
-    return options.fields(Training)
+    if not getattr(plugin, "trains", True):
+        return ()
+    task = getattr(plugin, "task", None)
+    usual = None if task is None else settings.flat(Training.default(task))
+    return tuple(
+        dataclasses.replace(s, default="as the task has it" if usual is None else usual[s.name])
+        for s in settings.leaves(Training)
+    )
+
+
+def _training(plugin: type[Any], task: Task, flags: Mapping[str, Any]) -> Training | None:
+    """The training that the flags ask for; ``None`` where they ask for nothing."""
+    from pocketrec.training.loop import Training
+
+    own = [s.flag for s in settings.leaves(plugin)]
+    changes = options.given(flags, _training_settings(plugin), own)
+    return dataclasses.replace(Training.default(task), **changes) if changes else None
 
 
 @app.command(cls=options.PluginCommand, axis="backbones", flag="backbone", also=_training_settings)
@@ -148,12 +167,11 @@ def _training_settings(_backbone: type[Any]) -> tuple[options.Setting, ...]:
 def train(session: Session, data: Path, backbone: str, folder: Path, **flags: Any) -> None:
     """Train a recommender on the data set DATA into a run."""
     from pocketrec.data.dataset import Dataset
-    from pocketrec.training.loop import Training, history
+    from pocketrec.training.loop import history
     from pocketrec.training.train import train as train_model
 
     plugin = options.build(registry.load("backbones", backbone), flags)
-    changes = options.given(flags, options.fields(Training))
-    training = dataclasses.replace(Training.default(plugin.task), **changes)
+    training = _training(type(plugin), plugin.task, flags)
     with Watcher() as watcher, session.run(folder, watcher) as run:
         train_model(plugin, Dataset.open(data), run, training)
         seconds = sum(record["seconds"] for record in run.logged() if record["stage"] == "train")
@@ -164,10 +182,13 @@ def train(session: Session, data: Path, backbone: str, folder: Path, **flags: An
     session.show(document, lambda: shown.pairs(document))
 
 
-@app.command(cls=options.PluginCommand, axis="methods", flag="method")
+@app.command(cls=options.PluginCommand, axis="methods", flag="method", also=_training_settings)
 @click.argument("folder", metavar="RUN", type=_PATH)
 @click.option(
-    "--method", default="shaver", show_default=True, help="How the smaller table is found; with --help, its flags."
+    "--method",
+    default="rate_distortion",
+    show_default=True,
+    help="How the smaller table is found; with --help, its flags.",
 )
 @click.option("--budget", "budgets", multiple=True, required=True, help="sparsity=0.95, 5% or 4MiB; may be repeated.")
 @click.option("--out", type=_PATH, required=True, help="Folder of the artifacts, one file for each budget.")
@@ -187,12 +208,13 @@ def compress(
     plugin = options.build(registry.load("methods", method), flags)
     model, dataset = load(folder, Dataset.open(data) if data else None)
     how = {"storage": flags["storage"], "index": flags["index"], "bake": flags["bake"]}
+    training = _training(type(plugin), dataset.schema.task, flags)
     artifacts = []
     out.mkdir(parents=True, exist_ok=True)
     with Watcher() as watcher, session.run(folder, watcher) as run:
         for budget in budgets:
             started = time.monotonic()
-            small = compress_model(model, dataset, plugin, budget, run=run, **how)
+            small = compress_model(model, dataset, plugin, budget, run=run, training=training, **how)
             path = out / artifact_name(method, budget)
             sizes = small.save(path)
             seconds = time.monotonic() - started

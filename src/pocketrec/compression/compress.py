@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from pocketrec.compression.budget import Budget, Room
 from pocketrec.compression.file_fit import fit_file, room_of, with_ladder_table
@@ -24,6 +24,7 @@ from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
+    from pocketrec.training.loop import Training
 
 _CUTS = 4
 """How often a table may be cut after its training, at most."""
@@ -37,6 +38,7 @@ def compress(
     budget: str | Budget,
     *,
     run: Run | str | Path | None = None,
+    training: Training | Sequence[Training] | None = None,
     storage: Storage | None = None,
     index: Index = "compact",
     bake: bool = False,
@@ -51,6 +53,7 @@ def compress(
     budget: Sequence[str | Budget],
     *,
     run: Run | str | Path | None = None,
+    training: Training | Sequence[Training] | None = None,
     storage: Storage | None = None,
     index: Index = "compact",
     bake: bool = False,
@@ -64,6 +67,7 @@ def compress(
     budget: str | Budget | Sequence[str | Budget],
     *,
     run: Run | str | Path | None = None,
+    training: Training | Sequence[Training] | None = None,
     storage: Storage | None = None,
     index: Index = "compact",
     bake: bool = False,
@@ -77,6 +81,8 @@ def compress(
         budget: ``"sparsity=0.95"`` (share of values removed), ``"5%"`` (of the dense table's bytes) or ``"4MiB"`` (the
             whole file), or several of them.
         run: A folder that keeps the preparation: a later budget takes seconds.
+        training: How methods that train do so: settings, or several stages of them; by default those of the run, else
+            of the data's task. Searches take theirs from the first stage.
         storage: ``fp32``, ``fp16`` or ``int8``; by default ``fp32`` for a sparsity, ``int8`` for a budget in bytes.
         index: ``compact`` finds a row in the fewest bytes, ``direct`` in the least time.
         bake: For ranking models: propagate first and compress the final vectors, as a device needs them.
@@ -92,7 +98,10 @@ def compress(
     """
     if not isinstance(run, Run):
         with Run(run) as opened:
-            return compress(model, data, method, budget, run=opened, storage=storage, index=index, bake=bake)
+            more: Any = {"training": training, "storage": storage, "index": index, "bake": bake}
+            return compress(model, data, method, budget, run=opened, **more)
+    if training is not None:
+        run = run.with_training(training)
     single = isinstance(budget, (str, Budget))
     budgets = [Budget.parse(b) for b in ([budget] if single else budget)]
     if bake:
@@ -100,7 +109,8 @@ def compress(
     ladder = method.prepare(model, data, run)
 
     def at(budget: Budget) -> Small:
-        return _at(ladder, Small(model, data, method, budget, storage or budget.storage, index))
+        trained = run.training if method.trains else ()
+        return _at(ladder, Small(model, data, method, budget, storage or budget.storage, index, trained))
 
     return at(budgets[0]) if single else [at(b) for b in budgets]
 

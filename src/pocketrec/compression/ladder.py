@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from pocketrec import settings
 from pocketrec.compression.budget import Room
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Table
@@ -77,16 +78,33 @@ class Method(ABC):
 
     Attributes:
         name: in the registry and on the command line.
-        trains: whether it trains a model of its own, by its field ``training``, instead of shrinking a trained one.
+        trains: whether it trains a model of its own, by the run's ``training``, instead of shrinking a trained one.
+        version: rises when a default or a meaning changes, so that stored work of the other one is not taken.
     """
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    bounds: ClassVar[Mapping[str, float]] = {}
+    """Least values of settings, see :func:`pocketrec.settings.check`."""
+
+    def __post_init__(self) -> None:
+        if is_dataclass(self):
+            settings.check(self, **self.bounds)
+
+    @property
+    def starts_from(self) -> Literal["trained", "fresh"]:
+        """Whether it reads the weights of the ``trained`` model, or starts ``fresh`` from random numbers."""
+        return "fresh" if self.trains else "trained"
 
     @abstractmethod
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """The expensive, budget-free part; long steps go through ``run.once`` / ``run.fit`` and so resume."""
 
+    def small(self) -> Self:
+        """The method with as short a search as keeps every law, for exams; by default itself."""
+        return self
+
     def config(self) -> dict[str, Any]:
-        """Name and settings, ready for JSON."""
-        return {"name": self.name, **asdict(self)}  # pyright: ignore[reportArgumentType]
+        """Name and all settings, ready for JSON."""
+        return {"name": self.name, **settings.to_json(self)}

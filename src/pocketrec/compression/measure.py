@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import registry, runtime
+from pocketrec import registry, runtime, settings
 from pocketrec.errors import ArtifactError, ConfigError, DataError, UnsupportedOp
 from pocketrec.evaluation.beyond_accuracy import beyond
 from pocketrec.evaluation.full_ranking import AllPairs
@@ -253,7 +253,7 @@ def _backbone(info: Mapping[str, Any]) -> Backbone:
         name, config = info["backbone"]["name"], dict(info["backbone"]["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError("An ego file must name its backbone, but this one does not; compress it again.") from error
-    return registry.load("backbones", name)(**config)
+    return settings.from_json(registry.load("backbones", name), config)
 
 
 def _graph_bytes(data: Dataset) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pocketrec import settings
 from pocketrec.compression.budget import Budget
 from pocketrec.compression.ladder import Method
 from pocketrec.files import canonical_json
@@ -22,6 +23,7 @@ from pocketrec.models.table import Table
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
+    from pocketrec.training.loop import Training
 
 
 _BUDGET_DIGITS = 16
@@ -39,6 +41,7 @@ class Small:
         budget: what was asked for.
         storage: how kept values are stored in the file.
         index: how the file finds a row.
+        training: how a method that trains was told to.
     """
 
     model: Model
@@ -47,6 +50,7 @@ class Small:
     budget: Budget
     storage: Storage
     index: Index = "compact"
+    training: tuple[Training, ...] = ()
 
     @property
     def table(self) -> Table:
@@ -87,13 +91,14 @@ class Small:
         """A file of this model around some rows."""
         backbone = self.model.backbone
         info = {
-            "backbone": {"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
+            "backbone": {"name": backbone.name, "config": settings.to_json(backbone)},
             "method": self.method.config(),
             "budget": asdict(self.budget),
             "storage": self.storage,
             "values": self.values,
             "sparsity": self.sparsity,
             "data": self.data.digest,
+            **({"training": [settings.to_json(stage) for stage in self.training]} if self.training else {}),
         }
         digits = len(canonical_json(self.budget.amount))
         blank = max(0, _BUDGET_DIGITS - digits) if self.budget.kind == "bytes" else 0

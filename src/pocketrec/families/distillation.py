@@ -15,20 +15,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Generic, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from pocketrec.data.dataset import Dataset
-from pocketrec.errors import ConfigError, UnsupportedOp
+from pocketrec.errors import UnsupportedOp
+from pocketrec.families.retraining import Goal, Start
 from pocketrec.format.program import Program
 from pocketrec.models.backbone import ClickModel, L, Model, RankingModel, T_co
 from pocketrec.models.table import Lookup
-from pocketrec.schema import Task
 from pocketrec.training.evaluate import validate
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
@@ -46,44 +46,22 @@ COOLING = 5
 STEPS = 50
 """Steps of an epoch in which final vectors are imitated; each reads the whole table."""
 
-Imitated = Literal["rows", "final"]
-"""What is learned: the rows of the trained table, or what the model makes of them before it scores."""
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """How long a table imitates the trained one.
+def lessons(start: Start, rate: float, first: Training) -> tuple[Training, ...]:
+    """The stages in which a ``taught`` table learns.
 
     Args:
-        epochs: passes over the training rows, at least 0.
-        learning_rate: of the first three quarters.
-        goal: the ``rows`` of the trained table, or the ``final`` vectors, in epochs of 50 steps over all of them; to a
-            model that does not propagate both are the rows, and click models always learn these.
+        start: how long, and how fast.
+        rate: the method's learning rate, where the start says none.
+        first: stage of the training that follows, of which batches and precision are taken.
     """
-
-    epochs: int
-    learning_rate: float
-    goal: Imitated = "rows"
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or not self.learning_rate > 0:
-            raise ConfigError(
-                "`imitation` must be at least 0 and `imitation_rate` above 0, but got "
-                f"imitation={self.epochs}, imitation_rate={self.learning_rate}."
-            )
-        if self.goal not in get_args(Imitated):
-            raise ConfigError(f"`imitated` must be one of {', '.join(get_args(Imitated))}, but got {self.goal!r}.")
-
-    def stages(self, training: Sequence[Training], task: Task) -> tuple[Training, ...]:
-        """The stages, with batches and precision as in the first one of the ``training`` that follows."""
-        first = training[0] if training else Training.default(task)
-        last = self.epochs // 4
-        parts = ((self.epochs - last, self.learning_rate), (last, self.learning_rate / COOLING))
-        return tuple(
-            replace(first, epochs=n, patience=n, learning_rate=rate, weight_decay=0.0, optimizer="adam")
-            for n, rate in parts
-            if n
-        )
+    last, fast = start.epochs // 4, rate if start.rate is None else start.rate
+    parts = ((start.epochs - last, fast), (last, fast / COOLING))
+    return tuple(
+        replace(first, epochs=n, patience=n, learning_rate=rate, weight_decay=0.0, optimizer="adam")
+        for n, rate in parts
+        if n
+    )
 
 
 def imitated(
@@ -93,7 +71,7 @@ def imitated(
     data: Dataset,
     run: Run,
     stages: tuple[Training, ...],
-    goal: Imitated = "rows",
+    goal: Goal = "rows",
 ) -> Model[L]:
     """A model whose table has learned the rows of another one, or the final vectors; its head rests.
 
@@ -104,7 +82,7 @@ def imitated(
         data: Training and validation rows.
         run: Keeps the result.
         stages: Of the training.
-        goal: See :class:`Lesson`.
+        goal: See :class:`~pocketrec.families.retraining.Start`.
 
     Returns:
         ``draft`` around the table that has learned.

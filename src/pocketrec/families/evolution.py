@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocketrec import settings
 from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.errors import BudgetError, ConfigError
@@ -27,12 +29,12 @@ from pocketrec.families.mixed_dimension import (
     validation_figures,
 )
 from pocketrec.families.pruning import PruningLadder, carry_uncounted, rank_keys
-from pocketrec.families.retraining import HeadStart, retrain
+from pocketrec.families.retraining import HeadStart, Retrain, TrainingMethod, initial_model, retrain, search_training
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import DenseTable, Lookup
 from pocketrec.randomness import generator
-from pocketrec.training.loop import Training, fingerprint
+from pocketrec.training.loop import fingerprint
 from pocketrec.training.run import Run
 from pocketrec.training.steps import Checkpoint
 
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 SearchAlgorithm = Literal["elitist", "original"]
 
 InitialPopulation = Literal["drawn", "even"]
-"""The first generation: lengths drawn at random, or even ones beside them."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,37 @@ class Evolution:
     and as many by mutation (each gene drawn again with probability ``mutation``). A candidate that is too large loses
     columns of random units, one that is too small gains some.
 
-    The ``original`` search has no memory but of the best candidate: parents come from the last generation alone, and
-    crossover takes the genes up to a random place from one parent, those behind it from the other.
+    Args:
+        epochs: most epochs of the supernet, at least 1; by default half of those of the first training stage.
+        sampling: lengths of candidates: ``alpha`` draws short ones as often as the budget asks, ``uniform`` all alike.
+        crossover: ``elitist`` remembers the best of all generations; ``original`` takes parents from the last one
+            alone, and crosses them at one place, as first published.
+        beginning: first candidates are ``drawn``, as published, or there are ``even`` lengths among them: one for all,
+            and one for each block alone, the others at one column. Millions of random lengths are all alike: no search
+            of a few hundred of them finds that users deserve more columns than items.
+        population: candidates of the first generation, at least 1.
+        generations: most generations, at least 1.
+        parents: best candidates that have children, at least 1.
+        children: by crossover, and as many by mutation, at least 1.
+        mutation: share of genes that a mutation draws again, in [0, 1].
+        patience: generations without a better candidate before the search ends, at least 1; published runs never end.
     """
 
+    epochs: int | None = None
+    sampling: LengthSampling = "alpha"
+    crossover: SearchAlgorithm = "elitist"
+    beginning: InitialPopulation = "drawn"
     population: int = 20
     generations: int = 30
     parents: int = 15
     children: int = 10
     mutation: float = 0.1
     patience: int = 8
-    sampling: LengthSampling = "alpha"
-    kind: SearchAlgorithm = "elitist"
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(SearchAlgorithm):
-            raise ConfigError(f"`search` must be one of {', '.join(get_args(SearchAlgorithm))}, but got {self.kind!r}.")
-        for name in ("population", "generations", "parents", "children", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be at least 1, but got {name}={getattr(self, name)}.")
+        settings.check(self, epochs=1, population=1, generations=1, parents=1, children=1, patience=1)
         if not 0 <= self.mutation <= 1:
             raise ConfigError(f"`mutation` must lie in [0, 1], but got mutation={self.mutation}.")
-
-    def to_json(self) -> dict[str, Any]:
-        """What the result of a search depends on; the elitist kind goes without saying."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("kind", "elitist")}
 
     def search(
         self,
@@ -112,7 +119,7 @@ class Evolution:
             drawn = self._first(longest, odds, random) if first else self._children(best, longest, odds, random)
             drawn = [*(given if first else ()), *drawn]
             young = [fit_lengths(genes, longest, sizes, most, random) for genes in drawn]
-            memory = len(best) if self.kind == "elitist" else 0
+            memory = len(best) if self.crossover == "elitist" else 0
             pool = np.concatenate([best[:memory], young])
             scores = np.concatenate([scores[:memory], judged(young)])
             order = np.argsort(-scores, kind="stable")[: self.parents]
@@ -147,7 +154,7 @@ class Evolution:
         children = []
         for _ in range(self.children):
             one, other = best[random.integers(len(best), size=2)]
-            if self.kind == "elitist":
+            if self.crossover == "elitist":
                 first = random.random(len(one)) < 0.5
             else:
                 first = np.arange(len(one)) < random.integers(len(one) + 1)
@@ -182,7 +189,46 @@ def fit_lengths(genes: Genes, longest: Genes, sizes: Genes, most: int, random: n
         genes[order[np.cumsum(sizes[order]) <= room]] += 1
 
 
-@dataclass(frozen=True)
+class SupernetMethod(TrainingMethod):
+    """Trains a supernet, then searches lengths for each budget.
+
+    Attributes:
+        drops: whether whole rows may be left out.
+    """
+
+    drops: ClassVar[bool]
+
+    search: Evolution
+    retrain: Retrain
+
+    def small(self) -> Self:
+        """With few candidates and generations: no law depends on how good they are."""
+        few = replace(self.search, population=4, generations=3, children=2)
+        return replace(cast("Any", self), search=few)
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> EvolvedLadder:
+        """Train the supernet, once for all budgets."""
+        start, dense = initial_model(model, data, run, self.start)
+        search = search_training(run, data, self.search.epochs)
+        units = self.units(dense)
+        supernet = self.supernet(dense, units, search.steps(len(data.train)))
+        net = run.fit("supernet", start.with_table(supernet), data, search)
+        ladder = EvolvedLadder(
+            net=net, start=start, dense=dense, units=units, drops=self.drops,
+            evolution=self.search, head=self.retrain.head, data=data, run=run,
+        )  # fmt: skip
+        return ladder if self.retrain.values == "first" else ladder.found()
+
+    @abstractmethod
+    def units(self, dense: DenseTable) -> Units:
+        """Which entries share a length."""
+
+    @abstractmethod
+    def supernet(self, dense: DenseTable, units: Units, steps: int) -> Supernet:
+        """The table to search in, for so many steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvolvedLadder(Ladder):
     """For every budget the best lengths of a supernet, trained again from the start.
 
@@ -194,10 +240,8 @@ class EvolvedLadder(Ladder):
         drops: whether whole rows may be left out, those with the least margin first.
         evolution: settings of the search.
         head: where the head of the retraining starts.
-        training: stages of the retraining.
         data: training and validation rows.
-        run: keeps every search and every retrained model.
-        beginning: whether even lengths are among the first candidates.
+        run: keeps every search and every retrained model, and says how to train.
     """
 
     net: Model[Supernet]
@@ -207,10 +251,8 @@ class EvolvedLadder(Ladder):
     drops: bool
     evolution: Evolution
     head: HeadStart
-    training: tuple[Training, ...]
     data: Dataset
     run: Run
-    beginning: InitialPopulation = "drawn"
 
     def table(self, room: Room) -> PrunedTable:
         """The best lengths for about as many values as fit; then exactly so many entries, by rising column.
@@ -223,7 +265,7 @@ class EvolvedLadder(Ladder):
 
     def finish(self, model: Model, room: Room) -> Model:
         """Train what is kept from its first values on."""
-        return retrain(self.start, model.table, self.head, self.data, self.run, self.training)
+        return retrain(self.start, model.table, self.head, self.data, self.run)
 
     def found(self) -> EvolvedLadder:
         """The same search, but retraining starts from the weights and the head of the supernet."""
@@ -236,14 +278,14 @@ class EvolvedLadder(Ladder):
         key = {
             "net": fingerprint(self.net),
             "values": values,
-            "evolution": self.evolution.to_json(),
+            "evolution": settings.key(self.evolution),
             "drops": self.drops,
-        } | ({} if self.beginning == "drawn" else {"beginning": self.beginning})
+        }
         sizes = self.units.sizes(on)
         if int(sizes.sum()) == 0:
             return np.zeros(self.dense.matrix.shape, dtype=bool)
         weight = self.net.table.base.detach()
-        given = even_lengths(self.units, self.dense.blocks, on, values) if self.beginning == "even" else ()
+        given = even_lengths(self.units, self.dense.blocks, on, values) if self.evolution.beginning == "even" else ()
         found = self.run.once(
             "evolution",
             {**key, "data": self.data.digest},

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.errors import BudgetError, ConfigError
+from pocketrec import settings
+from pocketrec.errors import BudgetError
 from pocketrec.evaluation.metrics import auc
 from pocketrec.models.backbone import ClickModel, Model
 from pocketrec.models.table import Block, DenseTable, Lookup
@@ -191,7 +192,7 @@ class Supernet(LearningTable):
 
     def extra_repr(self) -> str:
         """Settings of the search."""
-        return f"rows={self.rows}, groups={self.groups}, rule={self.rule}, pressure={self.pressure}"
+        return f"rows={self.rows}, groups={self.groups}, rule={settings.text(self.rule)}, pressure={self.pressure}"
 
     def rules(self) -> Mapping[str, Rule]:
         """Thresholds are updated by plain gradient descent."""
@@ -331,9 +332,3 @@ def _level(longest: Genes, sizes: Genes, most: int) -> Genes:
         else:
             high = middle - 1
     return np.minimum(low, longest)
-
-
-def check_epochs(epochs: int | None) -> None:
-    """Raise :class:`~pocketrec.errors.ConfigError` for a number of epochs that is none."""
-    if epochs is not None and epochs < 1:
-        raise ConfigError(f"`search_epochs` must be at least 1, but got search_epochs={epochs}.")

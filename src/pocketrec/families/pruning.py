@@ -7,23 +7,29 @@ Selecting is a partition or a binary search over sorted keys: tenths of a second
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pocketrec.compression.budget import Room
-from pocketrec.compression.ladder import Ladder
+from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, Table, oov_rows
 from pocketrec.schema import Schema
+
+if TYPE_CHECKING:
+    from pocketrec.data.dataset import Dataset
+    from pocketrec.models.backbone import Model
+    from pocketrec.training.run import Run
 
 RankingScope = Literal["joint", "block"]
 Fill = Literal["zero", "codebook", "plain"]
@@ -372,3 +378,35 @@ def _share(values: int, block: Block, counted: list[Block]) -> int:
     before = sum(b.values for b in counted[: counted.index(block)])
     total = sum(b.values for b in counted)
     return values * (before + block.values) // total - values * before // total
+
+
+class ScoredMethod(Method):
+    """A method that ranks the entries of the trained table by one number each.
+
+    Args:
+        fill: What removed entries read: the frequency-weighted field mean (``codebook``), the ``plain`` mean, ``zero``.
+        scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
+        n_min: Entries that each row keeps at least, ``0 <= n_min <= floor(d (1 - sparsity))``.
+    """
+
+    fill: Fill = "zero"
+    scope: RankingScope
+    n_min: int = 0
+
+    @abstractmethod
+    def scores(self, weight: NDArray[np.float32], fill: NDArray[np.float32], data: Dataset, seed: int) -> NDArray[Any]:
+        """Scores of all entries ``(n, D)``; those of largest score are kept.
+
+        Args:
+            weight: the trained matrix, ``(n, D)``.
+            fill: what removed entries read, ``(F, D)``.
+            data: it has counted its rows.
+            seed: of the run.
+        """
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> PruningLadder:
+        """Score once."""
+        weight = model.table.weight().detach().numpy()
+        fill = fill_rows(self.fill, weight, data.schema, data.counts)
+        scores = self.scores(weight, fill, data, run.seed)
+        return PruningLadder(model.table, scores, fill, data.counts, self.scope, self.n_min)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pocketrec import settings
+from pocketrec.compression.ladder import Method
 from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
 from pocketrec.models.pruned import PrunedTable, own_absent
 from pocketrec.models.table import DenseTable, Lookup, Table
 from pocketrec.randomness import derive
-from pocketrec.schema import Task
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
@@ -25,13 +25,76 @@ if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
 
 HeadStart = Literal["fresh", "initial"]
-"""Where a retrained head starts: from other random numbers than the search, or where the search started."""
+Goal = Literal["rows", "final"]
 
-ValueStart = Literal["first", "found"]
-"""Where retrained values start: where the search started, or where it ended; then its head does, too."""
 
-Origin = Literal["fresh", "trained"]
-"""Where a method that trains starts: from random numbers, as published, or from the trained model that it is given."""
+@dataclass(frozen=True)
+class Start:
+    """Where a method that trains starts.
+
+    Args:
+        kind: ``fresh`` starts from random numbers, as published; ``trained`` at the weights of the trained model that
+            is given; ``taught`` lets a computed table learn the vectors of that model first, and keeps its head.
+        epochs: in which a ``taught`` table learns, at least 1.
+        rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them; by default the
+            method's.
+        goal: what is learned then: the ``rows`` of the trained table, or the ``final`` vectors that a ranking model
+            makes of them, 50 steps an epoch.
+
+    Example:
+        >>> Start("taught", epochs=14, goal="final").kind
+        'taught'
+    """
+
+    kind: Literal["fresh", "trained", "taught"] = "fresh"
+    epochs: int = 12
+    rate: float | None = None
+    goal: Goal = "rows"
+
+    def __post_init__(self) -> None:
+        settings.check(self, epochs=1)
+        settings.check_above(self, rate=0)
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """Where the retraining of a search's result starts.
+
+    Args:
+        head: ``fresh`` trains a new head, ``initial`` the head of the search from where it started.
+        values: at the ``first`` values, as published; or at those that the search ``found``, and then at its head, too.
+    """
+
+    head: HeadStart = "fresh"
+    values: Literal["first", "found"] = "first"
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+class TrainingMethod(Method):
+    """A method that trains, from a :class:`Start` of its own.
+
+    Args:
+        start: ``fresh``, as published, or at the weights of the ``trained`` model.
+        search: for a mask, or for lengths.
+        retrain: where what was found is trained again.
+    """
+
+    trains: ClassVar[bool] = True
+    starts: ClassVar[tuple[str, ...]] = ("fresh", "trained")
+    """The kinds of start that it knows."""
+
+    start: Start
+
+    @property
+    def starts_from(self) -> Literal["trained", "fresh"]:
+        """Whether the weights of the given model count."""
+        return "fresh" if self.start.kind == "fresh" else "trained"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings.one_of("start.kind", self.start.kind, self.starts)
 
 
 class MaskedTable(Lookup):
@@ -84,10 +147,10 @@ class MaskedTable(Lookup):
         return PrunedTable.from_counts(self.schema, self.blocks, self.base.detach().cpu(), self.kept, fill, self.counts)
 
 
-def initial_model(model: Model, data: Dataset, run: Run, origin: Origin = "fresh") -> tuple[Model, DenseTable]:
+def initial_model(model: Model, data: Dataset, run: Run, start: Start) -> tuple[Model, DenseTable]:
     """The model as every training of this run starts, and its dense table.
 
-    Only the configuration of ``model`` counts, unless its weights are the ``origin``.
+    Only the configuration of ``model`` counts where the start is ``fresh``.
 
     Raises:
         UnsupportedOp: the model is baked, so that there is nothing to train.
@@ -97,17 +160,15 @@ def initial_model(model: Model, data: Dataset, run: Run, origin: Origin = "fresh
         raise UnsupportedOp(
             "A method that trains needs the model before its propagation, but got baked vectors; leave `bake` out."
         )
-    if origin not in ("fresh", "trained"):
-        raise ConfigError(f"`origin` must be 'fresh' or 'trained', but got {origin!r}.")
-    start = model if origin == "trained" else model.backbone.build(data, run.seed)
-    if not isinstance(start.table, DenseTable):
-        raise ConfigError(f"A method that trains must start from a dense table, but got {type(start.table).__name__}.")
-    return start, start.table
+    first = model.backbone.build(data, run.seed) if start.kind == "fresh" else model
+    if not isinstance(first.table, DenseTable):
+        raise ConfigError(f"A method that trains must start from a dense table, but got {type(first.table).__name__}.")
+    return first, first.table
 
 
-def search_training(training: Sequence[Training], task: Task, epochs: int | None) -> Training:
-    """The settings of a search: those of the first stage with dense Adam, by default for half of its epochs."""
-    first = training[0] if training else Training.default(task)
+def search_training(run: Run, data: Dataset, epochs: int | None) -> Training:
+    """The settings of a search: those of the run's first stage with dense Adam, by default for half of its epochs."""
+    first = run.stages(data.schema.task)[0]
     return replace(first, epochs=epochs or -(-first.epochs // 2), optimizer="adam")
 
 
@@ -116,9 +177,7 @@ def retraining_model(start: Model[Lookup], head: HeadStart, data: Dataset, run: 
     return start if head == "initial" else start.backbone.build(data, derive(run.seed, "retrain"))
 
 
-def retrain(
-    start: Model[Lookup], table: Table, head: HeadStart, data: Dataset, run: Run, training: Sequence[Training]
-) -> Model:
+def retrain(start: Model[Lookup], table: Table, head: HeadStart, data: Dataset, run: Run) -> Model:
     """Train the values of a pruned ``table`` under its mask, and the head; the model around the learned table.
 
     Args:
@@ -126,8 +185,7 @@ def retrain(
         table: mask, and values to start from.
         head: ``initial`` keeps the head (and the linear weights) of ``start``; ``fresh`` draws them again.
         data: training and validation rows.
-        run: keeps the result.
-        training: stages; none for the defaults of the task.
+        run: keeps the result, and says how to train.
 
     Raises:
         ConfigError: the table is not a pruned one.
@@ -143,5 +201,5 @@ def retrain(
                 base[area] = fresh[area]
         table = PrunedTable.from_counts(table.schema, table.blocks, base, table.keep, table.fill, data.counts)
     masked = start.with_table(MaskedTable(table, data.counts))
-    fitted = run.fit("retrain", masked, data, tuple(training) or None)
+    fitted = run.fit("retrain", masked, data)
     return fitted.with_table(fitted.table.pruned())

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.errors import ConfigError
-from pocketrec.families.pruning import rank_keys
+from pocketrec import settings
+from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.families.pruning import carry_uncounted, rank_keys
+from pocketrec.models.table import DenseTable, counted_cells
+from pocketrec.training.hooks import LearningTable, Rule
+
+Granularity = Literal["global", "dimension", "feature", "field", "feature_dim", "field_dim"]
 
 
 def shrink(values: Tensor, threshold: Tensor) -> Tensor:
@@ -39,20 +46,71 @@ def rising_rate(first: float, reach: float, steps: int) -> float:
     return max(1e-6, (math.log(reach / (1 - reach)) - first) / steps)
 
 
-def check_search(
-    start: float | None, reach: float, rate: float | None, decay: float, epochs: int | None, checks: int
-) -> None:
-    """Raise :class:`~pocketrec.errors.ConfigError` for settings of a search that are out of range."""
-    if start is not None and not -math.inf < start < 0:
-        raise ConfigError(f"`start` must be below 0, but got start={start}.")
-    if not 0 < reach <= 0.5:
-        raise ConfigError(f"`reach` must lie in (0, 0.5], but got reach={reach}.")
-    for name, value in (("threshold_rate", rate), ("threshold_decay", decay)):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"`{name}` must be above 0, but got {name}={value}.")
-    for name, value in (("search_epochs", epochs), ("checks", checks)):
-        if value is not None and value < 1:
-            raise ConfigError(f"`{name}` must be at least 1, but got {name}={value}.")
+@dataclass(frozen=True)
+class ThresholdSearch:
+    """How thresholds are searched.
+
+    Args:
+        epochs: of the search, at least 1; by default half of those of the first training stage.
+        first: first ``s`` of the thresholds, below 0; by default they start at 1/20 of the mean first magnitude.
+        reach: threshold that the default rate aims at, in (0, 0.5]; only where ``rate`` is left open. The search ends
+            below it: at about .08 for .3, since Adam remembers the larger decay of its beginning.
+        rate: learning rate of ``s``, above 0; by default such that the threshold rises towards ``reach``.
+        decay: weight decay of ``s``, above 0: nothing is pruned without.
+        checks: how often the search notes what is below its threshold, at least 1.
+        stop: ``exact`` keeps as many entries as asked for, ``published`` those of the first check with at most so many.
+        clip: largest norm of the search's gradient; 0 does not clip.
+
+    Example:
+        >>> ThresholdSearch(first=-15.0, rate=1e-2, stop="published").checks
+        200
+    """
+
+    epochs: int | None = None
+    first: float | None = None
+    reach: float = 0.3
+    rate: float | None = None
+    decay: float = 1e-5
+    checks: int = 200
+    stop: Literal["exact", "published"] = "exact"
+    clip: float = 100.0
+
+    def __post_init__(self) -> None:
+        settings.check(self, epochs=1, checks=1, clip=0)
+        settings.check_above(self, rate=0, decay=0)
+        if self.first is not None and not -math.inf < self.first < 0:
+            raise ConfigError(f"`first` must be below 0, but got first={self.first}.")
+        if not 0 < self.reach <= 0.5:
+            raise ConfigError(f"`reach` must lie in (0, 0.5], but got reach={self.reach}.")
+
+    def start(self, values: Tensor) -> float:
+        """The first ``s`` over these values."""
+        return first_threshold(values) if self.first is None else self.first
+
+    def rule(self, first: float, steps: int) -> Rule:
+        """How ``s`` is updated in a search of so many steps."""
+        return Rule(self.rate or rising_rate(first, self.reach, steps), self.decay)
+
+    def every(self, steps: int) -> int:
+        """Steps between two checks."""
+        return max(1, steps // self.checks)
+
+    def kept(self, alive: NDArray[np.int64], values: int) -> int:
+        """Entries to keep of those that were ``alive`` after 0, 1, ... checks: as many as asked for, or fewer.
+
+        Raises:
+            BudgetError: with ``stop="published"``, the search ended with more.
+        """
+        if self.stop == "exact":
+            return values
+        reached = np.flatnonzero(alive <= values)
+        if not len(reached):
+            raise BudgetError(
+                f"The search ended with {alive[-1]:,} values above their threshold, more than the {values:,} asked "
+                "for; search longer, raise `search.rate`, or use stop='exact'.",
+                least_values=int(alive[-1]),
+            )
+        return int(alive[reached[0]])
 
 
 class Falls(nn.Module):
@@ -102,3 +160,83 @@ class Falls(nn.Module):
         fallen = np.bincount(self.fallen[cells].numpy(), minlength=int(self.steps) // self.every + 1)
         fallen[0] = 0
         return int(cells.sum()) - np.cumsum(fallen)
+
+
+class SoftTable(LearningTable):
+    """``sign(e) relu(|e| - sigmoid(s))`` on counted blocks, ``e`` on the others.
+
+    Args:
+        dense: first values; copied.
+        granularity: who shares a threshold.
+        first: ``s`` at the start.
+        rule: how ``s`` is updated.
+        every: steps between two checks.
+        clip: largest norm of the gradient; 0 does not clip.
+    """
+
+    lasting = True
+
+    cells: Tensor
+    fields: Tensor
+
+    def __init__(
+        self, dense: DenseTable, granularity: Granularity, first: float, rule: Rule, every: int, clip: float
+    ) -> None:
+        super().__init__()
+        self.schema = dense.schema
+        self.blocks = dense.blocks
+        self.granularity: Granularity = granularity
+        self.clip = clip
+        self.rule = rule
+        rows, width = dense.matrix.shape
+        by_row = {"feature": rows, "feature_dim": rows, "field": self.schema.width, "field_dim": self.schema.width}
+        by_column = granularity in ("dimension", "feature_dim", "field_dim")
+        shape = (by_row.get(granularity, 1), width if by_column else 1)
+        self.base = nn.Parameter(dense.matrix.detach().clone())
+        self.threshold = nn.Parameter(torch.full(shape, first))
+        self.register_buffer("fields", torch.from_numpy(self.schema.field_of_row.copy()).long())
+        self.register_buffer("cells", counted_cells(self.schema, self.blocks))
+        self.falls = Falls((rows, width), every)
+
+    def extra_repr(self) -> str:
+        """Settings of the search."""
+        return f"{self.granularity}, every={self.falls.every}, clip={self.clip}, rule={settings.text(self.rule)}"
+
+    def rules(self) -> Mapping[str, Rule]:
+        """Thresholds have their own rate and decay."""
+        return {"threshold": self.rule}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up: ``(...) -> (..., D)``."""
+        return self._shrink(self.base[ids], self._threshold(ids), self.fields[ids])
+
+    def weight(self) -> Tensor:
+        """The whole matrix ``(n, D)``."""
+        return self._shrink(self.base, self._threshold(slice(None)), self.fields)
+
+    def _threshold(self, rows: Tensor | slice) -> Tensor:
+        """``s`` of rows, in a shape that broadcasts to their vectors."""
+        if self.granularity.startswith("feature"):
+            return self.threshold[rows]
+        return self.threshold[self.fields[rows]] if self.granularity.startswith("field") else self.threshold[0]
+
+    def _shrink(self, vectors: Tensor, threshold: Tensor, fields: Tensor) -> Tensor:
+        shrunk = shrink(vectors, threshold)
+        return shrunk if bool(self.cells.all()) else torch.where(self.cells[fields], shrunk, vectors)
+
+    def after_step(self) -> None:
+        """Note now and then what is below its threshold."""
+        self.falls.observe(self.margins)
+
+    def margins(self) -> Tensor:
+        """``|e| - sigmoid(s)`` now, ``(n, D)``; infinite outside counted blocks."""
+        margin = self.base.detach().abs() - self._threshold(slice(None)).detach().sigmoid()
+        return torch.where(self.cells[self.fields], margin, torch.inf)
+
+    def keys(self) -> NDArray[np.float32]:
+        """Ranking keys ``(n, D)``: entries still above their threshold, then those that fell last; by margin."""
+        return carry_uncounted(self.falls.keys(self.margins()), self.blocks)
+
+    def alive(self) -> NDArray[np.int64]:
+        """Counted entries above their threshold after 0, 1, ... checks."""
+        return self.falls.alive(self.cells[self.fields])

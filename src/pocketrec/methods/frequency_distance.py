@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import Fill, PruningLadder, RankingScope, fill_rows
-from pocketrec.models.backbone import Model
-from pocketrec.training.run import Run
+from pocketrec.families.pruning import Fill, RankingScope, ScoredMethod
 
 
 @dataclass(frozen=True)
-class FrequencyDistance(Method):
+class FrequencyDistance(ScoredMethod):
     """Keep the entries with the largest ``n_i (e_ij - c_fj)^2``: count times squared distance from the fill row.
 
     It is the squared error that replacing the entry adds, summed over the training rows, and needs no pass over them.
-
-    Args:
-        fill: What removed entries read: the frequency-weighted field mean (``codebook``), the ``plain`` mean, ``zero``.
-        scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
 
     Example:
         >>> FrequencyDistance().fill
@@ -38,11 +32,9 @@ class FrequencyDistance(Method):
     fill: Fill = "codebook"
     scope: RankingScope = "joint"
 
-    def prepare(self, model: Model, data: Dataset, run: Run) -> PruningLadder:
-        """Rank by ``n_i (e_ij - c_fj)^2``."""
-        weight = model.table.weight().detach().numpy()
-        fill = fill_rows(self.fill, weight, data.schema, data.counts)
+    def scores(self, weight: NDArray[np.float32], fill: NDArray[np.float32], data: Dataset, seed: int) -> NDArray[Any]:
+        """``n_i (e_ij - c_fj)^2``."""
         scores = weight - fill[data.schema.field_of_row]
         np.square(scores, out=scores)
         scores *= data.counts.astype(np.float32)[:, None]
-        return PruningLadder(model.table, scores, fill, data.counts, self.scope)
+        return scores

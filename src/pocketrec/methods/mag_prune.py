@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import PruningLadder, RankingScope, fill_rows
-from pocketrec.models.backbone import Model
-from pocketrec.training.run import Run
+from pocketrec.families.pruning import RankingScope, ScoredMethod
 
 
 @dataclass(frozen=True)
-class MagPrune(Method):
+class MagPrune(ScoredMethod):
     """Keep the entries of largest magnitude; the others read zero. Nothing is trained, no data is read.
 
     Needs a table that was trained with an L2 penalty, so that magnitude means importance.
-
-    Args:
-        scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
-        n_min: Entries that each row keeps at least, ``0 <= n_min <= floor(d (1 - sparsity))``.
 
     Example:
         >>> MagPrune(n_min=1).scope
@@ -38,8 +32,6 @@ class MagPrune(Method):
     scope: RankingScope = "joint"
     n_min: int = 0
 
-    def prepare(self, model: Model, data: Dataset, run: Run) -> PruningLadder:
-        """Rank by ``|e|``."""
-        weight = model.table.weight().detach().numpy()
-        fill = fill_rows("zero", weight, data.schema, data.counts)
-        return PruningLadder(model.table, np.abs(weight), fill, data.counts, self.scope, self.n_min)
+    def scores(self, weight: NDArray[np.float32], fill: NDArray[np.float32], data: Dataset, seed: int) -> NDArray[Any]:
+        """``|e|``."""
+        return np.abs(weight)

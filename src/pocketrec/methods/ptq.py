@@ -61,10 +61,7 @@ class PTQ(Method):
     def __post_init__(self) -> None:
         if self.bits not in (0, *BITS):
             raise ConfigError(f"`bits` must be 0 or lie in [{BITS[0]}, {BITS[-1]}], but got bits={self.bits}.")
-        if self.scale not in ("column", "block"):
-            raise ConfigError(f"`scale` must be 'column' or 'block', but got {self.scale!r}.")
-        if self.zero not in ("exact", "rounded"):
-            raise ConfigError(f"`zero` must be 'exact' or 'rounded', but got {self.zero!r}.")
+        super().__post_init__()
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PTQLadder:
         """Nothing is computed before the budget is known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -11,19 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.compression.ladder import Method
-from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.families.compositional.ladder import ComposedLadder
-from pocketrec.families.compositional.region import Region, RegionScope, SlotOrder
+from pocketrec.families.compositional.ladder import CompositionalMethod
+from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder
 from pocketrec.families.compositional.table import Composition
-from pocketrec.families.distillation import Imitated, Lesson
+from pocketrec.families.retraining import Start
 from pocketrec.format.block import PackedRange, Storage
 from pocketrec.format.computed import encode_factor, factor_bytes
-from pocketrec.format.layouts.product import OPERATIONS, ProductBlock
-from pocketrec.models.backbone import Model
-from pocketrec.training.loop import Training
-from pocketrec.training.run import Run
+from pocketrec.format.layouts.product import ProductBlock
 
 Operation = Literal["mult", "add", "concat"]
 LargerFactor = Literal["remainder", "quotient"]
@@ -33,7 +28,7 @@ STD = {"mult": math.sqrt(0.1), "add": 0.05, "concat": 0.1}
 
 
 @dataclass(frozen=True)
-class QR(Method):
+class QR(CompositionalMethod):
     """Two small tables in place of a large one: ``e_i = R[i mod p] * Q[i div p]``, a pair of rows for each id.
 
     Both tables together have ``p + ceil(n / p)`` rows. With a large remainder table every budget is met to within one
@@ -48,12 +43,6 @@ class QR(Method):
         scope: ``block`` has a pair of tables for each counted block, ``joint`` one for all rows.
         order: which ids are neighbours: ``file`` (by fingerprint of the value; free in a file) or ``id`` (in the order
             of first appearance; 4 bytes a row in a file with hashed fields).
-        imitation: epochs in which the vectors of the given, trained model are learned first; 0 to start from random
-            numbers and a fresh head, as published.
-        imitation_rate: learning rate of these epochs, above 0; a fifth of it in the last quarter of them.
-        imitated: what is learned then: the ``rows`` of the trained table, or the ``final`` vectors that a ranking model
-            makes of them, 50 steps an epoch.
-        training: stages of training; none for the defaults of the task.
 
     Example:
         >>> QR().divisor_of(rows=1_086_810, most=543_405), QR(large="quotient").divisor_of(rows=1_086_810, most=543_407)
@@ -65,7 +54,7 @@ class QR(Method):
     """
 
     name: ClassVar[str] = "qr"
-    trains: ClassVar[bool] = True
+    bounds: ClassVar = {"divisor": 1}
 
     operation: Operation = "mult"
     init: FactorInit = "normal"
@@ -73,32 +62,9 @@ class QR(Method):
     divisor: int | None = None
     scope: RegionScope = "block"
     order: SlotOrder = "file"
-    imitation: int = 0
-    imitation_rate: float = 0.01
-    imitated: Imitated = "rows"
-    training: tuple[Training, ...] = ()
+    start: Start = field(default=Start())
 
-    def __post_init__(self) -> None:
-        Lesson(self.imitation, self.imitation_rate, self.imitated)
-        for name, known in (
-            ("operation", OPERATIONS),
-            ("init", ("normal", "uniform")),
-            ("large", ("remainder", "quotient")),
-        ):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
-        if self.divisor is not None and self.divisor < 1:
-            raise ConfigError(f"`divisor` must be at least 1, but got divisor={self.divisor}.")
-
-    def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
-        """Nothing is computed before the budget is known."""
-        return ComposedLadder.of(
-            self.name, model, data, run,
-            scope=self.scope, order=self.order, training=self.training, plan=self.plan, least=self.least,
-            lesson=Lesson(self.imitation, self.imitation_rate, self.imitated),
-        )  # fmt: skip
-
-    def plan(self, region: Region, values: int) -> QRPlan | None:
+    def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> QRPlan | None:
         """The tables of a region that hold at most ``values`` scalars."""
         divisor = self.divisor_of(region.rows, values // self._row(region))
         return None if divisor is None else QRPlan(region.rows, region.width, divisor, self.operation, self.init)

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketrec import settings
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
 from pocketrec.attribution.list_margin import lists, margin, ranks_by_products
 from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.data.dataset import Dataset
-from pocketrec.errors import BudgetError, ConfigError, DivergedError, UnsupportedOp
+from pocketrec.errors import BudgetError, DivergedError, UnsupportedOp
 from pocketrec.families.coding.clicks.allocation import Assignment, FieldCoordinates, allocate, bit_price
 from pocketrec.families.coding.clicks.head import CodedHead, HeadCosts, moments
 from pocketrec.families.coding.clicks.table import CodedTable, spans
@@ -68,19 +69,12 @@ class RateDistortion(Method):
     """
 
     name: ClassVar[str] = "rate_distortion"
+    bounds: ClassVar = {"samples": 1, "probes": 1, "touch_up": 0}
 
     samples: int | None = None
     probes: int = 8
     code_head: bool = True
     touch_up: int = 0
-
-    def __post_init__(self) -> None:
-        if self.touch_up < 0:
-            raise ConfigError(f"`touch_up` must be at least 0, but got touch_up={self.touch_up}.")
-        if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"`samples` must be at least 1, or None for all, but got samples={self.samples}.")
-        if self.probes < 1:
-            raise ConfigError(f"`probes` must be at least 1, but got probes={self.probes}.")
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """Gather what errors cost; the run keeps it.
@@ -110,7 +104,8 @@ class RateDistortion(Method):
 
     def key(self, model: Model, data: Dataset) -> dict[str, Any]:
         """What the scoring pass depends on."""
-        return {"model": fingerprint(model), "data": data.digest, "samples": self.samples, "probes": self.probes}
+        own = RateDistortion(samples=self.samples, probes=self.probes)
+        return {"model": fingerprint(model), "data": data.digest, **settings.key(own)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeGuard
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pocketrec import settings
 from pocketrec.attribution.estimators import LevelSampling, Owen, Permutation
 from pocketrec.attribution.games import ClickGame, RankingGame
 from pocketrec.attribution.lowered import LoweredHead, Precision
@@ -72,6 +73,10 @@ class Shaver(Method):
     """
 
     name: ClassVar[str] = "shaver"
+    bounds: ClassVar = {
+        "draws": 1, "passes": 1, "masks": 1, "batch_size": 1, "shards": 1, "samples": 1, "top": 0, "balance": 0,
+        "tolerance": 0,
+    }  # fmt: skip
 
     fill: Fill = "codebook"
     score: Score = "geo"
@@ -94,22 +99,10 @@ class Shaver(Method):
     tune: Literal["none", "table", "codebook"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("draws", "passes", "masks", "batch_size", "shards"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be at least 1, but got {name}={getattr(self, name)}.")
-        if self.top < 0 or not self.balance >= 0:
-            raise ConfigError(f"`top` and `balance` must be at least 0, but got {self.top} and {self.balance}.")
-        if not np.isfinite([self.ego_exponent, self.baked_exponent]).all():
-            raise ConfigError(
-                f"Exponents must be finite, but got ego_exponent={self.ego_exponent}, "
-                f"baked_exponent={self.baked_exponent}."
-            )
-        if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"`samples` must be at least 1, or None for all, but got samples={self.samples}.")
-        if not (np.isfinite(self.exponent) and self.tolerance >= 0):
-            raise ConfigError(
-                f"`exponent` must be finite and `tolerance` at least 0, but got {self.exponent} and {self.tolerance}."
-            )
+        super().__post_init__()
+        for name in ("exponent", "ego_exponent", "baked_exponent"):
+            if not np.isfinite(value := getattr(self, name)):
+                raise ConfigError(f"`{name}` must be finite, but got {name}={value}.")
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """Score once; the run keeps the score tables."""
@@ -137,9 +130,11 @@ class Shaver(Method):
     def _scoring(self, model: Model) -> dict[str, Any]:
         """The settings that the score tables depend on; ranking and tuning come later."""
         if self._plays_lists(model):
-            return {"fill": self.fill, "top": self.top, "balance": self._balance(model)}
-        later = ("score", "exponent", "scope", "tune", "top", "balance", "ego_exponent", "baked_exponent", "shards")
-        return {k: v for k, v in asdict(self).items() if k not in later}
+            own = replace(Shaver(), fill=self.fill, top=self.top, balance=self._balance(model))
+            return {"game": "lists", **settings.key(own)}
+        scored = ("fill", "estimator", "draws", "levels", "samples", "passes", "tolerance", "masks", "batch_size")
+        own = replace(Shaver(), **{n: getattr(self, n) for n in (*scored, "precision")})
+        return {"game": "samples", **settings.key(own)}
 
     def _plays_lists(self, model: Model) -> TypeGuard[RankingModel]:
         return self.top > 0 and isinstance(model, RankingModel) and product_weight(model.lower()) is not None

@@ -8,16 +8,18 @@ and item vectors, whose scores rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import TypeVar
 
+from pocketrec import settings
 from pocketrec.errors import DataError
-from pocketrec.format.program import Program
+from pocketrec.format.program import Op, Program
+from pocketrec.models.first_values import click_blocks, click_table
 from pocketrec.models.table import Block, Lookup, Table
 from pocketrec.randomness import derive, generator
 from pocketrec.schema import Schema, Task
@@ -163,10 +165,17 @@ class RankingModel(Model[T_co]):
 
 
 class Backbone(ABC):
-    """Configuration of a recommender; subclasses are frozen dataclasses, one per file in ``backbones/``."""
+    """Configuration of a recommender; subclasses are frozen dataclasses, one per file in ``backbones/``.
+
+    Attributes:
+        name: in the registry and on the command line.
+        task: that it is made for.
+        version: rises when a default or a meaning changes, so that stored work of the other one is not taken.
+    """
 
     name: ClassVar[str]
     task: ClassVar[Task]
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def blocks(self, schema: Schema) -> tuple[Block, ...]:
@@ -175,3 +184,105 @@ class Backbone(ABC):
     @abstractmethod
     def build(self, data: Dataset, seed: int) -> Model:
         """A freshly initialised model with a :class:`~pocketrec.models.table.DenseTable`; same seed, same bits."""
+
+    def small(self) -> Self:
+        """The same recommender with a head of a few units, for exams; by default itself."""
+        return self
+
+
+class ClickBackbone(Backbone):
+    """A backbone for clicks: embeddings, with or without a linear weight, under the head of a ``model``.
+
+    Args:
+        dim: width ``d`` of an embedding, at least 1.
+        linear_std: standard deviation of the linear weights at the start.
+    """
+
+    task: ClassVar[Task] = "ctr"
+    model: ClassVar[type[HeadedModel]]
+    bounds: ClassVar[Mapping[str, float]] = {}
+    """Least values of further settings."""
+
+    dim: int
+
+    def __post_init__(self) -> None:
+        settings.check(self, dim=1, **self.bounds)
+
+    @property
+    def linear_start(self) -> float | None:
+        """Standard deviation of the linear weights at the start; ``None`` has none."""
+        return None
+
+    def blocks(self, schema: Schema) -> tuple[Block, ...]:
+        """``embedding``: columns ``[0, d)``; ``linear``, if there is one: column ``d``, which no count includes."""
+        return click_blocks(schema, self.dim, linear=self.linear_start is not None)
+
+    def build(self, data: Dataset, seed: int) -> HeadedModel:
+        """Embeddings Xavier-uniform on the whole ``n x d`` matrix, bound ``sqrt(6 / (n + d))``."""
+        source = noise(seed, "init")
+        return self.model(self, click_table(data.schema, self.dim, source, self.linear_start), source)
+
+
+class HeadedModel(ClickModel):
+    """A head around a table, drawn by a subclass.
+
+    Args:
+        backbone: its configuration.
+        table: whose vectors it reads.
+        source: of its first weights.
+    """
+
+    config: Any
+
+    def __init__(self, backbone: Backbone, table: Table, source: torch.Generator) -> None:
+        super().__init__()
+        self.backbone = self.config = backbone
+        self.schema = table.schema
+        self.table = table
+        self.draw(source)
+
+    @property
+    def inputs(self) -> int:
+        """Entries of all embeddings of a row."""
+        return self.schema.width * self.config.dim
+
+    @abstractmethod
+    def draw(self, source: torch.Generator) -> None:
+        """Give the head its first weights."""
+
+
+class FactorisationBackbone(ClickBackbone):
+    """A backbone with a linear weight beside each embedding."""
+
+    bounds: ClassVar[Mapping[str, float]] = {"linear_std": 0}
+
+    linear_std: float
+
+    @property
+    def linear_start(self) -> float | None:
+        """The linear weights of the first-order term."""
+        return self.linear_std
+
+
+class FactorisationModel(HeadedModel):
+    """The first- and second-order terms of a factorisation machine, on ``d`` embedding columns and a linear one."""
+
+    def draw(self, source: torch.Generator) -> None:
+        """A bias of zero."""
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def parts(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, F, d + 1)`` -> embeddings ``(B, F, d)``, and the sum of the terms ``(B,)``."""
+        embedding, linear = vectors[..., : self.config.dim], vectors[..., self.config.dim]
+        pairs = 0.5 * (embedding.sum(dim=1).square() - embedding.square().sum(dim=1)).sum(dim=-1)
+        return embedding, linear.sum(dim=1) + self.bias + pairs
+
+    def terms(self) -> tuple[Op, ...]:
+        """Two column views, and the sums ``linear`` and ``pairs``."""
+        dim = self.config.dim
+        return (
+            Op("columns", ("vectors",), "embedding", {"start": 0, "stop": dim}),
+            Op("columns", ("vectors",), "weights", {"start": dim, "stop": dim + 1}),
+            Op("sum", ("weights",), "linear", tensors={"bias": self.bias.detach().float().numpy().copy()}),
+            Op("fm", ("embedding",), "pairs"),
+        )

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from pocketrec.errors import ConfigError
 from pocketrec.models.table import Block, DenseTable
 from pocketrec.schema import Schema
 
@@ -48,11 +47,3 @@ def xavier(matrix: Tensor, source: torch.Generator) -> None:
     """Fill a matrix ``(n, d)`` with uniform numbers in ``+-sqrt(6 / (n + d))``."""
     bound = math.sqrt(6 / sum(matrix.shape))
     matrix.uniform_(-bound, bound, generator=source)
-
-
-def check_least(settings: object, **least: float) -> None:
-    """Raise :class:`~pocketrec.errors.ConfigError` for a setting that is not finite or below its least value."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and value >= bound):
-            raise ConfigError(f"`{name}` must be at least {bound:g}, but got {value}.")

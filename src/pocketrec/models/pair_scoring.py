@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pocketrec import settings
 from pocketrec.data.sampling import triples
-from pocketrec.errors import ConfigError
-from pocketrec.models.backbone import RankingModel, source_of
+from pocketrec.models.backbone import Backbone, RankingModel, noise, source_of
+from pocketrec.models.first_values import pair_blocks, pair_table
+from pocketrec.models.table import Block, Table
+from pocketrec.schema import Schema, Task
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset, Split
@@ -46,8 +49,7 @@ class Objective:
     regularisation: float
 
     def __post_init__(self) -> None:
-        if self.loss not in ("bpr", "bce"):
-            raise ConfigError(f"`loss` must be 'bpr' or 'bce', but got {self.loss!r}.")
+        settings.check(self, negatives=1, regularisation=0)
 
     def __call__(self, scores: Tensor) -> Tensor:
         """``(B, 1 + K)`` scores, the positive first -> the loss without its penalty."""
@@ -57,12 +59,76 @@ class Objective:
         return F.softplus(-positive).mean() + F.softplus(negative).mean()
 
 
+class PairBackbone(Backbone):
+    """A backbone for ranking whose ``model`` scores two vectors: a block of rows for users, one for items.
+
+    Args:
+        dim: width ``d`` of a vector, at least 1.
+        loss: ``bce`` or ``bpr``.
+        negatives: of each training pair, at least 1.
+        regularisation: ``lambda`` on the looked-up vectors, at least 0.
+    """
+
+    task: ClassVar[Task] = "cf"
+    model: ClassVar[type[PairModel]]
+    bounds: ClassVar[Mapping[str, float]] = {}
+    """Least values of further settings."""
+
+    dim: int
+    loss: Loss
+    negatives: int
+    regularisation: float
+
+    def __post_init__(self) -> None:
+        settings.check(self, dim=1, negatives=1, regularisation=0, **self.bounds)
+
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective(self.loss, self.negatives, self.regularisation)
+
+    def blocks(self, schema: Schema) -> tuple[Block, ...]:
+        """One block of rows for users, one for items."""
+        return pair_blocks(schema, self.dim)
+
+    def build(self, data: Dataset, seed: int) -> PairModel:
+        """Vectors Xavier-uniform on the whole ``n x d`` matrix, bound ``sqrt(6 / (n + d))``."""
+        source = noise(seed, "init")
+        return self.model(self, self.table(data.schema, source), source)
+
+    def table(self, schema: Schema, source: torch.Generator) -> Table:
+        """The first vectors."""
+        return pair_table(schema, self.dim, source)
+
+
 class PairModel(RankingModel):
-    """Scores the vectors that a table holds; subclasses say how."""
+    """Scores the vectors that a table holds; subclasses say how.
+
+    Args:
+        backbone: its configuration.
+        table: whose vectors it reads.
+        source: of its first weights.
+    """
 
     propagates: ClassVar[bool] = False
 
+    config: Any
     objective: Objective
+
+    def __init__(self, backbone: PairBackbone, table: Table, source: torch.Generator) -> None:
+        super().__init__()
+        self.backbone = self.config = backbone
+        self.objective = backbone.objective()
+        self.schema = table.schema
+        self.table = table
+        self.draw(source)
+
+    @property
+    def inputs(self) -> int:
+        """Entries of both vectors of a pair."""
+        return 2 * self.config.dim
+
+    def draw(self, source: torch.Generator) -> None:
+        """Give the head its first weights; by default it has none."""
 
     @abstractmethod
     def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
-from typing import Literal, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pocketrec.errors import ConfigError
+from pocketrec import settings
 from pocketrec.format.program import Op
 
 LinearInit = Literal["uniform", "xavier"]
@@ -117,12 +117,50 @@ def dropout_mask(x: Tensor, rate: float, noise: torch.Generator) -> Tensor:
     return kept.to(x.device, x.dtype).mul_(1 / (1 - rate))
 
 
-def check_perceptron(hidden: tuple[int, ...], dropout: float) -> None:
-    """Raise :class:`~pocketrec.errors.ConfigError` for widths or a rate out of range."""
-    if any(width < 1 for width in hidden):
-        raise ConfigError(f"`hidden` must be widths of at least 1, but got hidden={hidden}.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"`dropout` must be in [0, 1), but got {dropout}.")
+class Deep:
+    """What configurations with a perceptron share; stands before the other base.
+
+    Args:
+        hidden: widths of the perceptron's hidden layers.
+        dropout: share of hidden units dropped in training, in [0, 1).
+        batch_norm: batch normalisation in the hidden layers.
+    """
+
+    hidden: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        cast("Any", super()).__post_init__()
+        settings.check_widths(self, "hidden")
+        settings.check_share(self, "dropout")
+
+    def small(self) -> Self:
+        """Two narrow hidden layers."""
+        return replace(cast("Any", self), hidden=(16, 8))
+
+
+class DeepModel:
+    """What models with a perceptron share; a mixin of modules."""
+
+    config: Any
+    layers: nn.ModuleList
+    norms: nn.ModuleList
+
+    def draw(self, source: torch.Generator) -> None:
+        """The perceptron on all that is looked up."""
+        self.draw_perceptron(cast("Any", self).inputs, source)
+
+    def draw_perceptron(
+        self, inputs: int, source: torch.Generator, init: LinearInit = "uniform", *, norm: bool | None = None
+    ) -> None:
+        """Give the perceptron its first weights; batch norm as the configuration says, unless told."""
+        hidden = self.config.hidden
+        self.layers = linear_layers((inputs, *hidden, 1), source, init)
+        self.norms = batch_norms(hidden if (self.config.batch_norm if norm is None else norm) else ())
+
+    @property
+    def perceptron(self) -> Perceptron:
+        """The perceptron over the layers."""
+        return Perceptron(self.layers, self.norms, self.config.dropout)
 
 
 def _normalise(x: Tensor, norm: nn.BatchNorm1d, *, training: bool) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pocketrec import settings
 from pocketrec.compression.compress import compress
 from pocketrec.compression.measure import Measurement, measure
 from pocketrec.compression.small import Small
@@ -93,14 +94,13 @@ def compressed(bench: Workspace, job: Job, point: Point, choices: Choices, run: 
         raise TypeError(f"Expected a method, but {job} is the original.")
     backbone = build_backbone(grid.backbone(job), _part(point, "backbone."))
     stages = build_training(data.schema.task, grid.training(job).stages(_stage(point)))
-    method = build_method(recipe, _part(point, "method."), stages)
-    if method.trains:
-        model = backbone.build(data, job.seed)
-        if grid.goes_on(job):
-            model.load_state_dict(dense(bench, job, choices).state_dict())
-    else:
-        model = dense(bench, job, choices)
-    return compress(model, data, method, job.budget, run=run, bake=grid.data(job).bake and not method.trains)
+    method = build_method(recipe, _part(point, "method."))
+    if not method.trains:
+        return compress(dense(bench, job, choices), data, method, job.budget, run=run, bake=grid.data(job).bake)
+    model = backbone.build(data, job.seed)
+    if method.starts_from == "trained":
+        model.load_state_dict(dense(bench, job, choices).state_dict())
+    return compress(model, data, method, job.budget, run=run, training=stages)
 
 
 def validation_figure(bench: Workspace, job: Job, point: Point, choices: Choices, run: Run) -> float | None:
@@ -163,12 +163,11 @@ def params(bench: Workspace, job: Job, point: Point) -> dict[str, Any]:
     method = grid.method(job)
     backbone = build_backbone(grid.backbone(job), _part(point, "backbone."))
     stages = build_training(task, grid.training(job).stages(_stage(point)))
-    built = None if method is None else build_method(method, _part(point, "method."), stages)
-    own = {} if built is None else {n: v for n, v in built.config().items() if n != "training"}
+    built = None if method is None else build_method(method, _part(point, "method."))
     return {
-        "backbone": {"name": backbone.name, **asdict(backbone)},  # pyright: ignore[reportArgumentType]
-        "method": own,
-        "training": [asdict(stage) for stage in stages],
+        "backbone": {"name": backbone.name, **settings.flat(backbone)},
+        "method": {} if built is None else {"name": built.name, **settings.flat(built)},
+        "training": [settings.flat(stage) for stage in stages],
     }
 
 
@@ -179,7 +178,7 @@ def profiles(bench: Workspace, job: Job, choices: Choices) -> Iterator[Record]:
     grid, point = bench.grid, point_of(bench, job, choices)
     recipe, task = grid.method(job), bench.data(job).schema.task
     stages = build_training(task, grid.training(job).stages(_stage(point)))
-    method = None if recipe is None else build_method(recipe, _part(point, "method."), stages)
+    method = None if recipe is None else build_method(recipe, _part(point, "method."))
     backbone = build_backbone(grid.backbone(job), _part(point, "backbone."))
     for name in bench.plan.efficiency:
         yield from profile(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pocketrec import registry
 from pocketrec.files import digest
 from pocketrec.study.plan import Plan
-from pocketrec.study.recipe import DENSE, ORIGINAL, STAGE, DataRecipe, Recipe, Space
+from pocketrec.study.recipe import DENSE, ORIGINAL, STAGE, DataRecipe, Recipe, Space, build_method
 
 JobKind = Literal["choice", "cell", "anatomy", "efficiency"]
 WORDS = {"choice": "search", "cell": "cell", "anatomy": "anatomy", "efficiency": "efficiency"}
@@ -100,7 +100,7 @@ class Grid:
             wanted.append(Job("cell", job.data, job.backbone, ORIGINAL, DENSE, job.seed))
         if job.kind == "cell":
             wanted.append(Job("choice", job.data, job.backbone, job.method, job.budget, seed))
-        if job.method != ORIGINAL and (not self.trains(job) or self.goes_on(job)):
+        if self.builds_on_original(job):
             wanted.append(Job("choice", job.data, job.backbone, ORIGINAL, DENSE, seed))
             wanted.append(Job("cell", job.data, job.backbone, ORIGINAL, DENSE, job.seed))
         return tuple(w for w in wanted if w in self._known)
@@ -113,11 +113,11 @@ class Grid:
         """Whether the job trains a model of its own."""
         return job.method == ORIGINAL or registry.load("methods", self.plan.methods[job.method].plugin).trains
 
-    def goes_on(self, job: Job) -> bool:
-        """Whether a method that trains starts from the trained original all the same."""
+    def builds_on_original(self, job: Job) -> bool:
+        """Whether a method reads the trained original, at some point of its space at least."""
         method = self.method(job)
-        settings = {} if method is None else method.settings
-        return bool(settings.get("imitation")) or settings.get("origin") == "trained"
+        points = [] if method is None else list(method.examples())
+        return method is not None and any(build_method(method, point).starts_from == "trained" for point in points)
 
     def data(self, job: Job) -> DataRecipe:
         """The data set of a job."""
@@ -158,14 +158,15 @@ class Grid:
         return {}
 
     def _key(self, job: Job) -> str:
-        data, method = self.data(job), self.method(job)
+        data, backbone, method = self.data(job), self.backbone(job), self.method(job)
+        plugin = registry.load("backbones", backbone.plugin)
         searched = self.plan.trials_of(data) if self.space(job) else 0
         return digest(
             {
                 "job": job.labels(),
                 "data": data.identity(),
-                "backbone": self.backbone(job).to_json(),
-                "method": None if method is None else method.to_json(),
+                "backbone": backbone.key(plugin, plugin.task),
+                "method": None if method is None else method.key(registry.load("methods", method.plugin), plugin.task),
                 "search": [searched, self.plan.at_once] if searched else None,
                 "first": self.plan.seeds_of(data)[0],
                 "bake": data.bake,

@@ -1,7 +1,8 @@
 """What a study is: data sets x backbones x methods x budgets x seeds, read from a small TOML file.
 
 A setting of a backbone or method is a value, or what to search: ``{ low = 1e-4, high = 1e-2, log = true }`` or
-``{ choices = [0, 1, 2] }``. Every key is checked against the plug-in before anything runs.
+``{ choices = [0, 1, 2] }``; a group of settings is a table of them. ``training = "NAME"`` is what ``[training.NAME]``
+says. Every key is checked against the plug-in before anything runs.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pocketrec import registry
+from pocketrec import registry, settings
 from pocketrec.compression.budget import Budget
 from pocketrec.errors import ConfigError
 from pocketrec.study.recipe import (
     ORIGINAL,
     DataRecipe,
     Recipe,
-    check_keys,
-    check_value,
+    _plugin,
+    _table,
     read_around,
     read_data,
     read_recipe,
@@ -158,14 +159,15 @@ def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
     """A plan from its TOML document, every key of it checked."""
     tables = {"data": "data", "backbone": "backbones", "method": "methods"}
     plain = [f.name for f in dataclasses.fields(Plan) if f.name not in (*tables.values(), "around", "within")]
-    check_keys("", document, [*tables, *plain])
+    settings.known("", document, [*tables, "training", *plain])
+    document = _trained(document, document.get("training", {}), "")
     for table in tables:
         if not isinstance(document.get(table), dict) or not document[table]:
             raise ConfigError(f"A plan needs at least one table [{table}.NAME], but has none; add one.")
     document = {**document, **{axis: _alike(axis, document[axis]) for axis in ("backbone", "method")}}
     labels = list(document["data"])
     values = {n: v for n, v in document.items() if n in plain}
-    checked = {n: check_value(n, v, get_type_hints(Plan)[n]) for n, v in values.items()}
+    checked = {n: settings.checked(n, v, get_type_hints(Plan)[n]) for n, v in values.items()}
     backbones = {label: read_recipe("backbone", label, e, labels) for label, e in document["backbone"].items()}
     plan = Plan(
         **{"name": name, "budgets": (), **checked},
@@ -176,7 +178,7 @@ def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
         },
         around={label: read_around(f"method.{label}", label, e, backbones) for label, e in document["method"].items()},
         within={
-            label: check_value(f"method.{label}.budgets", e["budgets"], tuple[str, ...])
+            label: settings.checked(f"method.{label}.budgets", e["budgets"], tuple[str, ...])
             for label, e in document["method"].items()
             if isinstance(e, dict) and "budgets" in e
         },
@@ -186,7 +188,10 @@ def parse(document: Mapping[str, Any], name: str = "study") -> Plan:
 
 
 def _alike(axis: str, tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of an axis; one that is ``like`` another has the keys of that one where it has none of its own."""
+    """The tables of an axis; one that is ``like`` another has the keys of that one where it has none of its own.
+
+    Groups of settings are merged, too.
+    """
     found = dict(tables)
     for label, entry in tables.items():
         if isinstance(entry, dict) and "like" in entry:
@@ -197,7 +202,27 @@ def _alike(axis: str, tables: Mapping[str, Any]) -> dict[str, Any]:
                     f"got {entry['like']!r}."
                 )
             own = {name: value for name, value in entry.items() if name != "like"}
-            found[label] = {"is": entry["like"], **tables[entry["like"]], **own}
+            other = {"is": entry["like"], **tables[entry["like"]]}
+            plugin = _plugin("backbones" if axis == "backbone" else "methods", own.get("is", other["is"]), label)
+            groups = {s.name.partition(".")[0] for s in settings.leaves(plugin) if "." in s.name}
+            both = {n: {**other[n], **own[n]} for n in groups & own.keys() & other.keys()}
+            found[label] = {**other, **own, **both}
+    return found
+
+
+def _trained(entry: Any, named: Any, where: str) -> Any:
+    """A table in which every ``training = "NAME"`` is what ``[training.NAME]`` says."""
+    if not isinstance(entry, Mapping):
+        return entry
+    found = {}
+    for key, value in entry.items():
+        place = f"{where}.{key}" if where else key
+        if key == "training" and isinstance(value, str):
+            settings.known(place, [value], list(_table("training", named)), "training of the plan")
+            value = named[value]
+        elif place != "training":
+            value = _trained(value, named, place)
+        found[key] = value
     return found
 
 
@@ -211,9 +236,9 @@ def _sound(plan: Plan) -> None:
         if not (seeds := plan.seeds_of(data)) or len(set(seeds)) < len(seeds):
             raise ConfigError(f"`seeds` must be different integers, at least one, but got {list(seeds)}.")
     every = dict.fromkeys(b for data in plan.data.values() for b in plan.budgets_of(data))
-    check_keys("brief", dict.fromkeys(plan.brief), list(every))
+    settings.known("brief", dict.fromkeys(plan.brief), list(every))
     for label, budgets in plan.within.items():
-        check_keys(f"method.{label}.budgets", dict.fromkeys(budgets), list(every))
+        settings.known(f"method.{label}.budgets", dict.fromkeys(budgets), list(every))
     Budget.parse(plan.efficiency_budget)
     if plan.trials < 0 or plan.at_once < 1 or plan.threads < 1:
         raise ConfigError(

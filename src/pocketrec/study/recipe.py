@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
-from pocketrec import registry
+from pocketrec import registry, settings
 from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.data.encode import encode
@@ -25,6 +20,7 @@ from pocketrec.training.run import waited
 
 if TYPE_CHECKING:
     from pocketrec.models.backbone import Backbone
+    from pocketrec.schema import Task
 
 
 ORIGINAL = "original"
@@ -128,9 +124,21 @@ class Recipe:
         first = _filled(self.training[0], point, STAGE)
         return (first, *({**first, **stage} for stage in self.training[1:]))
 
-    def to_json(self) -> dict[str, Any]:
-        """A document that says what a result depends on."""
-        return {n: v for n, v in dataclasses.asdict(self).items() if n != "only"}
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """Points of the space in which every example of every setting occurs."""
+        spaces = {name: space.values() for name, space in self.space().items()}
+        first = {name: values[0] for name, values in spaces.items()}
+        yield first
+        yield from ({**first, name: value} for name, values in spaces.items() for value in values[1:])
+
+    def key(self, plugin: type[Any], task: Task) -> dict[str, Any]:
+        """What a result depends on: what differs from the defaults of the plug-in, and of the task's training."""
+        usual = settings.flat(Training.default(task))
+        first = self.training[0] if self.training else {}
+        changed = [{n: v for n, v in {**first, **s}.items() if v != usual[n]} for s in self.training]
+        stages = [spelled(stage) for stage in changed] if len(changed) > 1 or any(changed) else []
+        version = {"training version": Training.version} if Training.version > 1 else {}
+        return {**settings.named_key(plugin, spelled(self.settings)), "training": stages, **version}
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class DataRecipe:
     def open(self, folder: Path, seed: int) -> Dataset:
         """The encoded data set for one seed of the study; encoded where it is missing."""
         split = seed if self.split_by_seed else 0
-        source = registry.load("sources", self.source)(**_tuples(self.settings))
+        source = settings.build(registry.load("sources", self.source), self.settings)
         files = {name: _raw(value) for name, value in self.encoding.items() if name in ("test", "valid")}
         raw = None if self.raw is None else _raw(self.raw)
         out = self.place(folder, seed)
@@ -185,17 +193,15 @@ class DataRecipe:
 
 def build_backbone(recipe: Recipe, point: Point) -> Backbone:
     """The backbone of a recipe at a point of its space."""
-    return registry.load("backbones", recipe.plugin)(**_tuples(recipe.config(point)))
+    return settings.build(registry.load("backbones", recipe.plugin), recipe.config(point))
 
 
-def build_method(recipe: Recipe, point: Point, training: tuple[Training, ...]) -> Method:
-    """The method of a recipe at a point of its space; one that trains gets ``training``."""
-    plugin = registry.load("methods", recipe.plugin)
-    config = _tuples(recipe.config(point))
-    return plugin(**config, training=training) if plugin.trains else plugin(**config)
+def build_method(recipe: Recipe, point: Point) -> Method:
+    """The method of a recipe at a point of its space."""
+    return settings.build(registry.load("methods", recipe.plugin), recipe.config(point))
 
 
-def build_training(task: Literal["ctr", "cf"], stages: Sequence[Settings]) -> tuple[Training, ...]:
+def build_training(task: Task, stages: Sequence[Settings]) -> tuple[Training, ...]:
     """The stages of a training; at least one."""
     return tuple(dataclasses.replace(Training.default(task), **stage) for stage in stages or ({},))
 
@@ -206,27 +212,24 @@ def read_data(label: str, entry: Any) -> DataRecipe:
     entry = _table(where, entry)
     name = entry.get("source", label)
     plugin = _plugin("sources", name, f"{where}.source")
-    own = {f.name: hint for f, hint in _fields(plugin)}
+    own = {s.name: s.type for s in settings.leaves(plugin)}
     keywords = _keywords()
     plain = ("raw", "split_by_seed", "trials", "budgets", "seeds", "bake")
-    check_keys(where, entry, ["source", *plain, *own, *keywords])
+    settings.known(where, entry, ["source", *plain, *own, *keywords])
     hints = get_type_hints(DataRecipe)
-    given = {n: check_value(f"{where}.{n}", entry[n], hints[n]) for n in plain if n in entry}
+    given = {n: settings.checked(f"{where}.{n}", entry[n], hints[n]) for n in plain if n in entry}
     if "raw" not in given and not plugin.generates:
         raise ConfigError(f"`{where}.raw` is missing: the source {name!r} reads a file; name it below POCKETREC_DATA.")
-    settings = {n: check_value(f"{where}.{n}", v, own[n]) for n, v in entry.items() if n in own}
+    given_source = {n: settings.checked(f"{where}.{n}", v, own[n]) for n, v in entry.items() if n in own}
     encoding = {
-        n: check_value(f"{where}.{n}", v, keywords[n]) for n, v in entry.items() if n in keywords and n not in own
+        n: settings.checked(f"{where}.{n}", v, keywords[n]) for n, v in entry.items() if n in keywords and n not in own
     }
-    return DataRecipe(label, name, settings=settings, encoding=encoding, **given)
+    return DataRecipe(label, name, settings=given_source, encoding=encoding, **given)
 
 
 def _keywords() -> dict[str, Any]:
     """Keywords of ``encode`` that a plan may give."""
-    hints = get_type_hints(encode)
-    hints |= {"test": str, "valid": str}
-    names = [n for n, p in signature(encode).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
-    return {n: hints[n] for n in names if n not in ("seed", "progress")}
+    return {s.name: s.type for s in settings.keywords(encode, skip=("seed", "progress"))} | {"test": str, "valid": str}
 
 
 def read_recipe(axis: Literal["backbone", "method"], label: str, entry: Any, data: Sequence[str]) -> Recipe:
@@ -235,9 +238,9 @@ def read_recipe(axis: Literal["backbone", "method"], label: str, entry: Any, dat
     entry = _table(where, entry)
     plugin = _plugin("backbones" if axis == "backbone" else "methods", entry.get("is", label), f"{where}.is")
     changes = _table(f"{where}.on", entry.get("on", {}))
-    check_keys(f"{where}.on", changes, data)
-    only = check_value(f"{where}.only", entry.get("only", []), tuple[str, ...])
-    check_keys(f"{where}.only", dict.fromkeys(only), data)
+    settings.known(f"{where}.on", changes, data)
+    only = settings.checked(f"{where}.only", entry.get("only", []), tuple[str, ...])
+    settings.known(f"{where}.only", dict.fromkeys(only), data)
     plain = {n: v for n, v in entry.items() if n not in ("is", "on", "only")}
     recipe = _settings(where, label, plugin, plain)
     on = {d: _settings(f"{where}.on.{d}", label, plugin, _table(f"{where}.on.{d}", e)) for d, e in changes.items()}
@@ -252,7 +255,7 @@ def without_plan_keys(entry: Any) -> Any:
 def read_around(where: str, label: str, entry: Mapping[str, Any], backbones: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """``[method.LABEL.backbone.LABEL]``: changes of a backbone where this method trains it."""
     changes = _table(f"{where}.backbone", entry.get("backbone", {}))
-    check_keys(f"{where}.backbone", changes, list(backbones))
+    settings.known(f"{where}.backbone", changes, list(backbones))
     if changes and not _plugin("methods", entry.get("is", label), f"{where}.is").trains:
         raise ConfigError(f"`{where}.backbone`: the method trains no model of its own; remove the table.")
     found = {}
@@ -265,19 +268,19 @@ def read_around(where: str, label: str, entry: Mapping[str, Any], backbones: Map
 
 def _settings(where: str, label: str, plugin: type[Any], entry: Settings) -> Recipe:
     """Settings and training of a plug-in."""
-    own = {f.name: hint for f, hint in _fields(plugin) if f.name != "training"}
     trains = not issubclass(plugin, Method) or plugin.trains
-    check_keys(where, entry, [*own, *(["training"] if trains else [])])
-    settings = {n: _setting(f"{where}.{n}", v, own[n]) for n, v in entry.items() if n in own}
-    raw = entry.get("training", [])
+    given = settings.flattened(where, entry, plugin, ["training"] if trains else [])
+    hints = {s.name: s.type for s in settings.leaves(plugin)}
+    own = {n: _setting(f"{where}.{n}", v, hints[n]) for n, v in given.items()}
+    raw = entry.get("training", []) if trains else []
     stages = [_table(f"{where}.training", s) for s in (raw if isinstance(raw, list) else [raw])]
-    hints = {f.name: hint for f, hint in _fields(Training)}
+    hints = {s.name: s.type for s in settings.leaves(Training)}
     for stage in stages:
-        check_keys(f"{where}.training", stage, list(hints))
+        settings.known(f"{where}.training", stage, list(hints))
     training = tuple({n: _setting(f"{where}.training.{n}", v, hints[n]) for n, v in stage.items()} for stage in stages)
     if any(isinstance(v, Space) for stage in training[1:] for v in stage.values()):
         raise ConfigError(f"`{where}.training`: only the first stage can be searched; give the later ones values.")
-    recipe = Recipe(label, plugin.name, settings, training)
+    recipe = Recipe(label, plugin.name, own, training)
     _try(where, plugin, recipe)
     return recipe
 
@@ -287,7 +290,7 @@ def _try(where: str, plugin: type[Any], recipe: Recipe) -> None:
     for end in (0, -1):
         point = {name: space.values()[end] for name, space in recipe.space().items()}
         try:
-            plugin(**_tuples(recipe.config(point)))
+            settings.build(plugin, recipe.config(point))
             for stage in recipe.stages(point):
                 Training(**stage)
         except ConfigError as error:
@@ -297,12 +300,12 @@ def _try(where: str, plugin: type[Any], recipe: Recipe) -> None:
 def _setting(where: str, value: Any, hint: Any) -> Any:
     """A value, or a space whose values are checked."""
     if not isinstance(value, dict):
-        return check_value(where, value, hint)
-    check_keys(where, value, ["low", "high", "log", "step", "choices"])
+        return settings.checked(where, value, hint)
+    settings.known(where, value, ["low", "high", "log", "step", "choices"])
     if "choices" in value:
         if not isinstance(value["choices"], list) or not value["choices"] or len(value) > 1:
             raise ConfigError(f"`{where}` must be like {{ choices = [0, 1] }}, but got {value}.")
-        return Categorical(tuple(check_value(where, v, hint) for v in value["choices"]))
+        return Categorical(tuple(settings.checked(where, v, hint) for v in value["choices"]))
     space = _range(value)
     if space is None:
         raise ConfigError(
@@ -310,7 +313,7 @@ def _setting(where: str, value: Any, hint: Any) -> Any:
             f"low < high, but got {value}."
         )
     for end in space.values():
-        check_value(where, end, hint)
+        settings.checked(where, end, hint)
     return space
 
 
@@ -322,24 +325,6 @@ def _range(value: Mapping[str, Any]) -> Range | None:
     except TypeError:
         return None
     return space if sound else None
-
-
-def check_value(where: str, value: Any, hint: Any) -> Any:
-    """A TOML value as the type that a field has."""
-    try:
-        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
-    except (ValidationError, TypeError, ValueError) as error:
-        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise ConfigError(f"`{where}`: {text}; got {value!r}.") from error
-
-
-def check_keys(where: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse keys that are none, with the nearest one that is."""
-    for key in entry:
-        if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}."
-            raise ConfigError(f"`{where + '.' if where else ''}{key}` is no key of a plan; {hint}")
 
 
 def _plugin(axis: registry.Axis, name: Any, where: str) -> type[Any]:
@@ -355,20 +340,15 @@ def _table(where: str, entry: Any) -> dict[str, Any]:
     return entry
 
 
-def _fields(plugin: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
-    hints = get_type_hints(plugin)
-    return [(f, hints[f.name]) for f in dataclasses.fields(plugin)]
-
-
 def _filled(settings: Settings, point: Point, prefix: str) -> dict[str, Any]:
     """Settings with spaces replaced by the values at a point; a space that the point leaves out is left out."""
     chosen = {n: point.get(f"{prefix}{n}") if isinstance(v, Space) else v for n, v in settings.items()}
     return {n: v for n, v in chosen.items() if not (isinstance(settings[n], Space) and v is None)}
 
 
-def _tuples(settings: Settings) -> dict[str, Any]:
-    """Lists as tuples: a configuration must be hashable."""
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
+def spelled(values: Settings) -> dict[str, Any]:
+    """Settings with spaces as JSON has them."""
+    return {n: dataclasses.asdict(v) if isinstance(v, Space) else v for n, v in values.items()}
 
 
 def _raw(name: str) -> Path:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +28,6 @@ from pocketrec.training.run import Run
 from pocketrec.training.train import train
 
 ROWS = 600
-NARROW = {"hidden": (16, 8), "rank": 4}
-"""Settings that make a head small."""
 
 
 class ExamFailed(AssertionError):
@@ -140,7 +138,7 @@ class LabVisits(Source):
 
 
 class Lab:
-    """Data and models for one exam; everything lies in ``folder`` and is made once.
+    """Data and models for one exam; everything lies in ``folder`` and is made once. Methods train for two epochs.
 
     Args:
         folder: where the lab works.
@@ -150,7 +148,8 @@ class Lab:
     def __init__(self, folder: Path, raw: Path | None = None) -> None:
         self.folder = folder
         self.raw = raw
-        self.run = Run(None)
+        self.training = Training(epochs=2)
+        self.run = Run(None, training=self.training)
         self._models: dict[Backbone, Model] = {}
         self._places = 0
 
@@ -177,7 +176,7 @@ class Lab:
     @cached_property
     def backbones(self) -> tuple[Backbone, ...]:
         """Every registered backbone with a head of a few units: what methods do to tables does not depend on it."""
-        return tuple(_narrow(registry.load("backbones", name)()) for name in registry.modules("backbones"))
+        return tuple(registry.load("backbones", name)().small() for name in registry.modules("backbones"))
 
     def model(self, backbone: Backbone) -> Model:
         """A model of this backbone after one epoch; shared, so checks that change it copy it first."""
@@ -193,12 +192,6 @@ class Lab:
 
 
 Check = Callable[[Any, Lab], None]
-
-
-def _narrow(backbone: Any) -> Any:
-    """The backbone with fewer units in its perceptron and its experts, where it has any."""
-    names = {field.name for field in fields(backbone)}
-    return replace(backbone, **{name: size for name, size in NARROW.items() if name in names})
 
 
 def _array(value: Any) -> np.ndarray:

@@ -116,15 +116,15 @@ def check_globals_are_left_alone(method: Method, lab: Lab) -> None:
     for model, data in _distinct(lab):
         budget = _reachable(method, model, data, lab, "sparsity=0.5")
         with untouched_globals():
-            compress(model, data, method, budget)
+            compress(model, data, method, budget, training=lab.training)
 
 
 def check_reads_no_test_rows(method: Method, lab: Lab) -> None:
     """A method works where there is no test split, and comes to the same table."""
     for model, data in _distinct(lab):
         budget = _reachable(method, model, data, lab, "sparsity=0.5")
-        blind = compress(model, lab.without_test(data.schema.task), method, budget)
-        seeing = compress(model, data, method, budget)
+        blind = compress(model, lab.without_test(data.schema.task), method, budget, training=lab.training)
+        seeing = compress(model, data, method, budget, training=lab.training)
         same("tables with and without a test split", blind.table.weight(), seeing.table.weight())
 
 
@@ -132,7 +132,10 @@ def check_same_seed_same_bytes(method: Method, lab: Lab) -> None:
     """Two runs with one seed write the same file."""
     for model, data in _distinct(lab):
         budget = _reachable(method, model, data, lab, "30%")
-        files = [_written(compress(model, data, method, budget, run=Run(None, seed=5)), lab) for _ in range(2)]
+        files = [
+            _written(compress(model, data, method, budget, run=Run(None, seed=5), training=lab.training), lab)
+            for _ in range(2)
+        ]
         require(files[0].read_bytes() == files[1].read_bytes(), "the same seed to give the same bytes")
 
 
@@ -140,8 +143,8 @@ def check_order_of_budgets_is_irrelevant(method: Method, lab: Lab) -> None:
     """A budget's table does not depend on the budgets before it."""
     for model, data in _distinct(lab):
         budgets = [_reachable(method, model, data, lab, budget) for budget in ("sparsity=0.3", "sparsity=0.9")]
-        up = compress(model, data, method, budgets)
-        down = compress(model, data, method, budgets[::-1])
+        up = compress(model, data, method, budgets, training=lab.training)
+        down = compress(model, data, method, budgets[::-1], training=lab.training)
         for one, other in zip(up, reversed(down), strict=True):
             same(f"tables at {one.budget}", one.table.weight(), other.table.weight())
 
@@ -150,8 +153,8 @@ def check_a_stored_run_serves_again(method: Method, lab: Lab) -> None:
     """What a run has kept gives the same bytes as a fresh preparation."""
     for model, data in _distinct(lab):
         folder, budget = lab.place(), _reachable(method, model, data, lab, "30%")
-        first = _written(compress(model, data, method, budget, run=folder), lab)
-        again = _written(compress(model, data, method, budget, run=folder), lab)
+        first = _written(compress(model, data, method, budget, run=folder, training=lab.training), lab)
+        again = _written(compress(model, data, method, budget, run=folder, training=lab.training), lab)
         require(first.read_bytes() == again.read_bytes(), "a stored run to give the same bytes")
 
 
@@ -265,9 +268,11 @@ def check_ranking_files_recommend(method: Method, lab: Lab) -> None:
             baked = BakedModel.of(model)
             if method.trains and isinstance(baked, BakedModel):
                 with refused("a baked model, for a method that trains"):
-                    compress(model, data, method, "sparsity=0.5", bake=True)
+                    compress(model, data, method, "sparsity=0.5", bake=True, training=lab.training)
                 continue
-            small = compress(baked, data, method, _reachable(method, baked, data, lab, "sparsity=0.5"))
+            small = compress(
+                baked, data, method, _reachable(method, baked, data, lab, "sparsity=0.5"), training=lab.training
+            )
             best = runtime.open(_written(small, lab)).recommend(0, 5)
             scores = [score for _, score in best]
             require(len({item for item, _ in best}) == 5, "five distinct items", best)
@@ -298,7 +303,7 @@ def check_damaged_weights_are_refused(method: Method, lab: Lab) -> None:
             require(bool(torch.isfinite(table.weight()).all()), "a finite table from a model with NaN")
             continue
         with refused("a table with NaN"):
-            _written(compress(damaged, data, method, budget), lab)
+            _written(compress(damaged, data, method, budget, training=lab.training), lab)
 
 
 def check_read_only_weights_will_do(method: Method, lab: Lab) -> None:
@@ -309,7 +314,7 @@ def check_read_only_weights_will_do(method: Method, lab: Lab) -> None:
         mapped = torch.from_numpy(np.load(path, mmap_mode="c"))
         other = model.with_table(DenseTable(model.schema, model.table.blocks, mapped))
         budget = _reachable(method, model, data, lab, "sparsity=0.5")
-        one, two = (compress(m, data, method, budget) for m in (model, other))
+        one, two = (compress(m, data, method, budget, training=lab.training) for m in (model, other))
         same("tables from memory and from a file", one.table.weight(), two.table.weight())
 
 

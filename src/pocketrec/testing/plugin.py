@@ -8,11 +8,11 @@ import inspect
 import json
 import re
 import sys
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from pocketrec import registry
+from pocketrec import registry, settings
 from pocketrec.command import options
 from pocketrec.data.source import Source
 from pocketrec.errors import ConfigError
@@ -31,7 +31,7 @@ def check_is_frozen(plugin: Any, _lab: Lab) -> None:
 
 def check_needs_no_argument(plugin: Any, _lab: Lab) -> None:
     """Every field has a default."""
-    needed = [s.name for s in options.fields(type(plugin)) if s.default is options.REQUIRED]
+    needed = [s.name for s in settings.leaves(type(plugin)) if s.default is settings.REQUIRED]
     require(not needed, "every field to have a default", f"none for {', '.join(needed)}")
 
 
@@ -57,9 +57,29 @@ def check_name_is_unique(plugin: Any, _lab: Lab) -> None:
 
 def check_survives_json(plugin: Any, _lab: Lab) -> None:
     """A configuration written as JSON and read back is the same configuration."""
-    document = json.loads(json.dumps(dataclasses.asdict(plugin)))
-    again = type(plugin)(**{k: tuple(v) if isinstance(v, list) else v for k, v in document.items()})
+    again = settings.from_json(type(plugin), json.loads(json.dumps(settings.to_json(plugin))))
     require(again == plugin, f"{plugin!r} after a round trip through JSON", repr(again))
+
+
+def check_keys_hold_what_differs(plugin: Any, _lab: Lab) -> None:
+    """The key of stored work has no default in it, but every change of a setting."""
+    usual = settings.key(type(plugin)())
+    require(not {s.name.partition(".")[0] for s in settings.leaves(type(plugin))} & usual.keys(), "no defaults", usual)
+    for setting in settings.leaves(type(plugin)):
+        for value in _others(setting):
+            try:
+                changed = settings.build(type(plugin), {setting.name: value})
+            except ConfigError:
+                continue
+            require(settings.key(changed) != usual, f"the key to tell {setting.name}={value!r}", settings.key(changed))
+
+
+def _others(setting: settings.Setting) -> tuple[Any, ...]:
+    """Values that are not the default."""
+    if get_origin(setting.type) is Literal:
+        return tuple(v for v in get_args(setting.type) if v != setting.default)
+    by_type = {bool: (not setting.default,), int: (1, 2, 3, 4), float: (0.25, 0.5, 2.0), str: ("other",)}
+    return tuple(v for v in by_type.get(setting.type, ()) if v != setting.default)
 
 
 def check_equal_settings_are_equal(plugin: Any, _lab: Lab) -> None:
@@ -76,8 +96,9 @@ def check_shows_its_settings(plugin: Any, _lab: Lab) -> None:
 
 def check_settings_are_flags(plugin: Any, _lab: Lab) -> None:
     """The command line can spell every field, and an untouched flag leaves the default."""
-    settings = options.fields(type(plugin))
-    command = click.Command("exam", params=[s.option() for s in settings])
+    flags = [s.flag for s in settings.leaves(type(plugin))]
+    require(len(set(flags)) == len(flags), "every setting to have a flag of its own", flags)
+    command = click.Command("exam", params=[options.option(s) for s in settings.leaves(type(plugin))])
     values = command.make_context("exam", []).params
     require(options.build(type(plugin), values) == type(plugin)(), "no flag to mean the defaults")
 
@@ -95,8 +116,12 @@ def check_explains_itself(plugin: Any, _lab: Lab) -> None:
     """The class docstring has a first line, and a line for every field."""
     text = inspect.getdoc(type(plugin)) or ""
     require(text.split("\n")[0].endswith("."), "a one-line summary that ends in a full stop", repr(text[:80]))
-    missing = {f.name for f in dataclasses.fields(plugin)} - set(options.argument_texts(type(plugin).__doc__))
-    require(not missing, "a line in the docstring's Args for every field", f"none for {', '.join(sorted(missing))}")
+    missing = {f.name for f in dataclasses.fields(plugin)} - set(settings.explained(type(plugin)))
+    require(
+        not missing,
+        "a line in the Args for every field, of the class or a base",
+        f"none for {', '.join(sorted(missing))}",
+    )
 
 
 def check_cites_its_reference(plugin: Any, _lab: Lab) -> None:
@@ -120,12 +145,12 @@ def check_example_runs(plugin: Any, _lab: Lab) -> None:
 
 def check_bad_settings_speak(plugin: Any, _lab: Lab) -> None:
     """A number far out of range is refused with the field's name and the value, or is harmless by declaration."""
-    for setting in options.fields(type(plugin)):
+    for setting in settings.leaves(type(plugin)):
         if setting.type in (int, float) and setting.name != "seed":
             try:
-                dataclasses.replace(plugin, **{setting.name: setting.type(-7)})
+                settings.build(type(plugin), {**settings.flat(plugin), setting.name: setting.type(-7)})
             except ConfigError as error:
-                message = str(error)
-                require(setting.name in message and "-7" in message, f"{setting.name}=-7 to be named", message)
+                message, name = str(error), setting.name.rpartition(".")[2]
+                require(name in message and "-7" in message, f"{setting.name}=-7 to be named", message)
             except Exception as error:
                 require(False, f"{setting.name}=-7 to raise ConfigError", repr(error))

@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pocketrec import settings
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError, DataError, DivergedError
 from pocketrec.files import boundary, canonical_json
@@ -62,6 +63,8 @@ class Training:
         Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017, equation 5, without restarts.
     """
 
+    version: ClassVar[int] = 1
+
     epochs: int = 15
     batch_size: int = 2048
     learning_rate: float = 1e-3
@@ -73,20 +76,8 @@ class Training:
     schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("patience", 1), ("weight_decay", 0)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
-                raise ConfigError(f"`{name}` must be at least {least}, but got {value}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"`learning_rate` must be above 0, but got {self.learning_rate}.")
-        choices = {
-            "optimizer": ("adam", "lazy_adam"),
-            "precision": ("fp32", "bf16"),
-            "schedule": ("constant", "cosine"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"`{name}` must be one of {', '.join(known)}, but got {getattr(self, name)!r}.")
+        settings.check(self, epochs=1, batch_size=2, patience=1, weight_decay=0)
+        settings.check_above(self, learning_rate=0)
         if self.schedule != "constant" and self.optimizer == "lazy_adam":
             raise ConfigError(
                 f"`optimizer='lazy_adam'` catches rows up at a constant rate, but got schedule={self.schedule!r}; "
@@ -101,6 +92,15 @@ class Training:
             0.005
         """
         return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * share) if self.schedule == "cosine" else 1.0)
+
+    def steps(self, rows: int) -> int:
+        """Steps of all epochs over so many training rows.
+
+        Example:
+            >>> Training(epochs=3, batch_size=100).steps(250)
+            9
+        """
+        return self.epochs * max(1, math.ceil(rows / self.batch_size))
 
     @classmethod
     def default(cls, task: Task) -> Training:
@@ -147,12 +147,12 @@ def history(path: str | Path) -> list[Epoch]:
 def fit_step(run: Run, name: str, model: M, data: Dataset, training: Training | Sequence[Training] | None) -> M:
     """See :meth:`pocketrec.training.run.Run.fit`."""
     if training is None:
-        training = Training.default(data.schema.task)
+        training = run.stages(data.schema.task)
     if not isinstance(training, Training):
         for stage in training:
             model = fit_step(run, name, model, data, stage)
         return model
-    key = {"model": fingerprint(model), "training": asdict(training), "data": data.digest}
+    key = {"model": fingerprint(model), "training": settings.key(training), "data": data.digest}
     computed = False
 
     def compute(checkpoint: Checkpoint) -> Arrays:
@@ -177,9 +177,9 @@ def _tell_past(run: Run, stage: str, epochs: Iterable[Epoch]) -> None:
 
 
 def fingerprint(model: Model[Lookup]) -> str:
-    """SHA-256 over the configuration and every tensor of a model."""
+    """SHA-256 over the :func:`~pocketrec.settings.key` of the configuration and every tensor of a model."""
     table = f"{type(model.table).__name__}{model.table.extra_repr()}"
-    state = sha256(canonical_json([type(model).__name__, repr(model.backbone), table]))
+    state = sha256(canonical_json([type(model).__name__, settings.key(model.backbone), table]))
     for name, tensor in model.state_dict(keep_vars=True).items():
         state.update(f"{name}{tuple(tensor.shape)}{tensor.requires_grad}".encode())
         state.update(buffer(tensor.detach().cpu().numpy()))

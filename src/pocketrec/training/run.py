@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
     from pocketrec.models.backbone import Model
     from pocketrec.models.table import Lookup
+    from pocketrec.schema import Task
     from pocketrec.training.loop import Training
 
 
@@ -56,6 +58,8 @@ class Run:
         watch: told of every epoch's figure on validation.
         helpers: compute the parts of a :meth:`map` side by side; by default one is computed after the other, here.
         peak: tells the peak memory of the work so far in MiB, which is noted with every step; ``None`` is not known.
+        training: how a model is trained where nothing else is said, several stages each from the best weights of the
+            one before; ``None`` for the defaults of the data's task.
         checkpoint_seconds: least time between two checkpoints of a step.
         checkpoint_calls: also save at every so many boundaries of a step; 0 for never.
 
@@ -82,6 +86,7 @@ class Run:
         watch: Watch | None = None,
         helpers: Helpers | None = None,
         peak: Callable[[], float | None] | None = None,
+        training: Training | Sequence[Training] | None = None,
         checkpoint_seconds: float = 60.0,
         checkpoint_calls: int = 0,
     ) -> None:
@@ -95,6 +100,7 @@ class Run:
         self.store = None if named is None else Path(named)
         self.helpers = helpers
         self.peak = peak or _unmeasured
+        self.training = _stages(training)
         self._every = (checkpoint_seconds, checkpoint_calls)
         self._memory: dict[str, Arrays] = {}
         self._records: dict[str, list[dict[str, Any]]] = {}
@@ -111,6 +117,12 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def with_training(self, training: Training | Sequence[Training]) -> Self:
+        """The same run, all of it shared, in which models are trained by other settings."""
+        other = copy(self)
+        other.training = _stages(training)
+        return other
 
     def close(self) -> None:
         """Let other processes into the folder."""
@@ -187,8 +199,8 @@ class Run:
             name: of the step.
             model: trained are its parameters that require a gradient; it is left as it is.
             data: the training and validation splits are read.
-            training: settings, by default those of the data's task; of several, each goes on from the best weights of
-                the one before.
+            training: settings, by default those of the run, else of the data's task; of several, each goes on from the
+                best weights of the one before.
 
         Returns:
             A copy with the weights of the best epoch on validation.
@@ -196,6 +208,12 @@ class Run:
         from pocketrec.training.loop import fit_step
 
         return fit_step(self, name, model, data, training)
+
+    def stages(self, task: Task) -> tuple[Training, ...]:
+        """How a model is trained where nothing else is said, for data of a task."""
+        from pocketrec.training.loop import Training
+
+        return self.training or (Training.default(task),)
 
     @contextmanager
     def working(self, partial: Path | None, identity: str) -> Iterator[Checkpoint]:
@@ -272,6 +290,12 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _stages(training: Training | Sequence[Training] | None) -> tuple[Training, ...]:
+    if training is None:
+        return ()
+    return tuple(training) if isinstance(training, Sequence) else (training,)
 
 
 def _unmeasured() -> float | None:

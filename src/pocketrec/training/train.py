@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from pocketrec import registry
+from pocketrec import registry, settings
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ArtifactError, ConfigError, DataError
-from pocketrec.files import canonical_json, digest
+from pocketrec.files import digest
 from pocketrec.format.arrays import open_arrays, save_arrays
 from pocketrec.models.backbone import Backbone, Model
 from pocketrec.training.document import read_document, write_document
@@ -54,14 +52,8 @@ def train(
             f"{data.schema.task!r}; choose another backbone."
         )
     training = training or Training.default(backbone.task)
-    key = {
-        "backbone": {"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
-        "training": asdict(training),
-        "data": data.digest,
-        "seed": run.seed,
-    }
     model = backbone.build(data, run.seed).to(run.device)
-    load_learned(model, _trained(run, model, data, training, key))
+    load_learned(model, _trained(run, model, data, training))
     return model
 
 
@@ -77,46 +69,50 @@ def load(path: str | Path, data: Dataset | None = None) -> tuple[Model, Dataset]
         DataError: the data set is not the one of the training.
     """
     document = read_document(Path(path))
-    key = document["training"]
+    trained = document["training"]
     if data is None:
         data = Dataset.open(document["dataset"])
-    if data.digest != key["data"]:
+    if data.digest != trained["data"]:
         raise DataError(
-            f"{path} was trained on the data set {key['data'][:12]}, but {data.path} is {data.digest[:12]}."
+            f"{path} was trained on the data set {trained['data'][:12]}, but {data.path} is {data.digest[:12]}."
         )
-    backbone = registry.load("backbones", key["backbone"]["name"])(**key["backbone"]["config"])
-    model = backbone.build(data, key["seed"])
+    name, config = trained["backbone"]["name"], trained["backbone"]["config"]
+    model = settings.from_json(registry.load("backbones", name), config).build(data, trained["seed"])
     arrays, meta = open_arrays(Path(path) / "model.safetensors")
-    if meta["training"] != key:
+    if meta.get("key", meta["training"]) != document.get("key", trained):
         raise ArtifactError(f"{path}: model.safetensors and run.json are of different trainings; train again.")
     load_learned(model, arrays)
     return model, data
 
 
-def _trained(run: Run, model: Model, data: Dataset, training: Training, key: dict[str, Any]) -> Arrays:
+def _trained(run: Run, model: Model, data: Dataset, training: Training) -> Arrays:
     """Learned tensors of a training: from the run's folder, from the shared cache, or computed now."""
+    beside = {"data": data.digest, "seed": run.seed}
+    config = {"name": model.backbone.name, "config": settings.to_json(model.backbone)}
+    document = {"backbone": config, "training": settings.to_json(training), **beside}
+    key = digest({"backbone": settings.key(model.backbone), "training": settings.key(training), **beside})
     places = _places(run, key)
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
     shared = places[-1] if places else Path()
-    with run.claimed(shared), run.working(_partial(run, shared), digest(key)) as checkpoint:
+    with run.claimed(shared), run.working(_partial(run, shared), key) as checkpoint:
         known = next((arrays for place in places if (arrays := _stored(place, key)) is not None), None)
         arrays = known or fit(run, "train", model, data, training, checkpoint)
         for place in places:
             if _stored(place, key) is None:
-                save_arrays(place, arrays, {"training": key})
+                save_arrays(place, arrays, {"training": document, "key": key})
         if run.path is not None:
             epochs = [asdict(e) for e in stored_epochs(arrays["history"])]
-            document = {"training": key, "dataset": str(data.path.resolve()), "history": epochs}
-            write_document(run.path, document)
+            past = {"dataset": str(data.path.resolve()), "history": epochs}
+            write_document(run.path, {"training": document, "key": key, **past})
         checkpoint.clear()
     return arrays
 
 
-def _places(run: Run, key: dict[str, Any]) -> list[Path]:
+def _places(run: Run, key: str) -> list[Path]:
     """Where a trained model is kept: the run's folder, and the store."""
     places = [] if run.path is None else [run.path / "model.safetensors"]
-    return places if run.store is None else [*places, run.store / f"{digest(key)}.safetensors"]
+    return places if run.store is None else [*places, run.store / f"{key}.safetensors"]
 
 
 def _partial(run: Run, shared: Path) -> Path | None:
@@ -126,9 +122,9 @@ def _partial(run: Run, shared: Path) -> Path | None:
     return None if run.store is None else shared.with_suffix(".partial")
 
 
-def _stored(place: Path, key: dict[str, Any]) -> Arrays | None:
+def _stored(place: Path, key: str) -> Arrays | None:
     """The arrays at a place, if they are of this training."""
     if not place.exists():
         return None
     arrays, meta = open_arrays(place)
-    return arrays if meta["training"] == json.loads(canonical_json(key)) else None
+    return arrays if meta.get("key") == key else None

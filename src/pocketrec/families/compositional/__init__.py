@@ -1,1 +1,1 @@
-"""Embeddings that are computed from smaller factors."""
+"""Tables whose vectors are computed from few learned numbers."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +15,93 @@ from numpy.typing import NDArray
 from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.errors import BudgetError, ConfigError
-from pocketrec.families.compositional.region import Region, RegionScope, SlotOrder, regions, slots_of
+from pocketrec.families.compositional.region import (
+    NOTHING,
+    FrequencyOrder,
+    Region,
+    RegionScope,
+    SlotOrder,
+    regions,
+    slots_of,
+)
 from pocketrec.families.compositional.table import ComposedTable, Plan
-from pocketrec.families.distillation import Lesson, imitated
-from pocketrec.families.retraining import initial_model
+from pocketrec.families.distillation import imitated, lessons
+from pocketrec.families.retraining import Start, TrainingMethod, initial_model
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
 from pocketrec.models.backbone import Model, noise
-from pocketrec.models.table import Block, Table, oov_rows
+from pocketrec.models.table import Block, DenseTable, Table, oov_rows
 from pocketrec.training.run import Run
 
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
-    from pocketrec.training.loop import Training
 
 
-@dataclass(frozen=True)
+class CompositionalMethod(TrainingMethod):
+    """A method whose vectors are computed: what it says of a region and a number of values, and how it trains.
+
+    Args:
+        start: ``fresh``, as published, or ``taught`` by the trained model.
+        scope: ``block`` has one for each counted block, ``joint`` one for all rows.
+        order: which rows are neighbours: by their place in the ``file`` (free there), or by ``id``.
+    """
+
+    starts: ClassVar[tuple[str, ...]] = ("fresh", "taught")
+    teaching_rate: ClassVar[float] = 0.01
+    """Learning rate of a ``taught`` start that says none."""
+
+    start: Start
+    scope: RegionScope
+    order: SlotOrder
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a plan keeps the vectors of some frequent slots."""
+        return False
+
+    @abstractmethod
+    def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> Plan | None:
+        """The largest composition of a region within a number of values; ``None`` below the least.
+
+        Args:
+            region: rows and columns.
+            values: scalars, at most.
+            frequent: all slots, the most frequent first, for a method that ``keeps`` some.
+        """
+
+    @abstractmethod
+    def least(self, region: Region) -> int:
+        """The fewest values of a region."""
+
+    def train(self, draft: Model, data: Dataset, run: Run) -> Model:
+        """The final model from the one that training starts from."""
+        return run.fit(self.name, draft, data)
+
+    def prepare(self, model: Model, data: Dataset, run: Run) -> ComposedLadder:
+        """Nothing is computed before the budget is known."""
+        start, dense = initial_model(model, data, run, self.start)
+        frequent = FrequencyOrder(data, self.order)
+
+        def plan(region: Region, values: int) -> Plan | None:
+            return self.plan(region, values, frequent.of(region) if self.keeps else NOTHING)
+
+        def train(draft: Model) -> Model:
+            ready = self._taught(draft, dense, data, run) if self.start.kind == "taught" else draft
+            return self.train(ready, data, run)
+
+        return ComposedLadder(
+            name=self.name, start=start, data=data, run=run, scope=self.scope, order=self.order,
+            plan=plan, least=self.least, train=train,
+        )  # fmt: skip
+
+    def _taught(self, draft: Model, dense: DenseTable, data: Dataset, run: Run) -> Model:
+        """The draft with all that its compositions may ever read, once it has learned the dense table."""
+        stages = lessons(self.start, self.teaching_rate, run.stages(data.schema.task)[0])
+        pupil = draft.with_table(cast("ComposedTable", draft.table).whole())
+        return imitated(self.name, pupil, dense.matrix.detach(), data, run, stages, self.start.goal)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComposedLadder(Ladder):
     """A freshly initialised table of compositions for any budget; ``finish`` trains it, with a fresh head.
 
@@ -55,39 +127,6 @@ class ComposedLadder(Ladder):
     plan: Callable[[Region, int], Plan | None]
     least: Callable[[Region], int]
     train: Callable[[Model], Model]
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        model: Model,
-        data: Dataset,
-        run: Run,
-        *,
-        scope: RegionScope,
-        order: SlotOrder,
-        training: tuple[Training, ...],
-        plan: Callable[[Region, int], Plan | None],
-        least: Callable[[Region], int],
-        train: Callable[[Model], Model] | None = None,
-        lesson: Lesson | None = None,
-    ) -> ComposedLadder:
-        """The ladder of a method; by default it trains in the stages of ``training``.
-
-        With a ``lesson`` the table learns from the given model's table first, and the head starts as trained.
-        """
-        after = train or (lambda draft: run.fit(name, draft, data, training or None))
-        if lesson is None or not lesson.epochs:
-            start, _ = initial_model(model, data, run)
-            return cls(name, start, data, run, scope, order, plan, least, after)
-        start, dense = initial_model(model, data, run, "trained")
-        target, stages = dense.matrix.detach(), lesson.stages(training, data.schema.task)
-
-        def learn(draft: Model) -> Model:
-            pupil = draft.with_table(cast("ComposedTable", draft.table).whole())
-            return after(imitated(name, pupil, target, data, run, stages, lesson.goal))
-
-        return cls(name, start, data, run, scope, order, plan, least, learn)
 
     def table(self, room: Room) -> ComposedTable:
         """The largest compositions that fit, each region at most its share; bytes hold all uncounted blocks as well.

@@ -19,6 +19,8 @@ RegionScope = Literal["joint", "block"]
 
 SlotOrder = Literal["file", "id"]
 
+NOTHING = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True)
 class Region:

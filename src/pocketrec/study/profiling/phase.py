@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec import registry
+from pocketrec import registry, settings
 from pocketrec.errors import ConfigError, PocketRecError, UnsupportedOp
 from pocketrec.format.arrays import open_arrays
 from pocketrec.native import topk
@@ -67,7 +67,8 @@ class Workload:
         phase: what it is called in the records.
         data: folder of the encoded data set.
         backbone: ``name`` and ``config``.
-        training: stages of the uncompressed model; empty for the initial weights.
+        training: stages of the uncompressed model, empty for the initial weights; and of a method that trains, empty
+            for the defaults of the task.
         method: name and settings, or ``None`` for the uncompressed model.
         budget: of the method.
         seed: of model and method.
@@ -183,6 +184,7 @@ def _ready(task: Workload, memory: Memory) -> tuple[Dataset, Stopwatch]:
         share=task.share,
         least=task.repeats,
         settle=settle,
+        training=_training(task.training),
     )
     memory.mark("packages")
     data = Dataset.open(task.data)
@@ -256,7 +258,8 @@ def _loaded(task: Workload, memory: Memory) -> tuple[Dataset, Model]:
     run = Run(None, seed=task.seed, threads=task.threads, store=task.store)
     model = _start(task, data, run)
     if task.method is not None:
-        model = compress(model, data, _method(task), task.budget, run=run).model
+        training = _training(task.training)
+        model = compress(model, data, _method(task), task.budget, run=run.with_training(training)).model
     return data, model.to(task.device)
 
 
@@ -416,26 +419,20 @@ def _device_peak(task: Workload) -> dict[str, float]:
 
 
 def _backbone(task: Workload) -> Backbone:
-    return registry.load("backbones", task.backbone["name"])(**_tuples(task.backbone["config"]))
+    return settings.from_json(registry.load("backbones", task.backbone["name"]), task.backbone["config"])
 
 
 def _method(task: Workload) -> Method:
     if task.method is None:
         raise ConfigError(f"Phase {task.phase!r} needs a method, but the task names none; give it one.")
-    settings = {n: v for n, v in task.method.items() if n != "name"}
-    if "training" in settings:
-        settings["training"] = _training(settings["training"])
-    return registry.load("methods", task.method["name"])(**_tuples(settings))
+    own = {n: v for n, v in task.method.items() if n != "name"}
+    return settings.from_json(registry.load("methods", task.method["name"]), own)
 
 
 def _training(stages: Sequence[dict[str, Any]]) -> tuple[Training, ...]:
     from pocketrec.training.loop import Training
 
-    return tuple(Training(**stage) for stage in stages)
-
-
-def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
+    return tuple(settings.from_json(Training, stage) for stage in stages)
 
 
 def run(task: Workload) -> Timing:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from pocketrec import runtime
+from pocketrec import runtime, settings
 from pocketrec.compression.budget import Budget
 from pocketrec.compression.compress import sized
 from pocketrec.compression.ladder import Ladder, Method
@@ -85,7 +85,7 @@ def profile(
         data: the data set; its test split is not read.
         budget: of the method.
         training: stages of the uncompressed model; ``None`` leaves it at its initial weights: times hardly depend on
-            them, and how long a whole training takes is then not told.
+            them, and how long a whole training takes is then not told. Methods that train do so by these stages, too.
         seed: of model and method.
         profile: ``server`` or ``edge``.
         threads: at least 1; the edge has one.
@@ -121,8 +121,8 @@ def profile(
             kind="",
             phase="",
             data=str(data.path.resolve()),
-            backbone={"name": backbone.name, "config": asdict(backbone)},  # pyright: ignore[reportArgumentType]
-            training=[asdict(stage) for stage in _stages(training)],
+            backbone={"name": backbone.name, "config": settings.to_json(backbone)},
+            training=[settings.to_json(stage) for stage in _stages(training)],
             method=None if method is None else method.config(),
             budget=str(budget) if isinstance(budget, str) else _text(budget),
             seed=seed,
@@ -244,7 +244,9 @@ class _Specimens:
 
     def _small(self, task: Workload, *, bake: bool = False) -> tuple[Small, Ladder | None]:
         """The model around its final table, and the ladder of the method."""
-        with Run(None, seed=task.seed, threads=task.threads, store=task.store, device=task.device) as run:
+        with Run(
+            None, seed=task.seed, threads=task.threads, store=task.store, device=task.device, training=self.training
+        ) as run:
             model: Model = self.backbone.build(self.data, task.seed).to(run.device)
             if self.training and not (self.method and self.method.trains):
                 model = run.fit("original", model, self.data, self.training)

@@ -135,6 +135,7 @@ class Stopwatch(Run):
         share: of an epoch's steps that are timed, in (0, 1].
         least: steps that are timed at least, if the training has so many.
         settle: waits until the device has nothing left to do.
+        training: by which methods train.
     """
 
     def __init__(
@@ -148,8 +149,11 @@ class Stopwatch(Run):
         share: float = 1.0,
         least: int = 20,
         settle: Callable[[], None] = nothing,
+        training: Sequence[Training] = (),
     ) -> None:
-        super().__init__(None, seed=seed, threads=threads, device=device, store=store, progress=self._tick)
+        super().__init__(
+            None, seed=seed, threads=threads, device=device, store=store, progress=self._tick, training=training
+        )
         self.loops: list[TimedLoop] = []
         self._batch = batch
         self._share = share
