@@ -195,8 +195,8 @@ def key(value: Any) -> dict[str, Any]:
     ``compare`` have no say.
 
     Example:
-        >>> key(Setting("dim", int, 16, ""))["name"]
-        'Setting'
+        >>> key(Setting("dim", int, 16, "width"))["help"]
+        'width'
     """
     cls = type(value)
     return {"name": getattr(cls, "name", cls.__name__), **_difference(value, None)}
