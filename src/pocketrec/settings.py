@@ -195,8 +195,8 @@ def key(value: Any) -> dict[str, Any]:
     ``compare`` have no say.
 
     Example:
-        >>> key(Setting("dim", int, 16, ""))["name"]
-        'Setting'
+        >>> key(Setting("dim", int, 16, "width"))["help"]
+        'width'
     """
     cls = type(value)
     return {"name": getattr(cls, "name", cls.__name__), **_difference(value, None)}
@@ -253,7 +253,7 @@ def check(settings: Any, **least: float) -> None:
     """
     for field in dataclasses.fields(settings):
         hint, value = _hints(type(settings))[field.name], getattr(settings, field.name)
-        if isinstance(value, list):
+        if isinstance(value, list) and get_origin(hint) is tuple:
             object.__setattr__(settings, field.name, tuple(value))
         if get_origin(hint) is Literal and value not in get_args(hint):
             one_of(field.name, value, get_args(hint))

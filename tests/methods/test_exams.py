@@ -273,7 +273,7 @@ def test_a_head_that_lowers_wrongly_fails(tmp_path, monkeypatch):
 
 def test_a_configuration_that_is_not_frozen_fails(tmp_path):
     @dataclass
-    class Loose(MagPrune.__mro__[1]):
+    class Loose(Method):
         """Can be changed."""
 
         name: ClassVar[str] = "loose"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import ClickBackbone, HeadedModel
-from pocketrec.models.perceptron import Deep, DeepModel, array
+from pocketrec.models.perceptron import CrossModel, Deep, array
 
 
 class CrossMixture(nn.Module):
@@ -47,7 +47,7 @@ class CrossMixture(nn.Module):
         return x + x0 * torch.addcmul(update, gates.sum(dim=1, keepdim=True), self.bias)
 
 
-class DCNMixModel(DeepModel, HeadedModel):
+class DCNMixModel(CrossModel, HeadedModel):
     """The head of DCN-Mix around a table."""
 
     def draw(self, source: torch.Generator) -> None:
@@ -62,12 +62,9 @@ class DCNMixModel(DeepModel, HeadedModel):
         """``(B, F, d) -> (B,)`` logits."""
         return self.perceptron(self.crossed(vectors.flatten(1)), noise)
 
-    def crossed(self, x0: Tensor) -> Tensor:
-        """``x_0 -> x_L``, ``(B, f)`` both."""
-        x = x0
-        for cross in self.crosses:
-            x = cross(x0, x, self.gate)
-        return x
+    def cross(self, layer: CrossMixture, x0: Tensor, x: Tensor) -> Tensor:
+        """The mixture of a layer under the gates of all."""
+        return layer(x0, x, self.gate)
 
     def lower(self) -> Program:
         """One ``mixture`` per cross layer, then the perceptron."""

@@ -6,26 +6,25 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import ClickBackbone, HeadedModel
-from pocketrec.models.perceptron import Deep, DeepModel, array, linear
+from pocketrec.models.perceptron import CrossModel, Deep, array, linear
 
 
-class DCNv2Model(DeepModel, HeadedModel):
+class DCNv2Model(CrossModel, HeadedModel):
     """The head of DCNv2 around a table."""
 
-    def draw(self, source: torch.Generator) -> None:
+    def draw(self, source: Generator) -> None:
         """Cross layers, the output of parallel ones, and the perceptron."""
         width, parallel = self.inputs, self.config.structure == "parallel"
         self.crosses = nn.ModuleList(linear(width, width, source) for _ in range(self.config.layers))
         self.side = linear(width, 1, source) if parallel else None
         self.draw_perceptron(width, source)
 
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def head(self, vectors: Tensor, noise: Generator | None = None) -> Tensor:
         """``(B, F, d) -> (B,)`` logits; ``(B, F, d + 1)`` with linear weights."""
         x0 = vectors[..., : self.config.dim].flatten(1)
         x = self.crossed(x0)
@@ -35,12 +34,9 @@ class DCNv2Model(DeepModel, HeadedModel):
             logit = self.side(x).squeeze(-1).float() + self.perceptron(x0, noise)
         return logit + vectors[..., self.config.dim].sum(dim=1) if self.config.linear else logit
 
-    def crossed(self, x0: Tensor) -> Tensor:
-        """``x_0 -> x_L``, ``(B, f)`` both."""
-        x = x0
-        for layer in self.crosses:
-            x = x0 * layer(x) + x
-        return x
+    def cross(self, layer: nn.Linear, x0: Tensor, x: Tensor) -> Tensor:
+        """``x_0 * (W x + b) + x``."""
+        return x0 * layer(x) + x
 
     def lower(self) -> Program:
         """One ``cross`` per layer, the perceptron behind or beside them, and a sum where there are several parts."""

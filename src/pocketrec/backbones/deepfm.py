@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import FactorisationBackbone, FactorisationModel
@@ -16,12 +15,12 @@ from pocketrec.models.perceptron import Deep, DeepModel
 class DeepFMModel(DeepModel, FactorisationModel):
     """The head of DeepFM: a factorisation machine's terms beside a perceptron."""
 
-    def draw(self, source: torch.Generator) -> None:
+    def draw(self, source: Generator) -> None:
         """Perceptron and bias."""
         super().draw(source)
         FactorisationModel.draw(self, source)
 
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def head(self, vectors: Tensor, noise: Generator | None = None) -> Tensor:
         """``(B, F, d + 1) -> (B,)`` logits."""
         embedding, terms = self.parts(vectors)
         return terms + self.perceptron(embedding.flatten(1), noise)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import FactorisationBackbone, FactorisationModel
@@ -15,7 +14,7 @@ from pocketrec.models.backbone import FactorisationBackbone, FactorisationModel
 class FMModel(FactorisationModel):
     """The head of FM: nothing but its terms."""
 
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def head(self, vectors: Tensor, noise: Generator | None = None) -> Tensor:
         """``(B, F, d + 1) -> (B,)`` logits."""
         return self.parts(vectors)[1]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pocketrec.format.program import Op, Program
 from pocketrec.models.pair_scoring import Loss, PairBackbone, PairModel
@@ -16,11 +15,11 @@ from pocketrec.models.perceptron import array, linear
 class GMFModel(PairModel):
     """Weighted inner products around a table."""
 
-    def draw(self, source: torch.Generator) -> None:
+    def draw(self, source: Generator) -> None:
         """Weights and bias as the framework draws them."""
         self.output = linear(self.config.dim, 1, source)
 
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def head(self, vectors: Tensor, noise: Generator | None = None) -> Tensor:
         """``(B, 2, d) -> (B,)``."""
         return self.output(vectors[:, 0] * vectors[:, 1]).squeeze(-1).float()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pocketrec.evaluation.full_ranking import INNER_PRODUCT
 from pocketrec.format.program import Program
@@ -16,7 +15,7 @@ from pocketrec.models.pair_scoring import Loss, PairBackbone, PairModel
 class MFModel(PairModel):
     """Inner products around a table."""
 
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def head(self, vectors: Tensor, noise: Generator | None = None) -> Tensor:
         """``(B, 2, d) -> (B,)``."""
         return (vectors[:, 0] * vectors[:, 1]).sum(dim=-1)
 

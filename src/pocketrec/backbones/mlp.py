@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pocketrec.format.program import Op, Program
 from pocketrec.models.backbone import ClickBackbone, HeadedModel
@@ -16,7 +15,7 @@ from pocketrec.models.perceptron import Deep, DeepModel
 class MLPModel(DeepModel, HeadedModel):
     """The perceptron around a table."""
 
-    def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def head(self, vectors: Tensor, noise: Generator | None = None) -> Tensor:
         """``(B, F, d) -> (B,)`` logits."""
         return self.perceptron(vectors.flatten(1), noise)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
@@ -161,6 +162,23 @@ class DeepModel:
     def perceptron(self) -> Perceptron:
         """The perceptron over the layers."""
         return Perceptron(self.layers, self.norms, self.config.dropout)
+
+
+class CrossModel(DeepModel):
+    """What models with cross layers share; a mixin of modules."""
+
+    crosses: nn.ModuleList
+
+    @abstractmethod
+    def cross(self, layer: Any, x0: Tensor, x: Tensor) -> Tensor:
+        """One layer, ``(B, f), (B, f) -> (B, f)``."""
+
+    def crossed(self, x0: Tensor) -> Tensor:
+        """``x_0 -> x_L``, ``(B, f)`` both."""
+        x = x0
+        for layer in self.crosses:
+            x = self.cross(layer, x0, x)
+        return x
 
 
 def _normalise(x: Tensor, norm: nn.BatchNorm1d, *, training: bool) -> Tensor:
