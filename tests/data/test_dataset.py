@@ -323,7 +323,7 @@ def test_open_names_what_is_damaged(log, tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from pocketrec.dataset import encode
+from pocketrec.data.encode import encode
 from pocketrec.sources.table import Table
 print(encode(Table(), sys.argv[1], sys.argv[2]).digest)
 """
@@ -336,7 +336,7 @@ def run_child(log, out, **environment):
 
 KILLS = """
 import os, sys
-from pocketrec.dataset import encode
+from pocketrec.data.encode import encode
 from pocketrec.sources.table import Table
 
 def child(out, crash_at):

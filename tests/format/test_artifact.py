@@ -408,7 +408,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
 OPEN_SPARSE = """
 import sys
 from pathlib import Path
-from pocketrec.artifact import Artifact
+from pocketrec.format.artifact import Artifact
 artifact = Artifact(Path(sys.argv[1]))
 assert artifact.sizes()["file"] > 5 << 30
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -33,7 +33,7 @@ READ = """
 import sys
 import numpy as np
 from pocketrec import runtime
-from pocketrec.files import open_arrays, save_arrays
+from pocketrec.format.arrays import open_arrays, save_arrays
 
 wanted, _ = open_arrays(sys.argv[1])
 found = {}

@@ -220,7 +220,7 @@ for n in range(100):
 """
 SAVE = """
 import sys, numpy as np
-from pocketrec.files import save_arrays
+from pocketrec.format.arrays import save_arrays
 names = {'b', 'a', 'c', 'long name'}
 save_arrays(sys.argv[1], {n: np.full(3, float(len(n))) for n in names}, {n: 1 for n in names})
 """
