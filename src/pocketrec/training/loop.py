@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from pocketrec.training.document import read_document
 from pocketrec.training.evaluate import validate
 from pocketrec.training.hooks import LearningTable
 from pocketrec.training.optim import DenseAdam, LazyAdam, Optimizer
-from pocketrec.training.run import M, Run
-from pocketrec.training.steps import Arrays, Checkpoint
+
+if TYPE_CHECKING:
+    from pocketrec.training.run import M, Run
+    from pocketrec.training.steps import Arrays, Checkpoint
 
 
 @dataclass(frozen=True)
