@@ -65,7 +65,12 @@ def test_the_readme_example_is_ten_lines_and_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md") if ".venv" not in p.parts)
+    "page",
+    sorted(
+        page
+        for page in (p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md"))
+        if not any(part.startswith(".") for part in page.split("/"))
+    ),
 )
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
