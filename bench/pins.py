@@ -6,9 +6,10 @@
 ``record`` writes down, on the data sets of the exams (:class:`pocketrec.testing.Lab`, heads of a few units):
 
 ``files``
-    of the file of every method with every backbone (fp32 at 70 %, and for the backbones of ``tests/test_product.py``
-    also int8 at 50 % with the direct index, rankers baked): SHA-256 of the whole file, of its arrays by name, of the
-    decoded weight matrix and of the scores. A change of the format alone changes the first two and not the last two.
+    of the file of every method with every backbone (fp32 at 70 %, and for the backbones of
+    ``tests/methods/test_product.py`` also int8 at 50 % with the direct index, rankers baked): SHA-256 of the whole
+    file, of its arrays by name, of the decoded weight matrix and of the scores. A change of the format alone changes
+    the first two and not the last two.
 ``configurations``
     the JSON configuration of every method, backbone and source with its defaults, and of a training.
 ``verbs``
@@ -52,7 +53,7 @@ from pocketrec.testing import Lab
 
 AXES: tuple[Axis, ...] = ("sources", "backbones", "methods")
 PRODUCT = ("deepfm", "dcn_mix", "neumf", "lightgcn")
-"""Backbones of ``tests/test_product.py``."""
+"""Backbones of ``tests/methods/test_product.py``."""
 
 TRAINING = {"epochs": 1, "batch_size": 256, "learning_rate": 1e-2}
 TIMES = re.compile(

@@ -64,7 +64,7 @@ class ScaledModel(RankingModel):
 
 
 @pytest.fixture(scope="module")
-def clicks(tmp_path_factory):
+def shop_clicks(tmp_path_factory):
     """Two string fields and a dense one; some test values are unseen in training."""
     folder = tmp_path_factory.mktemp("clicks")
     rng = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def clicks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def visits(tmp_path_factory):
+def drawn_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("visits")
     rng = np.random.default_rng(1)
     pairs = np.unique(rng.integers(0, (60, 90), (3000, 2)), axis=0)
@@ -91,8 +91,8 @@ def visits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(clicks):
-    built = DeepFM(dim=8, hidden=(16,)).build(clicks, 0)
+def shop_model(shop_clicks):
+    built = DeepFM(dim=8, hidden=(16,)).build(shop_clicks, 0)
     built.table.matrix.data.normal_(generator=torch.Generator().manual_seed(3))
     return built
 
@@ -115,45 +115,45 @@ def write(model, data, path, kind="ctr", storage="fp32", info=None):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.05])
-def test_a_file_measures_as_its_model(clicks, model, tmp_path, share):
-    small = pruned(model, clicks, share)
-    path = write(small, clicks, tmp_path / "m.safetensors")
-    from_file = measure(path, clicks.test, latency=False, predictions=True)
-    from_model = measure(small, clicks.test, latency=False, predictions=True)
+def test_a_file_measures_as_its_model(shop_clicks, shop_model, tmp_path, share):
+    small = pruned(shop_model, shop_clicks, share)
+    path = write(small, shop_clicks, tmp_path / "m.safetensors")
+    from_file = measure(path, shop_clicks.test, latency=False, predictions=True)
+    from_model = measure(small, shop_clicks.test, latency=False, predictions=True)
     np.testing.assert_allclose(from_file.logits, from_model.logits, rtol=2e-5, atol=2e-5)
     assert from_file.quality["auc"] == pytest.approx(from_model.quality["auc"], abs=1e-6)
 
 
-def test_figures_are_the_metrics_of_the_logits(clicks, model):
-    result = measure(model, clicks.valid, latency=False, predictions=True)
-    labels = clicks.valid.labels
+def test_figures_are_the_metrics_of_the_logits(shop_clicks, shop_model):
+    result = measure(shop_model, shop_clicks.valid, latency=False, predictions=True)
+    labels = shop_clicks.valid.labels
     assert result.quality == {"auc": auc(labels, result.logits), "logloss": logloss(labels, result.logits)}
-    assert measure(model, clicks.valid, latency=False).logits is None
+    assert measure(shop_model, shop_clicks.valid, latency=False).logits is None
 
 
-def test_bytes_of_a_file_sum_to_its_size(clicks, model, tmp_path):
-    path = write(model, clicks, tmp_path / "m.safetensors")
-    sizes = measure(path, clicks.test, latency=False).bytes
+def test_bytes_of_a_file_sum_to_its_size(shop_clicks, shop_model, tmp_path):
+    path = write(shop_model, shop_clicks, tmp_path / "m.safetensors")
+    sizes = measure(path, shop_clicks.test, latency=False).bytes
     assert sizes["file"] == path.stat().st_size
     assert sizes["file"] == sum(sizes[part] for part in ("table", "vocabulary", "head", "header"))
-    dense = measure(model, clicks.test, latency=False).bytes
-    assert dense["table"] == clicks.schema.rows * 9 * 4
+    dense = measure(shop_model, shop_clicks.test, latency=False).bytes
+    assert dense["table"] == shop_clicks.schema.rows * 9 * 4
     assert dense["file"] == sum(dense[part] for part in ("table", "vocabulary", "head", "header"))
 
 
-def test_a_file_resolves_ids_of_another_encoding_by_value(clicks, model, tmp_path):
+def test_a_file_resolves_ids_of_another_encoding_by_value(shop_clicks, shop_model, tmp_path):
     """The same log encoded in another order of ids measures the same, through the file's vocabulary."""
-    path = write(model, clicks, tmp_path / "m.safetensors")
-    raw = clicks.path.parent / "log.parquet"
+    path = write(shop_model, shop_clicks, tmp_path / "m.safetensors")
+    raw = shop_clicks.path.parent / "log.parquet"
     other = encode(sources.Table(dense=("hour",)), raw, tmp_path / "data", order="count")
-    assert (other.test.ids != clicks.test.ids).any()
-    expected = measure(path, clicks.test, latency=False, predictions=True)
+    assert (other.test.ids != shop_clicks.test.ids).any()
+    expected = measure(path, shop_clicks.test, latency=False, predictions=True)
     assert (measure(path, other.test, latency=False, predictions=True).logits == expected.logits).all()
 
 
-def test_latency_states_its_calls(clicks, model, tmp_path):
-    path = write(model, clicks, tmp_path / "m.safetensors")
-    timed = measure(path, clicks.valid).latency_us
+def test_latency_states_its_calls(shop_clicks, shop_model, tmp_path):
+    path = write(shop_model, shop_clicks, tmp_path / "m.safetensors")
+    timed = measure(path, shop_clicks.valid).latency_us
     assert set(timed) == {"batch_1", "batch_64"}
     for figures in timed.values():
         assert figures["calls"] == CALLS >= 1000
@@ -161,89 +161,92 @@ def test_latency_states_its_calls(clicks, model, tmp_path):
         assert figures["threads"] == 1
 
 
-def test_only_reads_of_a_test_split_are_noted(clicks, model, tmp_path):
+def test_only_reads_of_a_test_split_are_noted(shop_clicks, shop_model, tmp_path):
     run = Run(None)
-    path = write(model, clicks, tmp_path / "m.safetensors")
-    for split in (clicks.valid, clicks.test, clicks.test):
+    path = write(shop_model, shop_clicks, tmp_path / "m.safetensors")
+    for split in (shop_clicks.valid, shop_clicks.test, shop_clicks.test):
         result = measure(path, split, latency=False, ledger=run.ledger)
     assert [r["split"] for r in run.reads()] == ["test", "test"]
     assert run.reads()[0] == {
         "reader": "measure",
         "digest": result.digest,
-        "data": clicks.digest,
+        "data": shop_clicks.digest,
         "split": "test",
-        "rows": len(clicks.test),
+        "rows": len(shop_clicks.test),
     }
 
 
-def test_to_json_is_the_documented_document(clicks, model):
-    document = measure(model, clicks.test, latency=False, predictions=True).to_json()
+def test_to_json_is_the_documented_document(shop_clicks, shop_model):
+    document = measure(shop_model, shop_clicks.test, latency=False, predictions=True).to_json()
     assert set(document) == {"quality", "bytes", "latency_us"}
     assert set(document["bytes"]) == {"file", "table", "vocabulary", "head", "header"}
 
 
-def test_model_digests_follow_the_weights(clicks, model):
-    digest = measure(model, clicks.test, latency=False).digest
-    assert digest == measure(model, clicks.test, latency=False).digest
-    assert digest != measure(pruned(model, clicks, 0.5), clicks.test, latency=False).digest
+def test_model_digests_follow_the_weights(shop_clicks, shop_model):
+    digest = measure(shop_model, shop_clicks.test, latency=False).digest
+    assert digest == measure(shop_model, shop_clicks.test, latency=False).digest
+    assert digest != measure(pruned(shop_model, shop_clicks, 0.5), shop_clicks.test, latency=False).digest
 
 
-def test_a_ranking_model_is_ranked_by_its_final_vectors(visits):
-    model = Scaled().build(visits, 0)
-    result = measure(model, visits.test, k=10)
+def test_a_ranking_model_is_ranked_by_its_final_vectors(drawn_pairs):
+    model = Scaled().build(drawn_pairs, 0)
+    result = measure(model, drawn_pairs.test, k=10)
     final = model.table.matrix.detach().numpy() * 2
-    expected = ranking(final[:60], final[60:], interactions(visits.train), interactions(visits.test), 10)
+    expected = ranking(final[:60], final[60:], interactions(drawn_pairs.train), interactions(drawn_pairs.test), 10)
     assert result.quality == expected.quality()
     assert (result.ranking.ndcg == expected.ndcg).all()
     assert set(result.latency_us) == {"batch_1"}
-    seen, truth = interactions(visits.train), interactions(visits.test)
+    seen, truth = interactions(drawn_pairs.train), interactions(drawn_pairs.test)
     assert result.beyond == beyond(expected.lists, seen, truth, len(final) - 60)
     assert result.to_json()["beyond"] == result.beyond
 
 
-def test_validation_items_are_left_out_only_on_request(visits):
-    model = Scaled().build(visits, 0)
+def test_validation_items_are_left_out_only_on_request(drawn_pairs):
+    model = Scaled().build(drawn_pairs, 0)
     final = model.table.matrix.detach().numpy()
     both = ranking(
-        final[:60], final[60:], interactions(visits.train, visits.valid), interactions(visits.test), 20
+        final[:60], final[60:], interactions(drawn_pairs.train, drawn_pairs.valid), interactions(drawn_pairs.test), 20
     ).quality()
-    published = measure(model, visits.test, latency=False).quality
-    assert measure(model, visits.test, latency=False, mask_valid=True).quality == both
+    published = measure(model, drawn_pairs.test, latency=False).quality
+    assert measure(model, drawn_pairs.test, latency=False, mask_valid=True).quality == both
     assert published["ndcg@20"] < both["ndcg@20"]
 
 
-def test_a_baked_file_measures_as_its_model(visits, tmp_path):
-    model = Scaled(factor=1.0).build(visits, 0)
-    path = write(model, visits, tmp_path / "baked.safetensors", kind="baked")
-    assert measure(path, visits.test, latency=False).quality == measure(model, visits.test, latency=False).quality
-    assert "graph" not in measure(path, visits.test, latency=False).bytes
+def test_a_baked_file_measures_as_its_model(drawn_pairs, tmp_path):
+    model = Scaled(factor=1.0).build(drawn_pairs, 0)
+    path = write(model, drawn_pairs, tmp_path / "baked.safetensors", kind="baked")
+    assert (
+        measure(path, drawn_pairs.test, latency=False).quality
+        == measure(model, drawn_pairs.test, latency=False).quality
+    )
+    assert "graph" not in measure(path, drawn_pairs.test, latency=False).bytes
 
 
-def test_an_ego_file_is_propagated_by_its_backbone(visits, tmp_path, monkeypatch):
+def test_an_ego_file_is_propagated_by_its_backbone(drawn_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr("pocketrec.registry.load", lambda axis, name: {"scaled": Scaled}[name])
-    model = Scaled(factor=3.0).build(visits, 0)
+    model = Scaled(factor=3.0).build(drawn_pairs, 0)
     info = {"backbone": {"name": "scaled", "config": {"factor": 3.0}}}
-    path = write(model, visits, tmp_path / "ego.safetensors", kind="ego", info=info)
-    result = measure(path, visits.test, latency=False)
-    assert result.quality == measure(model, visits.test, latency=False).quality
-    assert result.bytes["graph"] >= 8 * len(visits.train)
-    nameless = write(model, visits, tmp_path / "nameless.safetensors", kind="ego")
+    path = write(model, drawn_pairs, tmp_path / "ego.safetensors", kind="ego", info=info)
+    result = measure(path, drawn_pairs.test, latency=False)
+    assert result.quality == measure(model, drawn_pairs.test, latency=False).quality
+    assert result.bytes["graph"] >= 8 * len(drawn_pairs.train)
+    nameless = write(model, drawn_pairs, tmp_path / "nameless.safetensors", kind="ego")
     with pytest.raises(ArtifactError, match="backbone"):
-        measure(nameless, visits.test)
+        measure(nameless, drawn_pairs.test)
 
 
-def test_what_does_not_fit_is_refused(clicks, visits, model, tmp_path):
-    path = write(model, clicks, tmp_path / "m.safetensors")
+def test_what_does_not_fit_is_refused(shop_clicks, drawn_pairs, shop_model, tmp_path):
+    path = write(shop_model, shop_clicks, tmp_path / "m.safetensors")
     with pytest.raises(DataError, match="its own data"):
-        measure(path, visits.test)
+        measure(path, drawn_pairs.test)
     with pytest.raises(ConfigError, match="k=0"):
-        measure(path, clicks.test, k=0)
+        measure(path, shop_clicks.test, k=0)
     with pytest.raises(UnsupportedOp):
-        measure(Scaled().build(visits, 0), clicks.test)
+        measure(Scaled().build(drawn_pairs, 0), shop_clicks.test)
     with pytest.raises(UnsupportedOp):
-        measure(model, visits.test)
+        measure(shop_model, drawn_pairs.test)
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(ArtifactError, match="damaged"):
-        measure(path, clicks.test)
+        measure(path, shop_clicks.test)

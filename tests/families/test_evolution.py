@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interruptions import Cut
 from scipy import stats
+from table_cases import CLICK_BLOCKS, FOUR, PAIRS, SCHEMA
 
-import pocketrec as pr
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.backbones.neumf import NeuMF
@@ -32,23 +33,14 @@ from pocketrec.families.mixed_dimension import (
 )
 from pocketrec.methods.opt_embed import OptEmbed
 from pocketrec.methods.opt_embed_d import OptEmbedD
-from pocketrec.models.table import Block, DenseTable
+from pocketrec.models.table import DenseTable
 from pocketrec.randomness import generator
-from pocketrec.schema import Field, Schema
 from pocketrec.settings import build, key
 from pocketrec.training.evaluate import validate
 from pocketrec.training.hooks import Rule
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
-SCHEMA = Schema("ctr", (Field("a", 12, 0), Field("b", 5, 12), Field("c", 3, 17, oov=False)))
-CLICK_BLOCKS = (Block("embedding", 0, 20, 0, 4), Block("linear", 0, 20, 4, 5, counted=False))
-PAIRS = Schema("cf", (Field("user", 6, 0, "dense", oov=False), Field("item", 9, 6, "dense", oov=False)))
-FOUR = tuple(
-    Block(f"{name}_{side}", f.offset, f.stop, left, left + 3)
-    for f, name in zip(PAIRS.fields, ("user", "item"), strict=True)
-    for side, left in (("product", 0), ("perceptron", 3))
-)
 TRAINING = Training(epochs=2, batch_size=64, learning_rate=1e-2)
 SHORT = {"search": Evolution(generations=3)}
 
@@ -77,26 +69,6 @@ class Kept:
         self.left -= 1
         if self.left == 0:
             raise InterruptedError
-
-
-@pytest.fixture(scope="module")
-def clicks(tmp_path_factory):
-    source = pr.sources.Synthetic(rows=1500, cardinalities=(120, 30, 6), hashed=True)
-    return pr.encode(source, None, tmp_path_factory.mktemp("clicks") / "data", threshold=2)
-
-
-@pytest.fixture(scope="module")
-def model(clicks):
-    return DeepFM(dim=4, hidden=(8,)).build(clicks, 0)
-
-
-@pytest.fixture(scope="module")
-def visits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("visits")
-    rng = np.random.default_rng(0)
-    lines = [" ".join(map(str, [u, *sorted(rng.choice(40, 8, replace=False))])) for u in range(30)]
-    (folder / "train.txt").write_text("\n".join(lines) + "\n")
-    return pr.encode(pr.sources.Adjacency(), folder / "train.txt", folder / "data")
 
 
 def test_the_step_and_its_straight_through_gradient():
@@ -401,10 +373,6 @@ def test_judging_together_is_judging_one_by_one(clicks, model):
         keep[:, 4] = True
         table = DenseTable(clicks.schema, model.table.blocks, torch.where(keep, weight, 0))
         assert validate(model.with_table(table), clicks.valid) == pytest.approx(figure, abs=1e-9)
-
-
-class Cut(Exception):
-    """Where a process would be killed."""
 
 
 def test_phases_that_are_cut_short_go_on_to_the_same_bytes(clicks, model, tmp_path):

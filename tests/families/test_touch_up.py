@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interruptions import Cut
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
@@ -244,10 +245,6 @@ def test_touched_up_lists_come_nearer_to_the_dense_ones_in_the_same_bytes(lab, t
     assert touched.save(tmp_path / "touched")["table"] == small.save(tmp_path / "small")["table"]
     found = measure(tmp_path / "touched", lab.data("cf").valid, latency=False).quality["ndcg@20"]
     assert found == pytest.approx(better, abs=1e-6)
-
-
-class Cut(Exception):
-    """Where a process would be killed."""
 
 
 def test_a_touch_up_that_is_cut_short_goes_on_to_the_same_bytes(lab, tmp_path, monkeypatch):

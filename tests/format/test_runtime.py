@@ -28,7 +28,7 @@ USERS, ITEMS = 300, 40
 
 
 @pytest.fixture(scope="module")
-def clicks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
+def click_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
     case = click(USERS, ITEMS, 4, "fp32")
     path = tmp_path_factory.mktemp("runtime") / "click.safetensors"
     case.contents.write(path)
@@ -69,8 +69,8 @@ def probabilities(case: Case, rows: list[list[int]]) -> NDArray[np.float64]:
         max_size=20,
     )
 )
-def test_scores_are_those_of_the_whole_table(clicks: tuple[Case, Path], raw: list[tuple[Any, Any]]) -> None:
-    case, path = clicks
+def test_scores_are_those_of_the_whole_table(click_file: tuple[Case, Path], raw: list[tuple[Any, Any]]) -> None:
+    case, path = click_file
     model = runtime.open(path)
     rows = [{"user": user, "item": item, "ignored": 1} for user, item in raw]
     expected = probabilities(case, [table_rows(case, *r) for r in raw]) if raw else np.zeros(0)
@@ -80,8 +80,8 @@ def test_scores_are_those_of_the_whole_table(clicks: tuple[Case, Path], raw: lis
     np.testing.assert_array_equal(model.score_many(columns), model.score_many(rows))
 
 
-def test_one_hundred_thousand_random_ids_read_the_absent_row(clicks: tuple[Case, Path]) -> None:
-    case, path = clicks
+def test_one_hundred_thousand_random_ids_read_the_absent_row(click_file: tuple[Case, Path]) -> None:
+    case, path = click_file
     model = runtime.open(path)
     generator = np.random.default_rng(0)
     extremes = [np.iinfo(np.int64).min, np.iinfo(np.int64).max, -1, 0, 9, 10 + ITEMS, case.contents.schema.rows]
@@ -93,8 +93,8 @@ def test_one_hundred_thousand_random_ids_read_the_absent_row(clicks: tuple[Case,
     assert len(set(scores.tolist())) == 1
 
 
-def test_scores_do_not_depend_on_the_batch(clicks: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, path = clicks
+def test_scores_do_not_depend_on_the_batch(click_file: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = click_file
     rows = {"user": [f"u{i % 350}" for i in range(1000)], "item": [i % 60 for i in range(1000)]}
     whole = runtime.open(path).score_many(rows)
     monkeypatch.setattr(runtime, "BATCH_ROWS", 7)
@@ -112,8 +112,8 @@ def test_extreme_logits_are_probabilities(tmp_path: Path) -> None:
     assert runtime.open(tmp_path / "a").score_many({"x": [0, 1, 2]}).tolist() == [1, 0, 0.5]
 
 
-def test_rows_that_cannot_be_read_are_data_errors(clicks: tuple[Case, Path]) -> None:
-    model = runtime.open(clicks[1])
+def test_rows_that_cannot_be_read_are_data_errors(click_file: tuple[Case, Path]) -> None:
+    model = runtime.open(click_file[1])
     with pytest.raises(DataError, match="'item' is missing"):
         model.score({"user": "u1"})
     with pytest.raises(DataError, match="'item' is missing"):
@@ -126,9 +126,9 @@ def test_rows_that_cannot_be_read_are_data_errors(clicks: tuple[Case, Path]) -> 
         model.score({"user": "u1", "item": 10.5})
 
 
-def test_a_click_model_does_not_recommend(clicks: tuple[Case, Path]) -> None:
+def test_a_click_model_does_not_recommend(click_file: tuple[Case, Path]) -> None:
     with pytest.raises(UnsupportedOp, match="click model"):
-        runtime.open(clicks[1]).recommend("u1")
+        runtime.open(click_file[1]).recommend("u1")
 
 
 # ---- ranking models ----------------------------------------------------------------------------------------------
@@ -192,20 +192,20 @@ def test_hashed_items_cannot_be_named(tmp_path: Path) -> None:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def test_neither_torch_nor_polars_is_loaded(clicks: tuple[Case, Path], baked: tuple[Case, Path]) -> None:
+def test_neither_torch_nor_polars_is_loaded(click_file: tuple[Case, Path], baked: tuple[Case, Path]) -> None:
     code = (
         "import sys; from pocketrec import runtime\n"
         "runtime.open(sys.argv[1]).score({'user': 'u1', 'item': 10}); runtime.open(sys.argv[2]).recommend(1)\n"
         "assert not {'torch', 'polars', 'typer', 'scipy', 'safetensors'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(clicks[1]), str(baked[1])], check=True)
+    subprocess.run([sys.executable, "-c", code, str(click_file[1]), str(baked[1])], check=True)
 
 
-def test_the_command_runs_as_a_module(clicks: tuple[Case, Path]) -> None:
-    arguments = ["score", str(clicks[1]), "--row", '{"user": "u1", "item": 12}']
+def test_the_command_runs_as_a_module(click_file: tuple[Case, Path]) -> None:
+    arguments = ["score", str(click_file[1]), "--row", '{"user": "u1", "item": 12}']
     done = subprocess.run([sys.executable, "-W", "error", "-m", "pocketrec.runtime", *arguments], capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == runtime.open(clicks[1]).score({"user": "u1", "item": 12})
+    assert float(done.stdout) == runtime.open(click_file[1]).score({"user": "u1", "item": 12})
 
 
 def test_a_closed_pipe_is_no_error(baked: tuple[Case, Path]) -> None:
@@ -214,20 +214,20 @@ def test_a_closed_pipe_is_no_error(baked: tuple[Case, Path]) -> None:
     assert done.stderr == b""
 
 
-def test_an_interrupt_is_an_exit_code(clicks: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_an_exit_code(click_file: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(rows: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runtime.Recommender, "score_many", lambda self, rows: interrupted(rows))
-    assert runtime.main(["score", str(clicks[1]), "--row", "{}"]) == 130
+    assert runtime.main(["score", str(click_file[1]), "--row", "{}"]) == 130
 
 
-def test_score_reads_lines(clicks: tuple[Case, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_reads_lines(click_file: tuple[Case, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"user": f"u{i}", "item": i} for i in range(30)]
     monkeypatch.setattr(sys, "stdin", [json.dumps(row) + "\n" for row in rows])
-    assert runtime.main(["score", str(clicks[1])]) == 0
+    assert runtime.main(["score", str(click_file[1])]) == 0
     printed = [float(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed == runtime.open(clicks[1]).score_many(rows).tolist()
+    assert printed == runtime.open(click_file[1]).score_many(rows).tolist()
 
 
 def test_recommend_prints_items_and_scores(baked: tuple[Case, Path], capsys: Any) -> None:
@@ -236,9 +236,9 @@ def test_recommend_prints_items_and_scores(baked: tuple[Case, Path], capsys: Any
     assert [(int(item), float(score)) for item, score in printed] == runtime.open(baked[1]).recommend(3, 2, [101, 102])
 
 
-def test_inspect_prints_json(clicks: tuple[Case, Path], capsys: Any) -> None:
-    assert runtime.main(["inspect", str(clicks[1]), "--verify"]) == 0
-    assert json.loads(capsys.readouterr().out) == runtime.open(clicks[1]).artifact.describe()
+def test_inspect_prints_json(click_file: tuple[Case, Path], capsys: Any) -> None:
+    assert runtime.main(["inspect", str(click_file[1]), "--verify"]) == 0
+    assert json.loads(capsys.readouterr().out) == runtime.open(click_file[1]).artifact.describe()
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,10 @@ def test_inspect_prints_json(clicks: tuple[Case, Path], capsys: Any) -> None:
     ],
 )
 def test_errors_are_one_line_with_an_exit_code(
-    clicks: tuple[Case, Path], tmp_path: Path, capsys: Any, arguments: list[str], code: int
+    click_file: tuple[Case, Path], tmp_path: Path, capsys: Any, arguments: list[str], code: int
 ) -> None:
     (tmp_path / "text").write_text("hello world")
-    names = {"FILE": clicks[1], "TEXT": tmp_path / "text", "NOTHING": tmp_path / "nothing"}
+    names = {"FILE": click_file[1], "TEXT": tmp_path / "text", "NOTHING": tmp_path / "nothing"}
     assert runtime.main([str(names.get(a, a)) for a in arguments]) == code
     captured = capsys.readouterr()
     assert captured.out == ""

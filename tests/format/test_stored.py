@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -19,24 +18,12 @@ from pocketrec.format.artifact import FORMAT, FileKind
 from pocketrec.format.block import Storage
 from pocketrec.format.entries import Layout
 from pocketrec.format.program import OPS
-from pocketrec.native import library
 from pocketrec.schema import Keys
 
 STORED = Path(__file__).parent / "stored"
 NAMES = sorted(p.name.removesuffix(".expected.safetensors") for p in STORED.glob("*.expected.safetensors"))
 TOLERANCE = 1e-6
 """Of max(1, |x|), on any processor."""
-
-
-@pytest.fixture(params=[*library.LEVELS, "numpy"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each instruction set in turn (capped at what the processor has), then numpy alone."""
-    if request.param == "numpy":
-        monkeypatch.setattr(library, "compiled", lambda: None)
-    else:
-        library.limit(request.param)
-    yield request.param
-    library.limit(library.LEVELS[-1])
 
 
 @cache

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interruptions import Cut
+from table_cases import CLICK_BLOCKS, FOUR, PAIRS, SCHEMA
 from torch.nn import functional as F
 
 import pocketrec as pr
@@ -33,14 +35,6 @@ from pocketrec.training.loop import Training
 from pocketrec.training.optim import DenseAdam
 from pocketrec.training.run import Run
 
-SCHEMA = Schema("ctr", (Field("a", 12, 0), Field("b", 5, 12), Field("c", 3, 17, oov=False)))
-CLICK_BLOCKS = (Block("embedding", 0, 20, 0, 4), Block("linear", 0, 20, 4, 5, counted=False))
-PAIRS = Schema("cf", (Field("user", 6, 0, "dense", oov=False), Field("item", 9, 6, "dense", oov=False)))
-FOUR = tuple(
-    Block(f"{name}_{side}", f.offset, f.stop, left, left + 3)
-    for f, name in zip(PAIRS.fields, ("user", "item"), strict=True)
-    for side, left in (("product", 0), ("perceptron", 3))
-)
 SHAPES = {
     "global": (1, 1),
     "dimension": (1, 5),
@@ -59,17 +53,6 @@ def dense(schema=SCHEMA, blocks=CLICK_BLOCKS, seed: int = 0) -> DenseTable:
 
 def soft(granularity="feature_dim", first: float = -2.0, every: int = 1, table: DenseTable | None = None) -> SoftTable:
     return SoftTable(table or dense(), granularity, first, Rule(1e-2, 1e-5), every, 0.0)
-
-
-@pytest.fixture(scope="module")
-def clicks(tmp_path_factory):
-    source = pr.sources.Synthetic(rows=1500, cardinalities=(120, 30, 6), hashed=True)
-    return pr.encode(source, None, tmp_path_factory.mktemp("clicks") / "data", threshold=2)
-
-
-@pytest.fixture(scope="module")
-def model(clicks):
-    return DeepFM(dim=4, hidden=(8,)).build(clicks, 0)
 
 
 @settings(deadline=None)
@@ -311,10 +294,6 @@ def test_the_head_starts_again_or_where_the_search_started(clicks, model, head, 
     assert same_head is same_linear is (head == "initial")
     keep = retrain.table.kept[:, :4]
     assert torch.equal(search.table.base[:, :4][keep], retrain.table.base[:, :4][keep])
-
-
-class Cut(Exception):
-    """Where a process would be killed."""
 
 
 def test_a_search_that_is_cut_short_goes_on_to_the_same_bytes(clicks, model, tmp_path):

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -25,17 +25,6 @@ from pocketrec.training import row_adam  # noqa: F401 - declares its structures
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src" / "pocketrec" / "native" / "src"
-
-
-@pytest.fixture(params=[*library.LEVELS, "numpy"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each instruction set in turn (capped at what the processor has), then numpy."""
-    if request.param == "numpy":
-        monkeypatch.setattr(library, "compiled", lambda: None)
-    else:
-        library.limit(request.param)
-    yield request.param
-    library.limit(library.LEVELS[-1])
 
 
 def random_csr(rng: np.random.Generator, rows: int, columns: int, rate: float) -> tuple[np.ndarray, np.ndarray]:

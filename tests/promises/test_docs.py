@@ -66,7 +66,11 @@ def test_the_readme_example_is_ten_lines_and_runs(tmp_path, monkeypatch):
     assert (tmp_path / "clicks.safetensors").is_file()
 
 
-PAGES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md") if ".venv" not in p.parts)
+PAGES = sorted(
+    page
+    for page in (p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md"))
+    if not any(part.startswith(".") for part in page.split("/"))
+)
 OF_TODAY = [page for page in PAGES if page != "CHANGELOG.md" and not page.startswith("bench/results/")]
 """Pages that speak of the tree as it is: neither of what was, nor of a run that is over."""
 

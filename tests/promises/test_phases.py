@@ -7,14 +7,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from study_cases import pairs_file
 
 from pocketrec import files
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.mf import MF
 from pocketrec.compression.compress import compress
 from pocketrec.compression.ladder import Method
-from pocketrec.data.encode import encode
 from pocketrec.families.evolution import Evolution
 from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.methods.cerp import CERP
@@ -24,8 +22,6 @@ from pocketrec.methods.opt_embed_d import OptEmbedD
 from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR
 from pocketrec.methods.tt_rec import TTRec
-from pocketrec.sources.adjacency import Adjacency
-from pocketrec.sources.synthetic import Synthetic
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
@@ -40,17 +36,6 @@ CASES: list[tuple[str, Method, list[str]]] = [
     ("ctr", OptEmbed(search=FEW), ["supernet", "evolution", "retrain"]),
     ("cf", OptEmbedD(search=FEW), ["supernet", "evolution", "retrain"]),
 ]
-
-
-@pytest.fixture(scope="module")
-def clicks(tmp_path_factory):
-    return encode(Synthetic(rows=400, cardinalities=(40, 9)), None, tmp_path_factory.mktemp("clicks") / "data")
-
-
-@pytest.fixture(scope="module")
-def visits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("visits")
-    return encode(Adjacency(), pairs_file(folder), folder / "data")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -80,9 +65,9 @@ class Tape:
 
 @pytest.mark.parametrize(("task", "method", "phases"), CASES, ids=[method.name for _, method, _ in CASES])
 def test_what_a_kill_at_any_boundary_leaves_goes_on_to_the_same_bytes(
-    task: str, method: Method, phases: list[str], clicks, visits, tmp_path, monkeypatch
+    task: str, method: Method, phases: list[str], few_clicks, even_visits, tmp_path, monkeypatch
 ) -> None:
-    data, backbone = (clicks, DeepFM(dim=4, hidden=(4,))) if task == "ctr" else (visits, MF(dim=4))
+    data, backbone = (few_clicks, DeepFM(dim=4, hidden=(4,))) if task == "ctr" else (even_visits, MF(dim=4))
     model = backbone.build(data, 0)
 
     def bytes_from(folder: Path) -> bytes:

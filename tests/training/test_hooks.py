@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from interruptions import Cut
 from numpy.testing import assert_allclose
 from torch import nn
 
@@ -193,10 +194,6 @@ def test_plain_descent_follows_the_rate_of_the_training(data):
     rates = 1e-2 * 0.5 * (1 + np.cos(np.pi * np.arange(steps) / steps))
     expected = 0.1 - sum(rate * step["shift"].astype(np.float64) for rate, step in zip(rates, seen, strict=True))
     assert_allclose(table.shift.detach(), expected, rtol=1e-5)
-
-
-class Cut(Exception):
-    """Where a process would be killed."""
 
 
 @pytest.mark.parametrize(("optimizer", "schedule"), [("adam", "cosine"), ("lazy_adam", "constant")])

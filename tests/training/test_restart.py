@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from study_cases import pairs_file
 
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.mf import MF
 from pocketrec.compression.compress import compress
-from pocketrec.data.encode import encode
 from pocketrec.errors import ConfigError
 from pocketrec.families.evolution import Evolution
 from pocketrec.families.retraining import Retrain, Start
@@ -17,8 +15,6 @@ from pocketrec.methods.cerp import CERP
 from pocketrec.methods.opt_embed import OptEmbed
 from pocketrec.methods.opt_embed_d import OptEmbedD
 from pocketrec.methods.pep import PEP
-from pocketrec.sources.adjacency import Adjacency
-from pocketrec.sources.synthetic import Synthetic
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
 
@@ -27,22 +23,11 @@ SMALL = {"search": Evolution(population=3, generations=2, children=1, parents=2)
 METHODS = {PEP: {}, CERP: {}, OptEmbed: SMALL, OptEmbedD: SMALL}
 
 
-@pytest.fixture(scope="module")
-def clicks(tmp_path_factory):
-    return encode(Synthetic(rows=1500, cardinalities=(60, 20, 5)), None, tmp_path_factory.mktemp("clicks") / "data")
-
-
-@pytest.fixture(scope="module")
-def visits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("visits")
-    return encode(Adjacency(), pairs_file(folder), folder / "data")
-
-
 @pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ["ctr", "cf"])
-def test_retraining_goes_on_from_what_the_search_found(clicks, visits, method, task, monkeypatch):
-    data, backbone = (clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (visits, MF(dim=4))
+def test_retraining_goes_on_from_what_the_search_found(dense_clicks, even_visits, method, task, monkeypatch):
+    data, backbone = (dense_clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (even_visits, MF(dim=4))
     run, began, ended = Run(None, training=TRAINING), {}, {}
     fit = run.fit
 
@@ -79,7 +64,7 @@ def test_the_published_start_is_the_default(method):
 
 
 @pytest.mark.parametrize("method", [PEP, OptEmbed, OptEmbedD])
-def test_a_search_can_start_from_the_trained_model(visits, method, monkeypatch):
+def test_a_search_can_start_from_the_trained_model(even_visits, method, monkeypatch):
     run, began = Run(None, training=TRAINING), {}
     fit = run.fit
 
@@ -88,8 +73,8 @@ def test_a_search_can_start_from_the_trained_model(visits, method, monkeypatch):
         return fit(name, start, data, training)
 
     monkeypatch.setattr(run, "fit", spy)
-    trained = fit("original", MF(dim=4).build(visits, 0), visits, TRAINING)
-    method(**METHODS[method], start=Start("trained")).prepare(trained, visits, run)
+    trained = fit("original", MF(dim=4).build(even_visits, 0), even_visits, TRAINING)
+    method(**METHODS[method], start=Start("trained")).prepare(trained, even_visits, run)
     (search,) = began.values()
     assert torch.equal(search.table.base, trained.table.weight())
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from study_cases import pairs_file
 
 from pocketrec.backbones.deepfm import DeepFM
 from pocketrec.backbones.lightgcn import LightGCN
 from pocketrec.compression.budget import Room
 from pocketrec.compression.compress import compress
-from pocketrec.data.encode import encode
 from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.families.distillation import imitated, lessons
 from pocketrec.families.retraining import Start
@@ -19,8 +17,6 @@ from pocketrec.methods.qr import QR
 from pocketrec.methods.tt_rec import TTRec
 from pocketrec.models.baked import BakedModel
 from pocketrec.models.table import DenseTable
-from pocketrec.sources.adjacency import Adjacency
-from pocketrec.sources.synthetic import Synthetic
 from pocketrec.study.cells import Workspace, compressed, dense
 from pocketrec.study.jobs import Job
 from pocketrec.study.plan import parse
@@ -36,17 +32,6 @@ SMOOTH = {DHE: {"norm": "none", "functions": 64}}
 RATES = {DHE: 0.01}
 
 
-@pytest.fixture(scope="module")
-def clicks(tmp_path_factory):
-    return encode(Synthetic(rows=1500, cardinalities=(60, 20, 5)), None, tmp_path_factory.mktemp("clicks") / "data")
-
-
-@pytest.fixture(scope="module")
-def visits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("visits")
-    return encode(Adjacency(), pairs_file(folder), folder / "data")
-
-
 def draft(method, model, data, run, share=0.5):
     table = method.prepare(model, data, run).table(Room(values=int(share * model.table.values())))
     return model.with_table(table)
@@ -58,15 +43,15 @@ def error(table, target, rows):
 
 
 @pytest.mark.delicate
-def test_vectors_that_can_be_computed_are_learned_exactly(clicks):
+def test_vectors_that_can_be_computed_are_learned_exactly(dense_clicks):
     """The target is a table that the same composition computes, so nothing need be left of the error."""
     run = Run(None)
-    model = DeepFM(dim=4, hidden=(8,)).build(clicks, 0)
-    goal = draft(QR(init="uniform"), model, clicks, Run(None, seed=5)).table.weight().detach()
-    start = draft(QR(init="uniform"), model, clicks, run)
+    model = DeepFM(dim=4, hidden=(8,)).build(dense_clicks, 0)
+    goal = draft(QR(init="uniform"), model, dense_clicks, Run(None, seed=5)).table.weight().detach()
+    start = draft(QR(init="uniform"), model, dense_clicks, run)
     stages = lessons(Start("taught", 100), 0.03, Training(epochs=1, batch_size=256))
-    met = torch.tensor(clicks.train.ids[:]).long().flatten()
-    fitted = imitated("qr", start, goal, clicks, run, stages)
+    met = torch.tensor(dense_clicks.train.ids[:]).long().flatten()
+    fitted = imitated("qr", start, goal, dense_clicks, run, stages)
     counted = slice(0, 4)
     left = error(lambda r: fitted.table(r)[:, counted], goal[:, counted], met)
     assert left < 0.02 < error(lambda r: start.table(r)[:, counted], goal[:, counted], met)
@@ -75,8 +60,10 @@ def test_vectors_that_can_be_computed_are_learned_exactly(clicks):
 @pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", ["ctr", "cf"])
-def test_final_model_starts_from_the_trained_one(clicks, visits, method, task, monkeypatch):
-    data, backbone = (clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (visits, LightGCN(dim=4, layers=1))
+def test_final_model_starts_from_the_trained_one(dense_clicks, even_visits, method, task, monkeypatch):
+    data, backbone = (
+        (dense_clicks, DeepFM(dim=4, hidden=(8,))) if task == "ctr" else (even_visits, LightGCN(dim=4, layers=1))
+    )
     teacher = train(backbone, data, Run(None), Training(epochs=2, batch_size=128, learning_rate=1e-2))
     run, began, smooth = Run(None, training=SHORT), {}, SMOOTH.get(method, {})
     fit = run.fit
@@ -109,38 +96,38 @@ def final_error(model, table, target):
 
 @pytest.mark.delicate
 @pytest.mark.parametrize("method", METHODS)
-def test_final_vectors_are_nearer_when_they_are_the_goal(visits, method):
+def test_final_vectors_are_nearer_when_they_are_the_goal(even_visits, method):
     """Errors of .32, .34, .35 against .42, .40, .49; from processor to processor they move by less than .01."""
     backbone, training = LightGCN(dim=4, layers=2), Training(epochs=2, batch_size=128, learning_rate=1e-2)
-    teacher = train(backbone, visits, Run(None), training)
+    teacher = train(backbone, even_visits, Run(None), training)
     target = teacher.table.weight().detach()
-    start = draft(method(**SMOOTH.get(method, {})), teacher, visits, Run(None))
+    start = draft(method(**SMOOTH.get(method, {})), teacher, even_visits, Run(None))
     left = {}
     for goal, epochs in (("rows", 200), ("final", 12)):
         stages = lessons(Start("taught", epochs), RATES.get(method, 0.02), SHORT[0])
-        fitted = imitated(method.name, start, target, visits, Run(None), stages, goal)
+        fitted = imitated(method.name, start, target, even_visits, Run(None), stages, goal)
         left[goal] = final_error(teacher, fitted.table, target)
     assert left["final"] < min(left["rows"], final_error(teacher, start.table, target))
 
 
 @pytest.mark.delicate
-def test_final_vectors_that_can_be_computed_are_learned_exactly(visits):
+def test_final_vectors_that_can_be_computed_are_learned_exactly(even_visits):
     run = Run(None)
-    model = LightGCN(dim=4, layers=2).build(visits, 0)
-    goal = draft(QR(init="uniform"), model, visits, Run(None, seed=5)).table.weight().detach()
-    start = draft(QR(init="uniform"), model, visits, run)
+    model = LightGCN(dim=4, layers=2).build(even_visits, 0)
+    goal = draft(QR(init="uniform"), model, even_visits, Run(None, seed=5)).table.weight().detach()
+    start = draft(QR(init="uniform"), model, even_visits, run)
     stages = lessons(Start("taught", 40), 0.03, Training(epochs=1, batch_size=256))
-    fitted = imitated("qr", start, goal, visits, run, stages, "final")
+    fitted = imitated("qr", start, goal, even_visits, run, stages, "final")
     assert final_error(model, fitted.table, goal) < 0.02 < final_error(model, start.table, goal)
 
 
-def test_there_must_be_a_trained_table(visits):
-    model = LightGCN(dim=4, layers=1).build(visits, 0)
+def test_there_must_be_a_trained_table(even_visits):
+    model = LightGCN(dim=4, layers=1).build(even_visits, 0)
     with pytest.raises(UnsupportedOp, match="leave `bake` out"):
-        QR(start=Start("taught", 1)).prepare(BakedModel.of(model), visits, Run(None))
-    small = draft(QR(), model, visits, Run(None))
+        QR(start=Start("taught", 1)).prepare(BakedModel.of(model), even_visits, Run(None))
+    small = draft(QR(), model, even_visits, Run(None))
     with pytest.raises(ConfigError, match="dense table, but got ComposedTable"):
-        QR(start=Start("taught", 1)).prepare(small, visits, Run(None))
+        QR(start=Start("taught", 1)).prepare(small, even_visits, Run(None))
     for bad in ({"epochs": 0}, {"rate": 0.0}, {"goal": "heads"}):
         with pytest.raises(ConfigError, match=f"`{next(iter(bad))}` must be"):
             Start("taught", **bad)
