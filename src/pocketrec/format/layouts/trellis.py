@@ -193,12 +193,7 @@ def _put(stream: NDArray[np.uint8], places: Ints, numbers: NDArray[np.integer], 
 
 
 def _put_code(
-    stream: NDArray[np.uint8],
-    places: Ints,
-    rate: int,
-    width: int,
-    scales: NDArray[np.uint8],
-    codes: NDArray[np.uint8],
+    stream: NDArray[np.uint8], places: Ints, rate: int, width: int, scales: NDArray[np.uint8], codes: NDArray[np.uint8]
 ) -> None:
     """Write scale and code of rows that have one code."""
     if not rate:
