@@ -16,6 +16,8 @@ TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
 }  # fmt: skip
+NEWEST = 2
+"""Version (10)."""
 CHUNK = 1 << 20
 LEAD = rb'{"__metadata__":{"pocketrec":"{\"checks\":{\"file\":\"'
 BETWEEN = rb"\",\"header\":\""
@@ -126,7 +128,7 @@ class Reader:
         require(isinstance(document, dict), "9.5", "not a file of this format")
         version = document.get("format")
         require(whole(version, 1), "9.5", "not a file of this format")
-        require(version == 1, "9.5", f"version {version} is newer than this reader")
+        require(version <= NEWEST, "9.5", f"version {version} is newer than this reader")
         header = content[: self.payload]
         require(header[8:62] + header[126:142] == LEAD + BETWEEN, "9.6", "digests are not in their place")
         require(sha256(self.unsigned()).encode() == header[142:206], "9.6", "digest of the header")
@@ -296,13 +298,23 @@ class Reader:
                 name: self.coded(f"head.{i}.{name}", codes[name]) if name in codes else self.tensor(f"head.{i}.{name}")
                 for name in op["tensors"]
             }
-            self.ops.append((OPS[op["kind"]], op["inputs"], op["output"], op["attributes"], tensors))
+            attributes = self.attributes(op["attributes"])
+            require(not attributes.keys() & tensors.keys(), "9.12", f"op {i} has a number twice")
+            self.ops.append((OPS[op["kind"]], op["inputs"], op["output"], attributes, tensors))
             known.add(op["output"])
         try:
             result = self.run(np.zeros((len(self.fields), self.width)))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"9.12: the head cannot run: {error!r}") from error
         require(np.shape(result) == (), "9.12", "the head makes no single number")
+
+    def attributes(self, document):
+        """6.1: integers, and in version 1 the bias."""
+        require(isinstance(document, dict), "9.12", "attributes")
+        for name, value in document.items():
+            kinds = (int, float) if name == "bias" else (int,)
+            require(type(value) in kinds, "9.12", f"attribute {name}")
+        return document
 
     def tensor(self, name):
         found = self.array(name, "9.12")

@@ -31,6 +31,7 @@ from pocketrec import runtime
 from pocketrec.errors import PocketRecError
 from pocketrec.format import constants, program, sections
 from pocketrec.format.arrays import save_arrays
+from pocketrec.format.artifact import FORMAT
 from pocketrec.format.layouts.transform import TransformBlock
 from pocketrec.format.layouts.trellis import TrellisBlock, encode
 from pocketrec.format.trellis_codes import CODES
@@ -185,7 +186,8 @@ def resigned(content: bytes, change: Callable[[dict[str, Any], dict[str, Any]], 
         parts = [payload[i : i + reader.CHUNK] for i in range(0, len(payload), reader.CHUNK)]
         document["chunks"] = "".join(hashlib.sha256(part).hexdigest() for part in parts)
     text = spelled({"__metadata__": {"pocketrec": spelled(document)}, **entries}).encode()
-    return signed(text + b" " * (-len(text) % 8), payload)
+    blank = len(content[: 8 + length]) - len(content[: 8 + length].rstrip(b" "))
+    return signed(text + b" " * (blank + -(len(text) + blank) % 8), payload)
 
 
 def spelled(document: Any) -> str:
@@ -245,6 +247,7 @@ CASES = {
     "transform": (HERE / "stored" / "transform-coded-head-deepfm.safetensors").read_bytes(),
     "product": (HERE / "stored" / "product-mult-fm.safetensors").read_bytes(),
     "quantised": (HERE / "stored" / "quantised-4-mf.safetensors").read_bytes(),
+    "numbers": (HERE / "stored" / "format2-bitmap-deepfm.safetensors").read_bytes(),
 }
 HEADER = 8 + int.from_bytes(CASES["click"][:8], "little")
 BLOCK = ("table", "blocks", 0)
@@ -261,7 +264,7 @@ CHANGES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "no format": ("9.5", "click", put(("format",), None)),
     "format 0": ("9.5", "click", put(("format",), 0)),
     "format true": ("9.5", "click", put(("format",), True)),
-    "a newer format": ("9.5", "click", put(("format",), 2)),
+    "a newer format": ("9.5", "click", put(("format",), FORMAT + 1)),
     "a missing key": ("9.8", "click", put(("info",), None)),
     "an unknown key": ("9.8", "click", put(("extra",), 1)),
     "a wrong type": ("9.8", "click", put(("head",), {})),
@@ -303,6 +306,9 @@ CHANGES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "a tensor that is not there": ("9.12", "click", put(("head", 0, "tensors"), ["none"])),
     "a head that makes a vector": ("9.12", "click", put(("head",), [FLATTEN])),
     "an empty head": ("9.12", "click", put(("head",), [])),
+    "a number twice": ("9.12", "numbers", put(("head", 2, "attributes", "bias"), 0.5)),
+    "a number with an axis": ("9.12", "numbers", entry("head.2.bias", shape=[1])),
+    "a number that is text": ("9.12", "click", put(("head", 2, "attributes", "bias"), "a")),
 }  # fmt: skip
 """Section that forbids it, the file, and the change; digests are right in all of them."""
 
@@ -337,6 +343,26 @@ def test_files_as_they_are_are_not_refused(name, tmp_path):
         reader.Reader(content, CONSTANTS).verify()
         (tmp_path / "a").write_bytes(content)
         runtime.open(tmp_path / "a").artifact.verify()
+
+
+@pytest.mark.parametrize(("case", "version"), [("click", 2), ("numbers", 1)])
+def test_a_number_is_read_from_either_place_whatever_the_version_says(case, version, tmp_path):
+    content = resigned(CASES[case], put(("format",), version))
+    (tmp_path / "a").write_bytes(content)
+    row = [-1, -1, -1]
+    wanted, found = (reader.Reader(c, CONSTANTS).logit(row) for c in (CASES[case], content))
+    assert wanted == found
+    near(runtime.open(tmp_path / "a").logits(np.array([row])), np.array([wanted]))
+
+
+@pytest.mark.parametrize("blank", [8, 800])
+def test_blank_places_mean_nothing(blank, tmp_path):
+    zeros = b"0" * 64
+    unsigned = CLICK[8:62] + zeros + CLICK[126:142] + zeros + CLICK[206:HEADER]
+    content = signed(unsigned + b" " * blank, CLICK[HEADER:])
+    assert reader.Reader(content, CONSTANTS).logit([-1] * 3) == reader.Reader(CLICK, CONSTANTS).logit([-1] * 3)
+    (tmp_path / "a").write_bytes(content)
+    runtime.open(tmp_path / "a").artifact.verify()
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -430,6 +456,13 @@ def test_the_page_names_every_code_op_and_layout():
 def test_the_hash_of_the_page():
     (wanted,) = re.findall(r"`a` has `h = (\d+)`", PAGE)
     assert int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "little") == int(wanted)
+
+
+def test_the_page_is_of_the_version_that_is_written():
+    versions = [int(n) for n in re.findall(r"^\| (\d+) \|", section("10"), re.MULTILINE)]
+    assert versions == list(range(1, FORMAT + 1))
+    assert PAGE.count(f"above {FORMAT} (a newer version") == 1
+    assert reader.NEWEST == FORMAT
 
 
 def test_an_excluded_item_and_a_tie(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from pocketrec import runtime
 from pocketrec.format import layouts
-from pocketrec.format.artifact import FileKind
+from pocketrec.format.artifact import FORMAT, FileKind
 from pocketrec.format.block import Storage
 from pocketrec.format.entries import Layout
 from pocketrec.format.program import OPS
@@ -186,6 +186,39 @@ def test_every_kind_op_and_key_has_a_stored_artifact():
     assert {op.kind for op in ops} == set(OPS)
     assert any(op.codes for op in ops)
     assert {f.keys for artifact in artifacts for f in artifact.schema.fields} == {*get_args(Keys)}
+
+
+def test_every_format_has_stored_artifacts():
+    found = [opened(name).artifact.describe()["format"] for name in NAMES]
+    assert set(found) == set(range(1, FORMAT + 1))
+    assert {name for name, version in zip(NAMES, found, strict=True) if version > 1} == {
+        name for name in NAMES if name.startswith("format")
+    }
+
+
+@pytest.mark.parametrize("kind", ["sum", "dot"])
+def test_a_learned_number_is_stored_in_both_ways(kind):
+    """In format 1 in the header, then as an array; read, both are the same."""
+    ways = set()
+    for name in NAMES:
+        artifact = opened(name).artifact
+        for i, op in enumerate(artifact.program.ops):
+            if op.kind == kind and "bias" in op.tensors:
+                assert op.tensors["bias"].dtype == np.float32
+                assert op.tensors["bias"].shape == ()
+                assert op.tensors["bias"] != 0
+                stored = f"head.{i}.bias" in load_file(artifact.path)
+                assert stored == (artifact.describe()["format"] > 1)
+                ways.add(stored)
+    assert ways == {False, True}
+
+
+def test_files_with_a_byte_budget_have_blank_places():
+    for name in (n for n in NAMES if n.startswith("format2")):
+        content = (STORED / f"{name}.safetensors").read_bytes()
+        header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        blank = len(header) - len(header.rstrip(b" "))
+        assert (blank >= 8) == (opened(name).artifact.info["budget"]["kind"] == "bytes")
 
 
 def test_files_stay_small():

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.errors import UnsupportedOp
+from pocketrec.errors import ArtifactError, UnsupportedOp
 from pocketrec.format.matrix import CodedMatrix
 
 Array = NDArray[np.float32]
 _ZERO = np.float32(0)
+_BIASED = ("sum", "dot")
+"""Ops that add a single number."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,13 @@ class Program:
 
     @classmethod
     def from_json(cls, document: list[dict[str, Any]], tensors: Mapping[str, Array]) -> Program:
-        """Read what ``to_json`` and ``tensors`` wrote; an unknown op raises :class:`UnsupportedOp`.
+        """Read what ``to_json`` and ``tensors`` wrote.
 
         In files of format 1 a ``bias`` is an attribute, since no other single number was learned.
+
+        Raises:
+            UnsupportedOp: an op is unknown.
+            ArtifactError: the bias of an op is there twice, or has axes where it must be a single number.
         """
         ops: list[Op] = []
         for i, o in enumerate(document):
@@ -182,8 +188,15 @@ class Program:
             }
             attributes = dict(o["attributes"])
             if "bias" in attributes:
+                if "bias" in named:
+                    raise ArtifactError(
+                        f"Op {i} must have one bias, but has an attribute and a tensor; export it again."
+                    )
                 with np.errstate(over="ignore"):
                     named["bias"] = np.array(attributes.pop("bias"), np.float32)
+            if o["kind"] in _BIASED and named.get("bias", _ZERO).shape:
+                shape = named["bias"].shape
+                raise ArtifactError(f"The bias of op {i} must be one number, but has shape {shape}; export it again.")
             ops.append(Op(o["kind"], tuple(o["inputs"]), o["output"], attributes, named, codes))
         return cls(tuple(ops))
 

@@ -1,7 +1,8 @@
-"""How the stored artifacts were made: ``python tests/format/stored/write.py FOLDER``, with the format's version 1.
+"""How the stored artifacts were made: ``python tests/format/stored/write.py FOLDER``, in the format of its day.
 
 This is documentation; tests do not run it, and the files beside it are never written again: later versions must read
-them. A new layout, storage or op gets new files, which a later version of this script may make.
+them. It makes the files of the format that the package writes now, and none that the folder has. A new layout, storage
+or op gets new files, and a new format too: what ``FORMATS`` has for the earlier ones says how theirs were made.
 
 Each ``NAME.safetensors`` is one artifact of a small trained model. Beside it ``NAME.expected.safetensors`` says how the
 version that wrote it read it, by the compiled kernel (numpy agreed to 1e-6 of max(1, |x|)):
@@ -41,6 +42,7 @@ from safetensors.numpy import save_file
 import pocketrec as pr
 from pocketrec import methods
 from pocketrec.data.source import Batch, Column, Scan, Source
+from pocketrec.format.artifact import FORMAT
 from pocketrec.format.layouts.hash_mlp import HashMlpBlock, codes
 from pocketrec.randomness import generator
 from pocketrec.schema import Task
@@ -183,6 +185,22 @@ def heads() -> Iterator[tuple[str, Made]]:
         yield f"head-{backbone.replace('_', '-')}", Made(backbone, methods.MagPrune(), "40%", how)
 
 
+def numbers() -> Iterator[tuple[str, Made]]:
+    """Single numbers of a head as arrays, in files with and without blank places behind their headers."""
+    small, coded = methods.FrequencyDistance(), methods.RateDistortion()
+    yield "format2-bitmap-deepfm", Made("deepfm", small, "8000B", {"storage": "int8"})
+    yield "format2-bitmap-fm", Made("fm", methods.MagPrune(), "40%", {"storage": "fp16"})
+    yield "format2-bitmap-gmf", Made("gmf", methods.MagPrune(), "40%", {"storage": "int8", "bake": True})
+    yield "format2-bitmap-neumf", Made("neumf", methods.Random(), "9000B", {"storage": "int8"})
+    yield "format2-dense-ego-lightgcn", Made("lightgcn", None, how={"storage": "int8"})
+    yield "format2-transform-coded-head-deepfm", Made("deepfm", coded, "5000B")
+    yield "format2-trellis-mf", Made("mf", coded, "6000B", {"bake": True})
+
+
+FORMATS = {1: (storages, composed, heads), 2: (numbers,)}
+"""What was made in each format."""
+
+
 def plugin(name: str) -> Any:
     """A backbone with few units."""
     from pocketrec import registry
@@ -309,8 +327,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         shop = Workshop(Path(folder), arguments.out)
-        for name, made in (*storages(), *composed(), *heads()):
-            if name.startswith(arguments.only):
+        for name, made in (pair for files in FORMATS[FORMAT] for pair in files()):
+            if name.startswith(arguments.only) and not (arguments.out / f"{name}.safetensors").exists():
                 shop.write(name, made)
 
 
