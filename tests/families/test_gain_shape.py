@@ -38,7 +38,7 @@ from pocketrec.training.run import Run
 
 
 def block(shape: Shape, own: Records, width: int) -> TrellisBlock:
-    return TrellisBlock("all", 0, shape.users + shape.items, 0, width, "trellis", shape, encode(shape, own))
+    return TrellisBlock("all", 0, shape.users + shape.items, 0, width, "trellis", shape, arrays=encode(shape, own))
 
 
 def spelled_out(stored: TrellisBlock) -> np.ndarray:

@@ -209,7 +209,7 @@ class QuantisedTable(Table):
             "low": np.ascontiguousarray(self.low.numpy()[:, columns]),
             "step": np.ascontiguousarray(self.step.numpy()[:, columns]),
         }
-        return QuantisedBlock(block.name, start, stop, block.left, block.right, "quantised", bits, arrays)
+        return QuantisedBlock(block.name, start, stop, block.left, block.right, "quantised", bits, arrays=arrays)
 
 
 def _groups(schema: Schema, block: Block, scale: ScaleSharing) -> Sequence[tuple[slice, slice]]:

@@ -193,6 +193,4 @@ class QRComposition(Composition):
         for name in ("remainder", "quotient"):
             arrays |= encode_factor(name, getattr(self, name).detach().cpu().numpy(), storage)
         settings = {"slots": self.rows, "divisor": self.divisor, "operation": self.operation}
-        return ProductBlock(
-            place.name, place.start, place.stop, place.left, place.right, "product", storage, settings, arrays
-        )
+        return ProductBlock(*place, "product", storage, settings, arrays=arrays)
