@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import inspect
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import pocketrec
+from pocketrec import registry, settings
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(pocketrec.__path__, "pocketrec.") if "_library" not in m.name)
@@ -64,14 +66,75 @@ def test_the_readme_example_is_ten_lines_and_runs(tmp_path, monkeypatch):
     assert (tmp_path / "clicks.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "page",
-    sorted(
-        page
-        for page in (p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md"))
-        if not any(part.startswith(".") for part in page.split("/"))
-    ),
+PAGES = sorted(
+    page
+    for page in (p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md"))
+    if not any(part.startswith(".") for part in page.split("/"))
 )
+OF_TODAY = [page for page in PAGES if page != "CHANGELOG.md" and not page.startswith("bench/results/")]
+"""Pages that speak of the tree as it is: neither of what was, nor of a run that is over."""
+
+PLACES = (ROOT, ROOT / "src", ROOT / "src" / "pocketrec", ROOT / "src" / "pocketrec" / "format")
+"""What a path on a page may start from."""
+
+
+def quoted(page: str) -> list[str]:
+    """What stands in backticks, the words of each block of code included."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)) + blocks
+
+
+def resolved(name: str) -> object:
+    """What a dotted name stands for.
+
+    Raises:
+        AttributeError: for nothing.
+    """
+    found, path = importlib.import_module("pocketrec"), "pocketrec"
+    for part in name.split(".")[1:]:
+        path = f"{path}.{part}"
+        if not hasattr(found, part) and inspect.ismodule(found):
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(path)
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("page", OF_TODAY)
+def test_paths_on_pages_exist(page):
+    words = {word for code in quoted(page) for word in code.split()}
+    roots = "|".join(sorted(p.name for p in PLACES[2].iterdir() if p.is_dir() and not p.name.startswith("_")))
+    pattern = (
+        rf"(?:(?:src|tests|bench|docs|examples|pocketrec|{roots})/[\w./-]*\w/?|\w+(?:/\w+)*\.(?:py|inl|cpp|h|bin))"
+    )
+    paths = {word for word in words if re.fullmatch(pattern, word) and "NAME" not in word}
+    lost = sorted(path for path in paths if not any((place / path).exists() for place in PLACES))
+    assert not lost, f"{page} names {lost}, which are not there"
+
+
+@pytest.mark.parametrize("page", OF_TODAY)
+def test_names_on_pages_exist(page):
+    for code in quoted(page):
+        for name in re.findall(r"(?<![\w./-])(?:pocketrec|pr)(?:\.[A-Za-z_]\w*)+", code):
+            resolved(re.sub(r"^pr\.", "pocketrec.", name))
+
+
+@pytest.mark.parametrize("page", ["docs/methods.md", "docs/cli.md", "docs/studies.md"])
+def test_settings_in_groups_exist(page):
+    """``search.epochs`` and ``--search-epochs`` on a page are settings of a method."""
+    classes = [registry.load("methods", name) for name in registry.modules("methods", installed=False)]
+    known = {s.name: s.flag for cls in classes for s in settings.leaves(cls)}
+    groups = {name.split(".")[0] for name in known if "." in name}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(rf"\b(?:{'|'.join(groups)})\.(?!db)[a-z_]+\b", text))
+    flags = set(re.findall(rf"--(?:{'|'.join(groups)})-[a-z-]+\b", text))
+    assert names | flags
+    assert names <= known.keys()
+    assert flags <= set(known.values())
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):

@@ -16,6 +16,7 @@ from pocketrec.report.formats import size
 
 _COLORS = ("#1f4e9c", "#d9730d", "#2a8c6a", "#8a3ffc", "#b3261e")
 _MARKS = ("o", "s", "^", "D", "v")
+_SIZES = (7.5, 7.0, 8.0, 6.5, 8.0)
 _INK, _FAINT, _GRID = "#1c2430", "#6b7684", "#e3e7ec"
 
 
@@ -101,20 +102,23 @@ def _rendered(chart: Chart, kind: str) -> bytes:
 
 
 def _draw(axes: Any, chart: Chart) -> None:
-    """Curves with their names at the left end; dense and ceiling as level lines."""
-    axes.axhline(chart.ceiling, color=_FAINT, lw=1.2, ls=(0, (2, 3)))
-    axes.axhline(chart.dense.auc, color=_INK, lw=1.0, alpha=0.55)
-    axes.plot([chart.dense.table_bytes], [chart.dense.auc], marker="*", ms=14, color=_INK, ls="", zorder=5)
-    for (name, points), color, mark in zip(chart.curves.items(), _COLORS, _MARKS, strict=False):
+    """One curve a method, the first one on top; dense and ceiling as level lines behind them."""
+    axes.axhline(chart.ceiling, color=_FAINT, lw=1.2, ls=(0, (2, 3)), zorder=1.5)
+    axes.axhline(chart.dense.auc, color=_INK, lw=1.0, alpha=0.55, zorder=1.5)
+    axes.plot([chart.dense.table_bytes], [chart.dense.auc], marker="*", ms=15, color=_INK, ls="", mec="white", zorder=9)
+    drawn = zip(chart.curves.items(), _COLORS, _MARKS, _SIZES, strict=False)
+    for i, ((name, points), color, mark, mark_size) in enumerate(drawn):
         reached = sorted((p for p in points if p.auc is not None), key=lambda p: p.table_bytes)
         xs, ys = [p.table_bytes for p in reached], [p.auc for p in reached]
-        axes.plot(xs, ys, color=color, marker=mark, ms=7, lw=2.2, label=name, mec="white", mew=1.0)
+        axes.plot(
+            xs, ys, color=color, marker=mark, ms=mark_size, lw=2.2, label=name, mec="white", mew=1.0, zorder=8 - i
+        )
     _scale(axes, chart)
     _text(axes, chart)
 
 
 def _scale(axes: Any, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     budgets = [p for points in chart.curves.values() for p in points if p.auc is not None]
     axes.set_xscale("log")
@@ -124,22 +128,27 @@ def _scale(axes: Any, chart: Chart) -> None:
     axes.set_xticks([share * chart.dense.table_bytes for share in (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x / chart.dense.table_bytes:.3g} %\n{size(x)}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f}".removeprefix("0")))
     axes.grid(color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f}".removeprefix("0")))
     axes.tick_params(colors=_FAINT, length=0, labelsize=10.5)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
 
 
 def _text(axes: Any, chart: Chart) -> None:
-    axes.set_xlabel("table bytes, as a share of the dense table (log scale)", color=_FAINT, fontsize=11)
+    """Names of axes and curves, and of the two level lines, each above its line and clear of the grid."""
+    axes.set_xlabel("bytes of the packed table (log scale)", color=_FAINT, fontsize=11)
     axes.set_ylabel("AUC on the test split", color=_FAINT, fontsize=11)
-    left = axes.get_xlim()[0] * 1.02
-    axes.annotate("teacher: no model can do better", (left, chart.ceiling), xytext=(2, 4), textcoords="offset points",
-                  fontsize=10.5, color=_FAINT)  # fmt: skip
-    axes.annotate(f"dense, {size(chart.dense.table_bytes)}", (left, chart.dense.auc), xytext=(2, 4),
-                  textcoords="offset points", fontsize=10.5, color=_INK)  # fmt: skip
+    right = axes.get_xlim()[1]
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    for text, height, color in (
+        ("teacher that drew the clicks: no model can do better", chart.ceiling, _FAINT),
+        (f"dense, {size(chart.dense.table_bytes)}", chart.dense.auc, _INK),
+    ):
+        axes.annotate(text, (right, height), xytext=(-2, 8), textcoords="offset points", ha="right", fontsize=10.5,
+                      color=color, bbox=clear, zorder=1.2)  # fmt: skip
     axes.legend(loc="lower right", frameon=False, fontsize=11.5, labelcolor="linecolor", handlelength=1.6)
 
 
