@@ -249,8 +249,6 @@ def _number(
             folder, f, interner, _ordered(interner, kept, counts, f, order), offset
         )
         offset = field.stop
-        if offset > _MOST_ROWS:
-            raise DataError(f"Expected at most {_MOST_ROWS:,} table rows, but got {offset:,}; raise `threshold`.")
         fields.append(field)
         id_of_code.append(ids)
     return Schema("ctr", tuple(fields)), id_of_code
@@ -272,7 +270,7 @@ def _dense_field(
     """The field without a vocabulary, where its column asks for one and its values allow it."""
     column = interner.column
     if column.size is not None:
-        field = Field(column.name, column.size + 1, offset, "dense", 0)
+        field = _fitting(Field(column.name, column.size + 1, offset, "dense", 0))
         return field, np.arange(offset, offset + column.size, dtype=np.int32)
     if column.kind not in ("integer", "dense") or not len(kept) or (column.kind == "integer" and least > 1):
         return None
@@ -292,11 +290,18 @@ def _dense_field(
     return field, np.where(inside, values - low + offset, field.stop - 1).astype(np.int32)
 
 
+def _fitting(field: Field) -> Field:
+    """The field itself, if its rows can be counted."""
+    if field.stop > _MOST_ROWS:
+        raise DataError(f"Expected at most {_MOST_ROWS:,} table rows, but got {field.stop:,}; raise `threshold`.")
+    return field
+
+
 def _hashed_field(
     folder: Path, f: int, interner: Interner, codes: NDArray[np.int64], offset: int
 ) -> tuple[Field, NDArray[np.int32]]:
     """The field with a vocabulary: local id ``i`` is the value of ``codes[i]``."""
-    field = Field(interner.column.name, len(codes) + 1, offset, "hashed")
+    field = _fitting(Field(interner.column.name, len(codes) + 1, offset, "hashed"))
     ids = np.full(len(interner), field.stop - 1, np.int32)
     ids[codes] = np.arange(offset, offset + len(codes), dtype=np.int32)
     _write_vocabulary(folder, f, interner.strings().gather(codes))
