@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocketrec.errors import BudgetError, ConfigError, DivergedError
 from pocketrec.format.computed import encode_factor, factor_bytes
 from pocketrec.format.layouts.hash_mlp import codes, constants, hashes, most_slots
+from pocketrec.format.layouts.pruned_sum import encode_pruned
 from pocketrec.format.layouts.quantised import pack_codes, unpack_codes
+from pocketrec.format.layouts.trellis import Records, Shape
+from pocketrec.format.layouts.trellis import encode as encode_trellis
+from pocketrec.format.sections import Section, coder
+from pocketrec.format.sections import encode as encode_sections
+from pocketrec.format.trellis_codes import CODES, rate_bits
 
 
 @settings(deadline=None)
@@ -81,3 +88,48 @@ def test_factors_take_the_bytes_that_were_promised(rows, columns, storage):
     values = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
     arrays = encode_factor("core", values, storage)
     assert sum(a.nbytes for a in arrays.values()) == factor_bytes((rows, columns), storage)
+
+
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_never_stored(storage, bad):
+    values = np.array([[0.5, bad], [1.0, 2.0]], np.float32)
+    with pytest.raises(DivergedError, match="must be finite, but the table holds NaN or infinity; train again"):
+        encode_factor("core", values, storage)
+    kept = np.ones((2, 2), bool)
+    with pytest.raises(DivergedError, match="must be finite, but the table holds NaN or infinity; train again"):
+        encode_pruned(values, kept, 1, storage)
+    kept[0, 1] = False
+    assert np.isfinite(encode_pruned(values, kept, 1, storage)["values"]).all()
+
+
+def test_values_beyond_half_precision_are_refused_for_it_alone():
+    values = np.array([[65504.0, 70000.0], [1.0, 2.0]], np.float32)
+    words = "fp16 holds values up to 65,504, but the table has 70000; use fp32 or int8"
+    for write in (lambda s: encode_factor("core", values, s), lambda s: encode_pruned(values, values > 0, 1, s)):
+        with pytest.raises(ConfigError, match=words):
+            write("fp16")
+        assert write("fp32")
+        assert write("int8")
+    values[0, 1] = 0
+    assert encode_factor("core", values, "fp16")["core"][0, 0] == 65504
+
+
+def test_sections_and_rankings_of_half_a_gibibyte_are_refused_before_they_are_written():
+    directions, rows = 64, 1 << 23
+    section = Section(
+        0, coder(np.full((1, directions), 8), np.ones((1, directions))), np.ones((directions, 64), np.int8)
+    )
+    kinds, none = np.zeros(rows, np.uint8), np.broadcast_to(np.uint8(0), (rows, directions))
+    with pytest.raises(BudgetError, match="codes of a field must take less than 512 MiB, but take 536,870,912 B"):
+        encode_sections([section], [kinds], [none])
+    rate = max(range(1, len(CODES) + 1), key=lambda rate: rate_bits(rate, 1024))
+    shape = Shape(0, rows, 0, (rate,), 0, 0, 0, 0)
+    some = np.zeros(0, np.uint8)
+    ranking = Records(
+        classes=kinds, gains=some, shapes=some.astype(np.uint16), item_scales=some, item_codes=some, atoms=some[None],
+        user_scales=some, user_codes=some, centroids=np.zeros((1, 1024), np.uint8), scales=np.zeros(7, np.float32),
+    )  # fmt: skip
+    taken = rows * (4 + rate_bits(rate, 1024)) // 8
+    with pytest.raises(BudgetError, match=f"items must take less than 512 MiB, but take {taken:,} B"):
+        encode_trellis(shape, ranking)

@@ -82,7 +82,7 @@ def encode_pruned(
         scale = largest / np.float32(127)
         arrays["scale"] = scale
         values = np.rint(values / np.where(scale > 0, scale, 1)[(row >= bucket).astype(np.int64), column])
-    elif storage == "fp16" and (top := float(np.abs(values).max(initial=0))) > np.finfo(np.float16).max:
+    elif storage == "fp16" and (top := np.abs(values).max(initial=0)) > np.finfo(np.float16).max:
         raise ConfigError(f"fp16 holds values up to 65,504, but the table has {top:g}; use fp32 or int8.")
     arrays["values"] = values.astype(DTYPES[storage])
     if len(values) < keep.size:
