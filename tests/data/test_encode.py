@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from pocketrec.data.dataset import DOCUMENT, FORMAT, Dataset
@@ -133,3 +134,23 @@ def test_a_newer_format_is_refused(log, tmp_path):
     path.write_text(json.dumps({**document, "seal": digest(document)}))
     with pytest.raises(DataError, match=f"expected format {FORMAT}, but got {FORMAT + 1}; use a newer version"):
         Dataset.open(tmp_path / "out")
+
+
+def test_a_header_whose_quote_is_not_closed_is_refused(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('"word,number,label\na,1,0\nb,2,1\n')
+    with pytest.raises(DataError, match=r"log\.csv:1: expected a header line, but got a quote that is not closed"):
+        encode(Table(), path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parquet_that_is_damaged_inside_is_refused(tmp_path):
+    path = tmp_path / "log.parquet"
+    rows = np.random.default_rng(0).integers(0, 1000, (5000, 2))
+    pl.DataFrame({"a": rows[:, 0], "b": rows[:, 1], "label": rows[:, 0] % 2}).write_parquet(path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[4:4000] = bytes(3996)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"log\.parquet: expected a readable parquet file, but got: .*; fetch or write"):
+        encode(Table(), path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
