@@ -102,7 +102,7 @@ def as_cell(study: Plan, folder: Path) -> tuple[Cost, Cost]:
     kept: list[Cost] = []
     with (
         noted(cells, "measure", measuring),
-        noted(import_module("pocketrec.training.loop"), "_fit", loops),
+        noted(import_module("pocketrec.training.loop"), "fit", loops),
         noted(Checkpoint, "save", kept),
         noted(Run, "log", kept),
     ):

@@ -33,8 +33,10 @@ FILES = ("ml-1m click model", "Last.fm ranking")
 
 def child(file: str, way: str) -> None:
     """One opening in this process; prints its seconds as JSON."""
+    import constants_definition
+
     from pocketrec import runtime
-    from pocketrec.format import constants, constants_definition
+    from pocketrec.format import constants
 
     if way == "computed":
         constants.levels = constants_definition.levels

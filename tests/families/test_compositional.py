@@ -24,6 +24,7 @@ from pocketrec.families.compositional.ladder import ComposedLadder
 from pocketrec.families.compositional.region import regions, slots_of
 from pocketrec.families.compositional.table import ComposedTable
 from pocketrec.families.compositional.tensor_train import TrainPlan, train_values
+from pocketrec.format import vocabulary
 from pocketrec.format.artifact import Artifact
 from pocketrec.format.layouts.tensor_train import row_factors, width_factors
 from pocketrec.methods.cerp import CERP
@@ -91,7 +92,7 @@ def test_sizes_are_known_before_training(method, wide_model, wide_clicks):
         for size in (caught.value.least_bytes, 2 * caught.value.least_bytes):
             table = ladder.table(Room(size_bytes=size, storage=storage))
             stored = np.flatnonzero(table.stored().numpy())
-            rows = pr.vocabulary.Vocabulary.build(wide_clicks.schema, table.stored().numpy(), wide_clicks.hashes)[1]
+            rows = vocabulary.Vocabulary.build(wide_clicks.schema, table.stored().numpy(), wide_clicks.hashes)[1]
             assert table.pack(storage, rows).size_bytes <= size
             assert len(stored) == len(rows)
     with pytest.raises(BudgetError) as caught:
@@ -107,16 +108,14 @@ def test_slots_are_places_in_the_file_and_unknown_rows_come_last(wide_clicks):
     slots = slots_of(region, wide_clicks, "file")
     assert sorted(slots.tolist()) == list(range(wide_clicks.schema.rows))
     unknown = oov_rows(wide_clicks.schema).numpy()
-    named = pr.vocabulary.Vocabulary.build(wide_clicks.schema, ~unknown, wide_clicks.hashes)[1]
+    named = vocabulary.Vocabulary.build(wide_clicks.schema, ~unknown, wide_clicks.hashes)[1]
     np.testing.assert_array_equal(slots[named], np.arange(len(named)))
     assert slots[unknown].min() == len(named)
 
 
 def test_places_in_the_file_are_sorted_once(wide_model, wide_clicks, monkeypatch):
     data, sorts = pr.Dataset.open(wide_clicks.path), []
-    monkeypatch.setattr(
-        pr.vocabulary, "_ordered", lambda *call, own=pr.vocabulary._ordered: sorts.append(1) or own(*call)
-    )
+    monkeypatch.setattr(vocabulary, "_ordered", lambda *call, own=vocabulary._ordered: sorts.append(1) or own(*call))
     for method in (pr.methods.DHE(functions=8, order="file"), pr.methods.TTRec(order="file")):
         method.prepare(wide_model, data, Run(None)).table(Room(size_bytes=4 * wide_model.table.values()))
     assert len(sorts) == 1
@@ -133,7 +132,7 @@ def test_any_tiling_of_blocks_will_do(name, scope, wide_clicks, wide_model):
         for rows, a, b in (("u", 0, cut), ("i", cut, n))
         for columns, left, right in (("gmf", 0, 4), ("mlp", 4, 10))
     )
-    dense = pr.table.DenseTable(wide_clicks.schema, blocks, torch.zeros(n, 10))
+    dense = DenseTable(wide_clicks.schema, blocks, torch.zeros(n, 10))
     method = registry.load("methods", name)(scope=scope)
     ladder = method.prepare(wide_model, wide_clicks, Run(None))
     ladder = replace(ladder, start=wide_model.with_table(dense))
@@ -145,7 +144,7 @@ def test_any_tiling_of_blocks_will_do(name, scope, wide_clicks, wide_model):
     assert (weight.abs().sum(dim=1) > 0).all()
     ids = torch.tensor([[0, cut], [n - 1, cut - 1]])
     torch.testing.assert_close(table(ids), weight[ids])
-    rows = pr.vocabulary.Vocabulary.build(wide_clicks.schema, table.stored().numpy(), wide_clicks.hashes)[1]
+    rows = vocabulary.Vocabulary.build(wide_clicks.schema, table.stored().numpy(), wide_clicks.hashes)[1]
     packed = table.pack("fp32", rows)
     fields = wide_clicks.schema.field_of_row[rows]
     for f in range(wide_clicks.schema.width):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import constants_definition
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ from pocketrec.families.coding.lists import beam
 from pocketrec.families.coding.lists.gain_shape import GainShape, sparse_sums
 from pocketrec.families.coding.lists.plan import DISTORTION, TrellisPlan
 from pocketrec.families.coding.lists.table import TrellisTable
-from pocketrec.format import constants_definition, trellis_codes
+from pocketrec.format import trellis_codes
 from pocketrec.format.artifact import Artifact
 from pocketrec.format.layouts.trellis import Records, Shape, TrellisBlock, encode, geometric
 from pocketrec.format.packed import Packed
@@ -37,7 +38,7 @@ from pocketrec.training.run import Run
 
 
 def block(shape: Shape, own: Records, width: int) -> TrellisBlock:
-    return TrellisBlock("all", 0, shape.users + shape.items, 0, width, "trellis", shape, encode(shape, own))
+    return TrellisBlock("all", 0, shape.users + shape.items, 0, width, "trellis", shape, arrays=encode(shape, own))
 
 
 def spelled_out(stored: TrellisBlock) -> np.ndarray:

@@ -34,7 +34,7 @@ def transformed(rng: np.random.Generator, width: int, rows: int, most_bits: int,
         widths = np.vstack([bits, np.zeros((8, directions), int)])[kinds]
         classes.append(kinds)
         codes.append((rng.integers(0, 256, widths.shape) % (1 << widths)).astype(np.uint8))
-    return TransformBlock("all", 0, 3 * rows, 0, width, "transform", encode_transform(sections, classes, codes))
+    return TransformBlock("all", 0, 3 * rows, 0, width, "transform", arrays=encode_transform(sections, classes, codes))
 
 
 def drawn(rng: np.random.Generator, bits: np.ndarray, width: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def trellised(rng: np.random.Generator, width: int, planes: int, rest: int) -> T
         centroids=rng.integers(0, 16, (1 << shapes, width)).astype(np.uint8),
         scales=np.concatenate([[0.5, 1.1, 0.2, 1.5, 0.1, 1.7, 0.13], rng.normal(size=atoms)]).astype(np.float32),
     )
-    return TrellisBlock("all", 0, users + items, 0, width, "trellis", shape, trellis.encode(shape, records))
+    return TrellisBlock("all", 0, users + items, 0, width, "trellis", shape, arrays=trellis.encode(shape, records))
 
 
 def whole(block: TransformBlock | TrellisBlock, rng: np.random.Generator) -> Packed:
@@ -103,7 +103,7 @@ def test_every_number_of_bits_is_read(bits, directions):
     section = Section(0, coder(np.full((1, directions), bits), np.full((1, directions), 0.01)), basis)
     codes = rng.integers(0, 1 << bits, (70, directions)).astype(np.uint8)
     arrays = encode_transform([section], [np.zeros(70, int)], [codes])
-    packed = whole(TransformBlock("all", 0, 70, 0, 17, "transform", arrays), rng)
+    packed = whole(TransformBlock("all", 0, 70, 0, 17, "transform", arrays=arrays), rng)
     agree(packed, np.arange(-1, 71)[:, None], 1e-4 * directions)
 
 

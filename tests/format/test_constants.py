@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 
+import constants_definition
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pocketrec.errors import ArtifactError, StorageError
-from pocketrec.format import constants, constants_definition, quantiser
+from pocketrec.format import constants, quantiser
 from pocketrec.format.layouts import hash_mlp
 from pocketrec.format.trellis_codes import CODES
 

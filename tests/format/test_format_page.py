@@ -139,7 +139,7 @@ def test_a_payload_of_several_chunks_is_read(tmp_path):
 def test_any_trellis_block_is_decoded(case):
     shape, records, width = case
     arrays = encode(shape, records)
-    block = TrellisBlock("a", 0, shape.users + shape.items, 0, width, "trellis", shape, arrays)
+    block = TrellisBlock("a", 0, shape.users + shape.items, 0, width, "trellis", shape, arrays=arrays)
     same_rows(block, np.zeros((1, width)))
 
 
@@ -158,7 +158,7 @@ def test_any_transform_block_is_decoded(seed):
         widths = np.vstack([bits, np.zeros((8, directions), int)])[classes[-1]]
         codes.append((rng.integers(0, 256, (rows, directions)) % (1 << widths)).astype(np.uint8))
     arrays = sections.encode(parts, classes, codes)
-    same_rows(TransformBlock("a", 0, sum(map(len, classes)), 0, width, "transform", arrays), np.ones((1, 5)))
+    same_rows(TransformBlock("a", 0, sum(map(len, classes)), 0, width, "transform", arrays=arrays), np.ones((1, 5)))
 
 
 def same_rows(block, fill):

@@ -306,8 +306,8 @@ def test_blocks_of_two_kinds_are_read_by_numpy() -> None:
         "low": np.zeros((1, 1), np.float32),
         "step": np.ones((1, 1), np.float32),
     }
-    coded = QuantisedBlock("coded", 0, 3, 1, 2, "quantised", 2, arrays)
-    plain = PackedBlock("plain", 0, 3, 0, 1, "dense", "fp32", 64, {"values": np.arange(3, dtype=np.float32)})
+    coded = QuantisedBlock("coded", 0, 3, 1, 2, "quantised", 2, arrays=arrays)
+    plain = PackedBlock("plain", 0, 3, 0, 1, "dense", "fp32", 64, arrays={"values": np.arange(3, dtype=np.float32)})
     zeros = np.zeros((1, 2), np.float32)
     rows, fields = np.arange(3)[:, None], np.zeros(1, np.int32)
     for blocks in ((plain, coded), (coded, plain)):

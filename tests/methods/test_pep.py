@@ -250,7 +250,7 @@ def test_the_published_rule_stops_at_the_first_check_below_and_may_fail(clicks, 
     exact = PEP(search=ThresholdSearch(reach=0.05))
     published = PEP(search=ThresholdSearch(reach=0.05, stop="published"))
     ladder = published.prepare(model, clicks, run)
-    alive = published.search(*initial_model(model, clicks, run), clicks, run)[1].alive()
+    alive = published.searched(*initial_model(model, clicks, run, published.start), clicks, run)[1].alive()
     wanted = int(alive[len(alive) // 2]) + 1
     assert ladder.table(Room(values=wanted)).values() == alive[alive <= wanted][0]
     assert exact.prepare(model, clicks, run).table(Room(values=wanted)).values() == wanted

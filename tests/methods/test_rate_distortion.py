@@ -64,7 +64,7 @@ def coded(draw, width: int = 5):
 
 def block(sections, classes, codes, width) -> TransformBlock:
     rows = sum(map(len, classes))
-    return TransformBlock("all", 0, rows, 0, width, "transform", encode(sections, classes, codes))
+    return TransformBlock("all", 0, rows, 0, width, "transform", arrays=encode(sections, classes, codes))
 
 
 def spelled_out(stored: TransformBlock) -> list[np.ndarray | None]:

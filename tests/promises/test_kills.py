@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 TRAIN = ("train", "../clicks", "--run", "run", "--dim", "2", "--hidden", "4", "--batch-size", "64", "--epochs", "2")
-COMPRESS = ("compress", "run", "--out", "small", "--budget", "sparsity=0.5", "--batch-size", "64")
+COMPRESS = ("compress", "run", "--method", "shaver", "--out", "small", "--budget", "sparsity=0.5", "--batch-size", "64")
 RANKING = ("--backbone", "lightgcn", "--dim", "4", "--layers", "2", "--batch-size", "128", "--epochs", "2")
 
 

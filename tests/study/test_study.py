@@ -425,7 +425,7 @@ def test_killed_anywhere_a_study_ends_with_the_same_records(finished, tmp_path):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
         "from study_cases import plan\nfrom pocketrec.study.runner import run_study\n"
-        f"bench(plan(anatomy=True), {str(tmp_path / 'out')!r})\n"
+        f"run_study(plan(anatomy=True), {str(tmp_path / 'out')!r})\n"
     )
     kills = 0
     for crash_at in (20, 45, 80, 130, 200):

@@ -112,7 +112,7 @@ def test_batches_cover_every_row_once_and_leave_no_single_row():
 def test_a_finished_training_is_read_not_repeated(tmp_path, monkeypatch):
     data = clicks()
     model = train(BACKBONE, data, tmp_path, SHORT)
-    monkeypatch.setattr(MODULE, "_fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("pocketrec.training.train.fit", lambda *_: pytest.fail("trained again"))
     assert same(model, train(BACKBONE, data, tmp_path, SHORT))
     for changed in (replace(SHORT, epochs=2), replace(SHORT, weight_decay=0.0)):
         with pytest.raises(pytest.fail.Exception):
@@ -127,7 +127,7 @@ def test_shared_cache_serves_every_run(tmp_path, monkeypatch):
     cache.mkdir()
     monkeypatch.setenv("POCKETREC_CACHE", str(cache))
     model = train(BACKBONE, data, tmp_path / "one", SHORT)
-    monkeypatch.setattr(MODULE, "_fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("pocketrec.training.train.fit", lambda *_: pytest.fail("trained again"))
     assert same(model, train(BACKBONE, data, tmp_path / "two", SHORT))
     assert same(model, train(BACKBONE, data, None, SHORT))
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
@@ -195,7 +195,7 @@ def test_divergence_names_step_and_tensor(where, tmp_path):
 
 def fit_in_place(model, data, run):
     with run.working(None, "x") as checkpoint:
-        return MODULE._fit(run, "train", model, data, SHORT, checkpoint)
+        return MODULE.fit(run, "train", model, data, SHORT, checkpoint)
 
 
 def test_a_gradient_that_is_not_finite_is_caught_in_its_step():

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pocketrec.attribution.fisher import Sensitivity
 from pocketrec.attribution.samples import training_rows
 from pocketrec.data.dataset import Dataset
-from pocketrec.errors import DivergedError
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.evaluation.metrics import to_csr
 from pocketrec.models.backbone import Model, RankingModel
@@ -161,9 +160,7 @@ def margin(model: Model, arrays: Mapping[str, NDArray[Any]]) -> ListMargin:
 
 def _vectors(model: Model) -> tuple[Floats, Floats, Floats]:
     """Gradients of scores by the vectors of items and users, and the weights of the products ``(d,)``."""
-    matrix = model.table.weight().detach().numpy()
-    if not np.isfinite(matrix).all():
-        raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
+    matrix = model.table.finite()
     weight = product_weight(model.lower())
     weight = np.ones(matrix.shape[1], np.float32) if weight is None else weight
     first, second = model.schema.fields

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pocketrec.errors import ConfigError
+from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.format.block import Storage
 from pocketrec.format.entries import Index
 from pocketrec.format.vocabulary import size_for as vocabulary_size_for
 from pocketrec.schema import Schema
-
-if TYPE_CHECKING:
-    pass
-
 
 _UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -91,3 +87,26 @@ class Room:
     def key_bytes(self, schema: Schema, keys: Sequence[int]) -> int:
         """What the keys of so many stored rows of each field, ``(F,)``, take of the bytes: nothing without ``keys``."""
         return vocabulary_size_for(schema, keys) if self.keys else 0
+
+    def below(self, least: int, what: str, advice: str = "raise the budget.") -> BudgetError:
+        """That the bytes are fewer than the ``least`` of ``what``, such as ``"that the gains need"``."""
+        message = f"Budget {self.most:,} B is below the {least:,} B {what}; {advice}"
+        return BudgetError(message, least_bytes=least)
+
+
+def values_below(values: int, least: int, what: str, advice: str = "raise the budget.") -> BudgetError:
+    """That so many values are fewer than the ``least`` of ``what``."""
+    return BudgetError(f"A budget of {values:,} values is below the {least:,} {what}; {advice}", least_values=least)
+
+
+def largest_fitting(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number in ``[low, high]`` that fits, if every smaller one does; ``low`` is taken to.
+
+    Example:
+        >>> largest_fitting(0, 10, lambda n: n * n <= 50)
+        7
+    """
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -180,10 +180,7 @@ def _held_out(split: str, parts: list[RawFile], valid_fraction: float | None) ->
     """Shares of each user's pairs that are drawn for test and, of the rest, for validation."""
     if len(parts) == 1:
         train, valid, test = parse_ratio(split)
-        return {
-            "test_fraction": Fraction(test, train + valid + test),
-            "valid_fraction": Fraction(valid, train + valid),
-        }
+        return {"test_fraction": Fraction(test, train + valid + test), "valid_fraction": Fraction(valid, train + valid)}
     default = 0.1 if len(parts) == 2 else 0
     share = default if valid_fraction is None else valid_fraction
     return {"test_fraction": Fraction(0), "valid_fraction": parse_fraction("valid_fraction", share)}

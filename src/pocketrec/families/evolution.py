@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketrec import settings
-from pocketrec.compression.budget import Room
+from pocketrec.compression.budget import Room, values_below
 from pocketrec.compression.ladder import Ladder
-from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.errors import ConfigError
 from pocketrec.families.mixed_dimension import (
     Genes,
     LengthOdds,
@@ -34,6 +34,7 @@ from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import DenseTable, Lookup
 from pocketrec.randomness import generator
+from pocketrec.training.hooks import Rule as Rule
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.run import Run
 from pocketrec.training.steps import Checkpoint
@@ -172,10 +173,7 @@ def fit_lengths(genes: Genes, longest: Genes, sizes: Genes, most: int, random: n
         BudgetError: even lengths of 1 cost more.
     """
     if (least := int(sizes.sum())) > most:
-        raise BudgetError(
-            f"A budget of {most:,} values is below the {least:,} of one column each; raise the budget.",
-            least_values=least,
-        )
+        raise values_below(most, least, "of one column each")
     genes = genes.copy()
     while (excess := int(genes @ sizes) - most) > 0:
         order = random.permutation(np.flatnonzero((genes > 1) & (sizes > 0)))
@@ -189,6 +187,7 @@ def fit_lengths(genes: Genes, longest: Genes, sizes: Genes, most: int, random: n
         genes[order[np.cumsum(sizes[order]) <= room]] += 1
 
 
+@dataclass(frozen=True)
 class SupernetMethod(TrainingMethod):
     """Trains a supernet, then searches lengths for each budget.
 
@@ -198,8 +197,8 @@ class SupernetMethod(TrainingMethod):
 
     drops: ClassVar[bool]
 
-    search: Evolution
-    retrain: Retrain
+    search: Evolution = field(default=Evolution(), kw_only=True)
+    retrain: Retrain = field(default=Retrain(head="initial"), kw_only=True)
 
     def small(self) -> Self:
         """With few candidates and generations: no law depends on how good they are."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec import settings
+from pocketrec.compression.budget import largest_fitting
 from pocketrec.errors import BudgetError
 from pocketrec.evaluation.metrics import auc
 from pocketrec.models.backbone import ClickModel, Model
@@ -324,11 +325,5 @@ def even_lengths(units: Units, blocks: Sequence[Block], on: NDArray[np.bool_], m
 
 def _level(longest: Genes, sizes: Genes, most: int) -> Genes:
     """The greatest common length within ``most``, or the longest where that is shorter."""
-    low, high = 1, int(longest.max())
-    while low < high:
-        middle = (low + high + 1) // 2
-        if int(np.minimum(middle, longest) @ sizes) <= most:
-            low = middle
-        else:
-            high = middle - 1
-    return np.minimum(low, longest)
+    level = largest_fitting(1, int(longest.max()), lambda length: int(np.minimum(length, longest) @ sizes) <= most)
+    return np.minimum(level, longest)

@@ -11,15 +11,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketrec.compression.budget import Room
+from pocketrec.compression.budget import Room, largest_fitting, values_below
 from pocketrec.compression.ladder import Ladder, Method
-from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.errors import ConfigError, DivergedError
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
 from pocketrec.models.pruned import PrunedTable
@@ -33,15 +33,14 @@ if TYPE_CHECKING:
 
 RankingScope = Literal["joint", "block"]
 Fill = Literal["zero", "codebook", "plain"]
+Floats = NDArray[np.float32]
 
 INFINITE = np.int32(0x7F800000)
 PROTECTED = np.int32(0x7FFFFFFF)
 _NORMAL = np.int32(0x00800000)
 
 
-def fill_rows(
-    kind: Fill, weight: NDArray[np.float32], schema: Schema, counts: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def fill_rows(kind: Fill, weight: Floats, schema: Schema, counts: NDArray[np.int64]) -> Floats:
     """What a removed entry reads, per field: ``(F, D)``.
 
     ``zero``: zeros. ``codebook``: the frequency-weighted mean ``C_f = sum_i n_i e_i / sum_i n_i``, the minimiser of
@@ -58,7 +57,7 @@ def fill_rows(
     return fill
 
 
-def ordered(keys: NDArray[np.float32]) -> NDArray[np.int32]:
+def ordered(keys: Floats) -> NDArray[np.int32]:
     """Finite floats -> integers in the same order; 0.0 and -0.0 are equal."""
     if not np.isfinite(keys.sum(dtype=np.float64)):
         raise DivergedError("Ranking scores must be finite, but a score is NaN or infinite; train or score again.")
@@ -66,7 +65,7 @@ def ordered(keys: NDArray[np.float32]) -> NDArray[np.int32]:
     return np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
-def rank_keys(*keys: NDArray[np.generic]) -> NDArray[np.float32]:
+def rank_keys(*keys: NDArray[np.generic]) -> Floats:
     """Different finite float32 keys in the order of the last of ``keys (n, D)``, ties by the one before, then by index.
 
     Example:
@@ -80,7 +79,7 @@ def rank_keys(*keys: NDArray[np.generic]) -> NDArray[np.float32]:
     return bits.view(np.float32).reshape(keys[0].shape)
 
 
-def carry_uncounted(keys: NDArray[np.float32], blocks: Sequence[Block]) -> NDArray[np.float32]:
+def carry_uncounted(keys: Floats, blocks: Sequence[Block]) -> Floats:
     """Keys ``(n, D)`` in which an entry of an uncounted block goes with the last counted entry of its row."""
     counted = np.zeros(keys.shape, dtype=bool)
     for block in blocks:
@@ -143,8 +142,8 @@ class PruningLadder(Ladder):
     """
 
     dense: Table
-    scores: NDArray[np.float32]
-    fill: NDArray[np.float32]
+    scores: Floats
+    fill: Floats
     counts: NDArray[np.int64]
     scope: RankingScope = "joint"
     n_min: int = 0
@@ -177,11 +176,8 @@ class PruningLadder(Ladder):
             count = values if self.scope == "joint" else _share(values, group[0], counted)
             least = self.n_min * sum(b.stop - b.start for b in group)
             if count < least:
-                raise BudgetError(
-                    f"A budget of {count:,} values is below the {least:,} that n_min={self.n_min} asks for; "
-                    "raise the budget or lower n_min.",
-                    least_values=least,
-                )
+                advice = "raise the budget or lower n_min."
+                raise values_below(count, least, f"that n_min={self.n_min} asks for", advice)
             keys = [self._keys[b.name].reshape(-1) for b in group]
             chosen = largest(keys[0] if len(keys) == 1 else np.concatenate(keys), count)
             for block, part in zip(group, np.split(chosen, np.cumsum([b.values for b in group])[:-1]), strict=True):
@@ -207,19 +203,11 @@ class PruningLadder(Ladder):
 
         low, high = int(np.iinfo(np.int32).min), int(INFINITE)
         if (least := size(self._above(high))) > room.most:
-            raise BudgetError(
-                f"Budget {room.most:,} B is below the {least:,} B that the smallest pruned table of "
-                f"{self.schema.width} fields of width {self.dense.width} needs; raise the budget.",
-                least_bytes=least,
-            )
+            fields = f"{self.schema.width} fields of width {self.dense.width}"
+            raise room.below(least, f"that the smallest pruned table of {fields} needs")
         if size(self._above(low)) <= room.most:
             high = low
-        while low < high:
-            middle = (low + high) // 2
-            if size(self._above(middle)) <= room.most:
-                high = middle
-            else:
-                low = middle + 1
+        high = -largest_fitting(-high, -low, lambda key: size(self._above(-key)) <= room.most)
         keep = self._matrix > high
         self._add_ties(keep, high, size, room.most)
         return self._kept(keep)
@@ -247,14 +235,8 @@ class PruningLadder(Ladder):
             new_keys = np.bincount(field[:added][fresh[:added]], minlength=self.schema.width)
             return _StoredCounts(blocks, tuple(k + int(n) for k, n in zip(base.keys, new_keys, strict=True)))
 
-        low, high = 0, len(ties)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if size(counts(middle)) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        keep[rows[:low], columns[:low]] = True
+        added = largest_fitting(0, len(ties), lambda added: size(counts(added)) <= limit)
+        keep[rows[:added], columns[:added]] = True
 
     def _tie_steps(
         self, keep: NDArray[np.bool_], rows: NDArray[np.int64], columns: NDArray[np.int64], fresh: NDArray[np.bool_]
@@ -394,7 +376,7 @@ class ScoredMethod(Method):
     n_min: int = 0
 
     @abstractmethod
-    def scores(self, weight: NDArray[np.float32], fill: NDArray[np.float32], data: Dataset, seed: int) -> NDArray[Any]:
+    def scores(self, weight: Floats, fill: Floats, data: Dataset, seed: int) -> Floats:
         """Scores of all entries ``(n, D)``; those of largest score are kept.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -72,6 +73,7 @@ class Retrain:
         settings.check(self)
 
 
+@dataclass(frozen=True)
 class TrainingMethod(Method):
     """A method that trains, from a :class:`Start` of its own.
 
@@ -85,7 +87,7 @@ class TrainingMethod(Method):
     starts: ClassVar[tuple[str, ...]] = ("fresh", "trained")
     """The kinds of start that it knows."""
 
-    start: Start
+    start: Start = dataclasses.field(default=Start(), kw_only=True)
 
     @property
     def starts_from(self) -> Literal["trained", "fresh"]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.errors import ConfigError
+from pocketrec.errors import ArtifactError, ConfigError
 from pocketrec.native.lookup import Table
 
 Storage = Literal["fp32", "fp16", "int8"]
@@ -47,8 +47,7 @@ class BlockRange(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PackedRange:
+class PackedRange(NamedTuple):
     """A plain :class:`BlockRange`, for tables that are not torch modules."""
 
     name: str
@@ -63,6 +62,7 @@ def side_size_for(fields: int, width: int, absent_fields: int) -> int:
     return 4 * fields * width + (4 + 4 * width) * absent_fields
 
 
+@dataclass(frozen=True)
 class FileBlock(ABC):
     """One block of a packed table, whatever its layout: rows are file rows, columns are the table's."""
 
@@ -71,7 +71,8 @@ class FileBlock(ABC):
     stop: int
     left: int
     right: int
-    arrays: Mapping[str, NDArray[Any]]
+    layout: str
+    arrays: Mapping[str, NDArray[Any]] = field(repr=False, kw_only=True)
 
     @property
     def rows(self) -> int:
@@ -88,17 +89,25 @@ class FileBlock(ABC):
         """Bytes of all arrays."""
         return sum(a.nbytes for a in self.arrays.values())
 
-    @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
+        """Everything but the arrays, whose names it lists."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "arrays": sorted(self.arrays)}
+
+    def check_array(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+        """Raise :class:`ArtifactError` unless there is an array of this type and shape."""
+        found = self.arrays.get(name)
+        if found is None or found.dtype != dtype or found.shape != shape:
+            got = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise ArtifactError(f"Array '{self.name}.{name}' must be {np.dtype(dtype)} {shape}, but got {got}.")
 
     @abstractmethod
     def check(self, fields: int) -> None:
         """Raise :class:`ArtifactError` unless every array has the type and the shape that the layout asks for."""
 
-    @abstractmethod
     def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """File rows ``(m,)`` -> where the block stores them, or -1."""
+        """File rows ``(m,)`` -> where the block stores them, or -1; by default their places in its range."""
+        local = rows - self.start
+        return np.where((local >= 0) & (local < self.rows), local, -1)
 
     @abstractmethod
     def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:

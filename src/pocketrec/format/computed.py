@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -75,15 +75,8 @@ class ComposedBlock(FileBlock):
         arrays: Factors, and ``slots`` (uint32) unless file rows are in the order of their slots.
     """
 
-    name: str
-    start: int
-    stop: int
-    left: int
-    right: int
-    layout: str
     storage: Storage
     settings: Mapping[str, Any]
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
 
     @property
     @abstractmethod
@@ -106,14 +99,6 @@ class ComposedBlock(FileBlock):
     def vectors(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
         """Slots ``(m,)`` -> vectors ``(m, width)``."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-        return {
-            "name": self.name, "start": self.start, "stop": self.stop, "left": self.left, "right": self.right,
-            "layout": self.layout, "storage": self.storage, "settings": dict(self.settings),
-            "arrays": sorted(self.arrays),
-        }  # fmt: skip
-
     def check(self, fields: int) -> None:
         """Raise :class:`ArtifactError` unless every array has the type and the shape that the settings ask for."""
         if self.layout not in layouts.NAMES or self.storage not in get_args(Storage):
@@ -125,10 +110,7 @@ class ComposedBlock(FileBlock):
             raise ArtifactError(f"Block {self.name!r} has an impossible shape: {self.to_json()}.")
         expected = self._expected()
         for name, (dtype, shape) in expected.items():
-            found = self.arrays.get(name)
-            if found is None or found.dtype != dtype or found.shape != shape:
-                got = "nothing" if found is None else f"{found.dtype} {found.shape}"
-                raise ArtifactError(f"Array '{self.name}.{name}' must be {np.dtype(dtype)} {shape}, but got {got}.")
+            self.check_array(name, dtype, shape)
         if set(self.arrays) != set(expected) or ("slots" not in self.arrays and self.rows > self.slots):
             raise ArtifactError(f"Block {self.name!r} has other arrays or rows than its layout: {self.to_json()}.")
 

@@ -1,7 +1,7 @@
 """The numbers that all files share, in ``constants.bin``: levels of the quantiser, tables of the trellis codes.
 
 They are data, not arithmetic: a file means the same on every processor, and opening one computes none of them.
-``docs/format.md`` describes the file, :mod:`pocketrec.format.constants_definition` where its numbers come from.
+``docs/format.md`` describes the file, ``bench/constants_definition.py`` where its numbers come from.
 Torch-free.
 """
 

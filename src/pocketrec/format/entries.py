@@ -19,7 +19,7 @@ Values are stored as ``fp32``, ``fp16`` or ``int8``; an int8 code ``q`` of field
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -115,15 +115,9 @@ class PackedBlock(FileBlock):
     ``records``, ``scale`` (see the module's text).
     """
 
-    name: str
-    start: int
-    stop: int
-    left: int
-    right: int
     layout: Layout
     storage: Storage
     stride: int
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
 
     @cached_property
     def present_rows(self) -> int:
@@ -133,13 +127,6 @@ class PackedBlock(FileBlock):
         if "masks" in self.arrays:
             return self.arrays["masks"].size // mask_bytes(self.width)
         return self.arrays["values"].size // self.width
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-        return {
-            "name": self.name, "start": self.start, "stop": self.stop, "left": self.left, "right": self.right,
-            "layout": self.layout, "storage": self.storage, "stride": self.stride, "arrays": sorted(self.arrays),
-        }  # fmt: skip
 
     def check(self, fields: int) -> None:
         """Raise :class:`ArtifactError` unless every array has the type and the shape that the layout asks for."""
@@ -151,10 +138,7 @@ class PackedBlock(FileBlock):
         if self.rows < 0 or self.width < 1 or self.left < 0 or self.stride not in STRIDES:
             raise ArtifactError(f"Block {self.name!r} has an impossible shape: {self.to_json()}.")
         for name, (dtype, shape) in self._expected(fields).items():
-            found = self.arrays.get(name)
-            if found is None or found.dtype != dtype or found.shape != shape:
-                got = "nothing" if found is None else f"{found.dtype} {found.shape}"
-                raise ArtifactError(f"Array '{self.name}.{name}' must be {np.dtype(dtype)} {shape}, but got {got}.")
+            self.check_array(name, dtype, shape)
 
     def _expected(self, fields: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
         count = self.arrays["values"].size if "values" in self.arrays else 0
@@ -316,7 +300,7 @@ def encode_block(table: Source, block: BlockRange) -> PackedBlock:
     elif table.keep is not None:
         layout = "bitmap"
         stride = _encode_index(found, arrays, stop - start, width, table.storage)
-    return PackedBlock(block.name, start, stop, block.left, block.right, layout, table.storage, stride, arrays)
+    return PackedBlock(block.name, start, stop, block.left, block.right, layout, table.storage, stride, arrays=arrays)
 
 
 def _encode_values(

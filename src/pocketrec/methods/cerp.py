@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pocketrec import settings
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.compositional.ladder import CompositionalMethod
+from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Draft, Model, Region, Run, Slots
 from pocketrec.families.compositional.pruned_sum import (
     NonZeros,
     PrunedCodebooks,
@@ -22,13 +20,10 @@ from pocketrec.families.compositional.pruned_sum import (
     Spread,
     spread_of,
 )
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder
-from pocketrec.families.compositional.table import ComposedTable
-from pocketrec.families.retraining import Retrain, Start, retraining_model, search_training
+from pocketrec.families.retraining import Retrain, retraining_model, search_training
 from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.format.layouts.pruned_sum import Operation, codebook_rows, part_width
-from pocketrec.models.backbone import Model, noise
-from pocketrec.training.run import Run
+from pocketrec.models.backbone import noise
 
 
 @dataclass(frozen=True)
@@ -77,9 +72,6 @@ class CERP(CompositionalMethod):
     spread: Spread = "constant"
     search: ThresholdSearch = field(default=ThresholdSearch())
     retrain: Retrain = field(default=Retrain())
-    scope: RegionScope = "block"
-    order: SlotOrder = "file"
-    start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +81,7 @@ class CERP(CompositionalMethod):
         """None: codebooks may be empty."""
         return 0
 
-    def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> PrunedSumPlan:
+    def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> PrunedSumPlan:
         """The codebooks of a region, and how many of their entries are kept."""
         width = part_width(region.width, self.operation)
         bucket = self.bucket_of(region.rows, width, values)
@@ -105,18 +97,17 @@ class CERP(CompositionalMethod):
             bucket += 1
         return min(bucket, rows)
 
-    def train(self, draft: Model, data: Dataset, run: Run) -> Model:
+    def train(self, draft: Draft, data: Dataset, run: Run) -> Model:
         """Search from the draft's codebooks, choose as many entries as it keeps, and train these from their start."""
-        table = cast("ComposedTable", draft.table)
-        drafts = [cast("PrunedCodebooks", part) for part in table.compositions]
+        drafts = [cast("PrunedCodebooks", part) for part in draft.table.compositions]
         search = search_training(run, data, self.search.epochs)
         plain = draft.table.weight().detach()
         softened = [
             self._soft(part, search.steps(len(data.train)), noise(run.seed, "thresholds", i))
             for i, part in enumerate(drafts)
         ]
-        net = run.fit("search", draft.with_table(table.with_parts(softened, plain)), data, search)
-        found = cast("ComposedTable", net.table)
+        net = run.fit("search", draft.with_table(draft.table.with_parts(softened, plain)), data, search)
+        found = net.table
         on = self.retrain.values == "found"
         chosen = [
             part.with_keep(soft.choose(self.search.kept(soft.alive(), part.most)), soft.books if on else None)
@@ -126,7 +117,7 @@ class CERP(CompositionalMethod):
             return run.fit("retrain", net.with_table(found.with_parts(chosen, found.weight().detach())), data)
         start = retraining_model(draft, self.retrain.head, data, run)
         weight = plain if self.retrain.head == "initial" else start.table.weight().detach()
-        return run.fit("retrain", start.with_table(table.with_parts(chosen, weight)), data)
+        return run.fit("retrain", start.with_table(draft.table.with_parts(chosen, weight)), data)
 
     def _soft(self, part: PrunedCodebooks, steps: int, source: torch.Generator) -> SoftCodebooks:
         """The codebooks of a draft, ready for the search."""

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketrec import settings
+from pocketrec.compression.budget import largest_fitting
 from pocketrec.errors import ConfigError
-from pocketrec.families.compositional.hash_network import (
-    CodeDistribution,
-    LastLayer,
-    NetworkPlan,
-    Norm,
-    network_values,
-)
-from pocketrec.families.compositional.ladder import CompositionalMethod
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder
-from pocketrec.families.retraining import Start
+from pocketrec.families.compositional import hash_network
+from pocketrec.families.compositional.hash_network import CodeDistribution, LastLayer, NetworkPlan, Norm
+from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Region, Slots
 from pocketrec.randomness import derive
 
 
@@ -72,9 +65,6 @@ class DHE(CompositionalMethod):
     multiple: int = 1
     salt: int = 0
     hot: int = 0
-    scope: RegionScope = "block"
-    order: SlotOrder = "file"
-    start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +80,7 @@ class DHE(CompositionalMethod):
         """Whether there are hot slots."""
         return self.hot > 0
 
-    def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> NetworkPlan | None:
+    def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> NetworkPlan | None:
         """The network of a region that holds at most ``values`` scalars; the first of ``frequent`` are hot."""
         if (widths := self.widths(region.width, values)) is None:
             return None
@@ -109,7 +99,7 @@ class DHE(CompositionalMethod):
             >>> DHE(last_layer="bn_mish").values((1024, 1536, 1536, 1536, 1536, 16))
             8693808
         """
-        return network_values(widths, self.norm, self.last_layer)
+        return hash_network.network_values(widths, self.norm, self.last_layer)
 
     def widths(self, width: int, values: int) -> tuple[int, ...] | None:
         """Widths of the largest network within ``values``, from the code to the vector; ``None`` if there is none."""
@@ -134,11 +124,8 @@ class DHE(CompositionalMethod):
 
     def _hidden(self, functions: int, width: int, values: int) -> int:
         """The largest common width of the hidden layers within ``values``; 0 if there is none."""
-        low, high = 0, max(1, values)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.values((functions, *[middle] * self.depth, width)) <= values:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+
+        def fits(hidden: int) -> bool:
+            return self.values((functions, *[hidden] * self.depth, width)) <= values
+
+        return largest_fitting(0, max(1, values), fits)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import Fill, RankingScope, ScoredMethod
+from pocketrec.families.pruning import Fill, Floats, RankingScope, ScoredMethod
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class FrequencyDistance(ScoredMethod):
     fill: Fill = "codebook"
     scope: RankingScope = "joint"
 
-    def scores(self, weight: NDArray[np.float32], fill: NDArray[np.float32], data: Dataset, seed: int) -> NDArray[Any]:
+    def scores(self, weight: Floats, fill: Floats, data: Dataset, seed: int) -> Floats:
         """``n_i (e_ij - c_fj)^2``."""
         scores = weight - fill[data.schema.field_of_row]
         np.square(scores, out=scores)

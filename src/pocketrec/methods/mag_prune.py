@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import RankingScope, ScoredMethod
+from pocketrec.families.pruning import Floats, RankingScope, ScoredMethod
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,6 @@ class MagPrune(ScoredMethod):
     scope: RankingScope = "joint"
     n_min: int = 0
 
-    def scores(self, weight: NDArray[np.float32], fill: NDArray[np.float32], data: Dataset, seed: int) -> NDArray[Any]:
+    def scores(self, weight: Floats, fill: Floats, data: Dataset, seed: int) -> Floats:
         """``|e|``."""
         return np.abs(weight)

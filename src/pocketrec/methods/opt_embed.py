@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pocketrec import settings
-from pocketrec.families.evolution import Evolution, SupernetMethod
-from pocketrec.families.mixed_dimension import Supernet, ThresholdSharing, Units
-from pocketrec.families.retraining import Retrain, Start
-from pocketrec.models.table import DenseTable
-from pocketrec.training.hooks import Rule
+from pocketrec.families.evolution import DenseTable, Rule, Supernet, SupernetMethod, Units
+from pocketrec.families.mixed_dimension import ThresholdSharing
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,6 @@ class OptEmbed(SupernetMethod):
     threshold: ThresholdSharing = "field"
     pressure: float = 1e-3
     threshold_rate: float | None = None
-    search: Evolution = field(default=Evolution())
-    retrain: Retrain = field(default=Retrain(head="initial"))
-    start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from pocketrec.families.evolution import Evolution, SupernetMethod
-from pocketrec.families.mixed_dimension import Supernet, Units
-from pocketrec.families.retraining import Retrain, Start
-from pocketrec.models.table import DenseTable
-from pocketrec.training.hooks import Rule
+from pocketrec.families.evolution import DenseTable, Rule, Supernet, SupernetMethod, Units
 
 
 @dataclass(frozen=True)
@@ -30,10 +26,6 @@ class OptEmbedD(SupernetMethod):
 
     name: ClassVar[str] = "opt_embed_d"
     drops: ClassVar[bool] = False
-
-    search: Evolution = field(default=Evolution())
-    retrain: Retrain = field(default=Retrain(head="initial"))
-    start: Start = field(default=Start())
 
     def units(self, dense: DenseTable) -> Units:
         """Each row of ranking models has a length in each block, each field of click models one."""

@@ -9,16 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketrec.compression.budget import Room
-from pocketrec.compression.ladder import Finished
+from pocketrec.compression.ladder import Finished, Model, Room, Run
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import PruningLadder, RankingScope
-from pocketrec.families.retraining import Retrain, Start, TrainingMethod, initial_model, retrain, search_training
+from pocketrec.families.pruning import PrunedTable, PruningLadder, RankingScope
+from pocketrec.families.retraining import Retrain, TrainingMethod, initial_model, retrain, search_training
 from pocketrec.families.thresholds import Granularity, SoftTable, ThresholdSearch
-from pocketrec.models.backbone import Model
-from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import DenseTable, counted_cells
-from pocketrec.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ class PEP(TrainingMethod):
     search: ThresholdSearch = field(default=ThresholdSearch())
     retrain: Retrain = field(default=Retrain())
     scope: RankingScope = "joint"
-    start: Start = field(default=Start())
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Finished:
         """Search once, for all budgets."""

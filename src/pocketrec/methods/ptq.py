@@ -12,18 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketrec.compression.budget import Room
-from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.compression.budget import values_below
+from pocketrec.compression.ladder import Ladder, Method, Model, Room, Run
 from pocketrec.data.dataset import Dataset
-from pocketrec.errors import BudgetError, ConfigError, DivergedError
+from pocketrec.errors import ConfigError
 from pocketrec.format.block import Storage, file_range, side_size_for
 from pocketrec.format.entries import Index
 from pocketrec.format.layouts.quantised import BITS, QuantisedBlock, code_bytes, pack_codes
 from pocketrec.format.packed import Packed
-from pocketrec.models.backbone import Model
 from pocketrec.models.table import Block, Table, oov_rows
 from pocketrec.schema import Schema
-from pocketrec.training.run import Run
 
 ScaleSharing = Literal["column", "block"]
 ZeroCode = Literal["exact", "rounded"]
@@ -96,11 +94,7 @@ class PTQLadder(Ladder):
     def _all_values(self, values: int) -> int:
         """The most bits, if no value has to go."""
         if values < (least := self.dense.values()):
-            raise BudgetError(
-                f"A budget of {values:,} values is below the {least:,} that quantisation always keeps; give a budget "
-                "in bytes.",
-                least_values=least,
-            )
+            raise values_below(values, least, "that quantisation always keeps", "give a budget in bytes.")
         return self.bits[-1]
 
     def _bits_within(self, room: Room) -> int:
@@ -108,11 +102,8 @@ class PTQLadder(Ladder):
         fitting = [bits for bits in self.bits if self._size(bits, room) <= room.most]
         if not fitting:
             least = self._size(self.bits[0], room)
-            raise BudgetError(
-                f"Budget {room.most:,} B is below the {least:,} B of the table in {self.bits[0]} bits; raise the "
-                "budget" + ("." if self.bits[0] == BITS[0] else ", or allow fewer bits."),
-                least_bytes=least,
-            )
+            advice = "raise the budget" + ("." if self.bits[0] == BITS[0] else ", or allow fewer bits.")
+            raise room.below(least, f"of the table in {self.bits[0]} bits", advice)
         return fitting[-1]
 
     def _size(self, bits: int, room: Room) -> int:
@@ -128,10 +119,7 @@ class PTQLadder(Ladder):
     @cached_property
     def _weight(self) -> NDArray[np.float32]:
         """The dense matrix, known to be finite."""
-        weight = self.dense.weight().detach().numpy()
-        if not np.isfinite(weight).all():
-            raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
-        return weight
+        return self.dense.finite()
 
 
 def _block_bits(block: Block, bits: int) -> int:
@@ -147,8 +135,8 @@ class QuantisedTable(Table):
         blocks: How the matrix is tiled.
         weight: The matrix to round, ``(n, D)``.
         bits: Of each code of a counted block.
-        scale: See :class:`PTQ`.
-        zero: See there.
+        scale: Whose least and largest value set the grid: a ``column`` of a field, or the whole ``block``.
+        zero: Whether the grid starts at the least value (``exact``) or is moved so that zero lies on it (``rounded``).
     """
 
     codes: Tensor
@@ -197,14 +185,6 @@ class QuantisedTable(Table):
         """The whole matrix ``(n, D)``."""
         return self(torch.arange(self.schema.rows, device=self.codes.device))
 
-    def values(self) -> int:
-        """All scalars of the counted blocks."""
-        return sum(b.values for b in self.blocks if b.counted)
-
-    def stored(self) -> Tensor:
-        """Every row but the out-of-vocabulary rows."""
-        return ~oov_rows(self.schema)
-
     def pack(
         self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"
     ) -> Packed:
@@ -229,7 +209,7 @@ class QuantisedTable(Table):
             "low": np.ascontiguousarray(self.low.numpy()[:, columns]),
             "step": np.ascontiguousarray(self.step.numpy()[:, columns]),
         }
-        return QuantisedBlock(block.name, start, stop, block.left, block.right, "quantised", bits, arrays)
+        return QuantisedBlock(block.name, start, stop, block.left, block.right, "quantised", bits, arrays=arrays)
 
 
 def _groups(schema: Schema, block: Block, scale: ScaleSharing) -> Sequence[tuple[slice, slice]]:

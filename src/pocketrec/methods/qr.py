@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError
-from pocketrec.families.compositional.ladder import CompositionalMethod
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder
+from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Region, Slots
 from pocketrec.families.compositional.table import Composition
-from pocketrec.families.retraining import Start
 from pocketrec.format.block import PackedRange, Storage
 from pocketrec.format.computed import encode_factor, factor_bytes
 from pocketrec.format.layouts.product import ProductBlock
@@ -60,11 +58,8 @@ class QR(CompositionalMethod):
     init: FactorInit = "normal"
     large: LargerFactor = "remainder"
     divisor: int | None = None
-    scope: RegionScope = "block"
-    order: SlotOrder = "file"
-    start: Start = field(default=Start())
 
-    def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> QRPlan | None:
+    def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> QRPlan | None:
         """The tables of a region that hold at most ``values`` scalars."""
         divisor = self.divisor_of(region.rows, values // self._row(region))
         return None if divisor is None else QRPlan(region.rows, region.width, divisor, self.operation, self.init)
@@ -198,6 +193,4 @@ class QRComposition(Composition):
         for name in ("remainder", "quotient"):
             arrays |= encode_factor(name, getattr(self, name).detach().cpu().numpy(), storage)
         settings = {"slots": self.rows, "divisor": self.divisor, "operation": self.operation}
-        return ProductBlock(
-            place.name, place.start, place.stop, place.left, place.right, "product", storage, settings, arrays
-        )
+        return ProductBlock(*place, "product", storage, settings, arrays=arrays)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import Fill, RankingScope, ScoredMethod
+from pocketrec.families.pruning import Fill, Floats, RankingScope, ScoredMethod
 from pocketrec.randomness import generator
 
 
@@ -30,6 +29,6 @@ class Random(ScoredMethod):
     fill: Fill = "zero"
     scope: RankingScope = "joint"
 
-    def scores(self, weight: NDArray[np.float32], fill: NDArray[np.float32], data: Dataset, seed: int) -> NDArray[Any]:
+    def scores(self, weight: Floats, fill: Floats, data: Dataset, seed: int) -> Floats:
         """Uniform draws from the run's seed."""
         return generator(seed, "random pruning").random(weight.shape, dtype=np.float32)

@@ -13,21 +13,19 @@ from numpy.typing import NDArray
 from pocketrec import settings
 from pocketrec.attribution.fisher import Sensitivity, sensitivity
 from pocketrec.attribution.list_margin import lists, margin, ranks_by_products
-from pocketrec.compression.budget import Room
-from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.compression.ladder import Ladder, Method, Model, Room, Run
 from pocketrec.data.dataset import Dataset
-from pocketrec.errors import BudgetError, DivergedError, UnsupportedOp
+from pocketrec.errors import UnsupportedOp
 from pocketrec.families.coding.clicks.allocation import Assignment, FieldCoordinates, allocate, bit_price
 from pocketrec.families.coding.clicks.head import CodedHead, HeadCosts, moments
 from pocketrec.families.coding.clicks.table import CodedTable, spans
 from pocketrec.families.coding.clicks.touch_up import touch_up
 from pocketrec.families.coding.lists.ladder import ListCodingLadder
 from pocketrec.format.sections import Section, fixed_bytes
-from pocketrec.models.backbone import ClickModel, Model
+from pocketrec.models.backbone import ClickModel
 from pocketrec.models.table import Table
 from pocketrec.schema import Schema
 from pocketrec.training.loop import fingerprint
-from pocketrec.training.run import Run
 
 _KEY_BITS = 36.0
 """About what a key takes in a vocabulary."""
@@ -165,11 +163,8 @@ class RateDistortionLadder(Ladder):
             return fixed + coded + room.key_bytes(self.schema, [int(c.sum()) for c in counts])
 
         if room.most < (least := self._least_bytes(room)):
-            raise BudgetError(
-                f"Budget {room.most:,} B is below the {least:,} B that the means of {self.schema.width} fields of "
-                f"width {self.dense.width} need; raise the budget.",
-                least_bytes=least,
-            )
+            fields = f"{self.schema.width} fields of width {self.dense.width}"
+            raise room.below(least, f"that the means of {fields} need")
         return allocate(self._sources, room.most, size, rate="bits", row_bits=_KEY_BITS if room.keys else 0.0)
 
     def headed(self, model: Model, room: Room) -> Model:
@@ -201,9 +196,7 @@ class RateDistortionLadder(Ladder):
         key = {"model": fingerprint(model), "data": self.data.digest}
         head = model.lower()
         market = self.run.once(
-            "head-loss",
-            key,
-            lambda checkpoint: HeadCosts.of(head, moments(model, self.data, self.run.seed)).arrays(),
+            "head-loss", key, lambda checkpoint: HeadCosts.of(head, moments(model, self.data, self.run.seed)).arrays()
         )
         return HeadCosts.from_arrays(head, market)
 
@@ -226,9 +219,7 @@ class RateDistortionLadder(Ladder):
     @cached_property
     def _centre(self) -> NDArray[np.float16]:
         """Mean of each field by what its rows weigh, ``(F, D)``."""
-        weight = self.dense.weight().detach().numpy()
-        if not np.isfinite(weight).all():
-            raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
+        weight = self.dense.finite()
         centre = np.zeros((self.schema.width, weight.shape[1]))
         for i, field in enumerate(self.schema.fields):
             rows = slice(field.offset, field.stop)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeGuard
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pocketrec import settings
 from pocketrec.attribution.estimators import LevelSampling, Owen, Permutation
@@ -18,15 +18,13 @@ from pocketrec.attribution.lowered import LoweredHead, Precision
 from pocketrec.attribution.samples import ClickSamples, RankingSamples, training_rows
 from pocketrec.attribution.scores import Score, Scores, Scoring, ranking_keys
 from pocketrec.attribution.whole_table import attribute_lists, attribute_propagated
-from pocketrec.compression.ladder import Finished, Ladder, Method
+from pocketrec.compression.ladder import Finished, Ladder, Method, Model, Run
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.evaluation.full_ranking import product_weight
-from pocketrec.families.pruning import Fill, PruningLadder, RankingScope, fill_rows
-from pocketrec.models.backbone import ClickModel, Model, RankingModel
-from pocketrec.models.pruned import PrunedTable
+from pocketrec.families.pruning import Fill, PrunedTable, PruningLadder, RankingScope, fill_rows
+from pocketrec.models.backbone import ClickModel, RankingModel
 from pocketrec.training.loop import fingerprint
-from pocketrec.training.run import Run
 from pocketrec.training.steps import Arrays, Checkpoint
 
 
@@ -106,11 +104,10 @@ class Shaver(Method):
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Ladder:
         """Score once; the run keeps the score tables."""
-        weight = model.table.weight().detach().numpy()
-        fill = fill_rows(self.fill, weight, data.schema, data.counts)
+        _, fill = self._filled(model, data)
         scores = self.scores(model, data, run)
         keys = ranking_keys(scores, data.counts, self.score, self._exponent(model))
-        ladder = PruningLadder(model.table, keys, fill, data.counts, self.scope)
+        ladder = PruningLadder(model.table, keys, fill.numpy(), data.counts, self.scope)
         if self.tune == "none":
             return ladder
         return Finished(ladder, lambda draft, room: tuned(draft, data, run, codebook=self.tune == "codebook"))
@@ -126,6 +123,11 @@ class Shaver(Method):
         run.log(stage="shapley", samples=scores.samples, efficiency_gap=scores.gap)
         run.progress("shapley", scores.samples, scores.samples, {"efficiency gap": scores.gap})
         return scores
+
+    def _filled(self, model: Model, data: Dataset) -> tuple[Tensor, Tensor]:
+        """The matrix ``(n, D)``, and what its removed entries read, ``(F, D)``."""
+        weight = model.table.weight().detach()
+        return weight, torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
 
     def _scoring(self, model: Model) -> dict[str, Any]:
         """The settings that the score tables depend on; ranking and tuning come later."""
@@ -153,9 +155,7 @@ class Shaver(Method):
     def _attribute(self, model: Model, data: Dataset, run: Run, checkpoint: Checkpoint) -> Arrays:
         if not self._in_one_game(model):
             return self._games(model, data, run.seed).scores(self.passes, self.tolerance, checkpoint).arrays()
-        split = training_rows(data.train)
-        weight = model.table.weight().detach()
-        fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
+        split, (_, fill) = training_rows(data.train), self._filled(model, data)
         if self._plays_lists(model):
             return attribute_lists(model, fill, split, top=self.top, balance=self._balance(model)).arrays()
         pairs = RankingSamples(split, self.samples, run.seed)
@@ -163,8 +163,7 @@ class Shaver(Method):
 
     def _games(self, model: Model, data: Dataset, seed: int) -> Scoring:
         """One game per training sample."""
-        weight = model.table.weight().detach()
-        fill = torch.from_numpy(fill_rows(self.fill, weight.numpy(), data.schema, data.counts))
+        weight, fill = self._filled(model, data)
         clicks = isinstance(model, ClickModel)
         head = LoweredHead.of(model.lower(), self.precision)
         samples = ClickSamples if clicks else RankingSamples

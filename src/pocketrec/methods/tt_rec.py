@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketrec import settings
+from pocketrec.compression.budget import largest_fitting
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.families.compositional.ladder import CompositionalMethod
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder
-from pocketrec.families.compositional.table import ComposedTable
-from pocketrec.families.compositional.tensor_train import (
-    CoreInit,
-    TensorTrain,
-    TrainPlan,
-    rank_bounds,
-    train_values,
-)
-from pocketrec.families.retraining import Start
+from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Draft, Model, Region, Run, Slots
+from pocketrec.families.compositional.tensor_train import CoreInit, TensorTrain, TrainPlan, rank_bounds, train_values
 from pocketrec.format.layouts.tensor_train import row_factors, width_factors
-from pocketrec.models.backbone import Model
-from pocketrec.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -70,9 +59,6 @@ class TTRec(CompositionalMethod):
     warm_up: int = 1
     init: CoreInit = "corrected"
     multiple: int = 8
-    scope: RegionScope = "block"
-    order: SlotOrder = "file"
-    start: Start = field(default=Start())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,9 +76,9 @@ class TTRec(CompositionalMethod):
         """Whether there is a cache."""
         return self.cache_share > 0
 
-    def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> TrainPlan | None:
+    def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> TrainPlan | None:
         """Cores and cache of a region within ``values`` scalars; the first of ``frequent`` are cached."""
-        rows, widths = row_factors(region.rows, self.cores), width_factors(region.width, self.cores)
+        rows, widths = self._factors(region)
         most = values - int(values * self.cache_share)
         ranks = self.ranks or self.ranks_within(rows, widths, most) or self.ranks_within(rows, widths, values)
         if ranks is None or train_values(rows, widths, ranks) > values:
@@ -103,8 +89,12 @@ class TTRec(CompositionalMethod):
 
     def least(self, region: Region) -> int:
         """Scalars of the smallest train of a region."""
-        rows, widths = row_factors(region.rows, self.cores), width_factors(region.width, self.cores)
+        rows, widths = self._factors(region)
         return train_values(rows, widths, self.ranks or (1,) * (self.cores - 1))
+
+    def _factors(self, region: Region) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the rows and the columns of a region are products of, a factor for each core."""
+        return row_factors(region.rows, self.cores), width_factors(region.width, self.cores)
 
     def ranks_within(self, rows: tuple[int, ...], widths: tuple[int, ...], values: int) -> tuple[int, ...] | None:
         """The largest ranks whose cores hold at most ``values`` scalars; ``None`` if there are none."""
@@ -113,13 +103,7 @@ class TTRec(CompositionalMethod):
         def capped(rank: int) -> tuple[int, ...]:
             return tuple(min(rank, bound) for bound in bounds)
 
-        low, high = 0, max(bounds)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if train_values(rows, widths, capped(middle)) <= values:
-                low = middle
-            else:
-                high = middle - 1
+        low = largest_fitting(0, max(bounds), lambda rank: train_values(rows, widths, capped(rank)) <= values)
         if low < 1:
             return None
         step = self.multiple if low >= self.multiple else 1
@@ -133,21 +117,19 @@ class TTRec(CompositionalMethod):
                     ranks, grown = wider, True
         return ranks
 
-    def train(self, draft: Model, data: Dataset, run: Run) -> Model:
+    def train(self, draft: Draft, data: Dataset, run: Run) -> Model:
         """Warm up on the cores, fill the cache, train on; cache and cores that have been taught just go on."""
         if self.start.kind == "taught":
             return run.fit(self.name, draft, data)
-        table = cast("ComposedTable", draft.table)
-        if self.warm_up and any(cast("TensorTrain", part).cached for part in table.parts):
+        if self.warm_up and any(cast("TensorTrain", part).cached for part in draft.table.parts):
             warm = replace(run.stages(data.schema.task)[0], epochs=self.warm_up, patience=self.warm_up)
-            draft = run.fit(f"{self.name}_warm_up", draft.with_table(_each_part(table, warm=True)), data, warm)
-        filled = _each_part(cast("ComposedTable", draft.table), warm=False)
-        return run.fit(self.name, draft.with_table(filled), data)
+            draft = run.fit(f"{self.name}_warm_up", _filled(draft, warm=True), data, warm)
+        return run.fit(self.name, _filled(draft, warm=False), data)
 
 
-def _each_part(table: ComposedTable, *, warm: bool) -> ComposedTable:
-    """A copy of the table whose caches are out of use, or filled and in use."""
-    table = copy.deepcopy(table)
+def _filled(draft: Draft, *, warm: bool) -> Draft:
+    """The model around a copy of its table, whose caches are out of use, or filled and in use."""
+    table = copy.deepcopy(draft.table)
     for part in table.parts:
         cast("TensorTrain", part).fill(warm=warm)
-    return table
+    return draft.with_table(table)

@@ -30,10 +30,7 @@ def click_table(schema: Schema, dim: int, source: torch.Generator, linear_std: f
 def pair_blocks(schema: Schema, dim: int) -> tuple[Block, ...]:
     """One block of rows for users, one for items, ``dim`` columns each."""
     users, items = schema.fields
-    return (
-        Block("user", users.offset, users.stop, 0, dim),
-        Block("item", items.offset, items.stop, 0, dim),
-    )
+    return (Block("user", users.offset, users.stop, 0, dim), Block("item", items.offset, items.stop, 0, dim))
 
 
 def pair_table(schema: Schema, dim: int, source: torch.Generator) -> DenseTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -59,6 +59,7 @@ class Objective:
         return F.softplus(-positive).mean() + F.softplus(negative).mean()
 
 
+@dataclass(frozen=True)
 class PairBackbone(Backbone):
     """A backbone for ranking whose ``model`` scores two vectors: a block of rows for users, one for items.
 
@@ -77,7 +78,7 @@ class PairBackbone(Backbone):
     dim: int
     loss: Loss
     negatives: int
-    regularisation: float
+    regularisation: float = field(default=1e-4, kw_only=True)
 
     def __post_init__(self) -> None:
         settings.check(self, dim=1, negatives=1, regularisation=0, **self.bounds)
@@ -169,14 +170,7 @@ def opposed(vectors: Tensor) -> Tensor:
 
 
 def ranking_batches(
-    data: Dataset,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    *,
-    shuffle: bool,
-    negatives: int,
-    split: Split | None = None,
+    data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool, negatives: int, split: Split | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
     """``(ids (B, 2 + K) int64,)``: user, positive and negatives of every pair of a split, once per epoch.
 

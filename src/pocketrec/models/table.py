@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pocketrec.errors import ConfigError
+from pocketrec.errors import ConfigError, DivergedError
 from pocketrec.format.block import Storage
 from pocketrec.format.entries import Index
 from pocketrec.format.packed import Packed
@@ -94,17 +94,24 @@ class Table(Lookup, ABC):
             raise ConfigError(f"`name` must be {self.forms[0]!r}, the only form of this table, but got {name!r}.")
         return self
 
-    @abstractmethod
     def values(self) -> int:
-        """Learned scalars that survive, over counted blocks (what papers call #Para)."""
+        """Learned scalars that survive, over counted blocks (what papers call #Para); by default all."""
+        return sum(b.values for b in self.blocks if b.counted)
+
+    def finite(self) -> NDArray[np.float32]:
+        """The whole matrix ``(n, D)``, known to be finite."""
+        weight = self.weight().detach().numpy()
+        if not np.isfinite(weight).all():
+            raise DivergedError("Every value must be finite, but the table holds NaN or infinity; train again.")
+        return weight
 
     def facts(self) -> Mapping[str, float]:
         """Figures of its own that say how it is made, by name; a study records them. None by default."""
         return {}
 
-    @abstractmethod
     def stored(self) -> Tensor:
-        """Rows that a file must be able to find: bool ``(n,)``, never the out-of-vocabulary row."""
+        """Rows that a file must be able to find: bool ``(n,)``, never the out-of-vocabulary row; by default all."""
+        return ~oov_rows(self.schema)
 
     @abstractmethod
     def pack(
@@ -158,14 +165,6 @@ class DenseTable(Table):
     def weight(self) -> Tensor:
         """The whole matrix ``(n, D)``."""
         return self.matrix
-
-    def values(self) -> int:
-        """Scalars of the counted blocks."""
-        return sum(b.values for b in self.blocks if b.counted)
-
-    def stored(self) -> Tensor:
-        """Every row but the out-of-vocabulary rows."""
-        return ~oov_rows(self.schema)
 
     def pack(
         self, storage: Storage = "fp32", rows: NDArray[np.int64] | None = None, index: Index = "compact"

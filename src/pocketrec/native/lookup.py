@@ -41,11 +41,7 @@ class Table:
 
 
 def lookup(
-    table: Table,
-    rows: NDArray[np.int64],
-    fields: NDArray[np.int32],
-    out: NDArray[np.float32],
-    threads: int = 1,
+    table: Table, rows: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32], threads: int = 1
 ) -> None:
     """Packed look-up ``rows (B, C) -> out (B, C, D)`` by the compiled library, which must be available.
 

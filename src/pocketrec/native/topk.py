@@ -95,12 +95,7 @@ def _topk_numpy(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     block = 64
     found = [
-        best(
-            products(users[begin : begin + block], items),
-            seen_indptr[begin : begin + block + 1],
-            seen_indices,
-            k,
-        )
+        best(products(users[begin : begin + block], items), seen_indptr[begin : begin + block + 1], seen_indices, k)
         for begin in range(0, len(users), block)
     ]
     if not found:

@@ -240,9 +240,7 @@ class HashNetwork(Composition):
             "slots": plan.rows, "functions": plan.widths[0], "hidden": list(plan.widths[1:-1]), "buckets": plan.buckets,
             "salt": plan.salt, "code": plan.code, "end": plan.end,
         } | ({"hot": len(plan.hot)} if len(plan.hot) else {})  # fmt: skip
-        return HashMlpBlock(
-            place.name, place.start, place.stop, place.left, place.right, "hash_mlp", storage, settings, arrays
-        )
+        return HashMlpBlock(*place, "hash_mlp", storage, settings, arrays=arrays)
 
     def _folded(self, arrays: dict[str, NDArray[Any]]) -> list[tuple[Tensor, Tensor]]:
         """Weight ``(o, i)`` and bias of each layer under batch norm, in float64; ``arrays`` gets what is left over."""

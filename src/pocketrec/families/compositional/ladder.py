@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pocketrec.compression.budget import Room
+from pocketrec.compression.budget import Room, largest_fitting, values_below
 from pocketrec.compression.ladder import Ladder
-from pocketrec.errors import BudgetError, ConfigError
+from pocketrec.errors import ConfigError
 from pocketrec.families.compositional.region import (
     NOTHING,
     FrequencyOrder,
     Region,
     RegionScope,
     SlotOrder,
+    Slots,
     regions,
     slots_of,
 )
 from pocketrec.families.compositional.table import ComposedTable, Plan
 from pocketrec.families.distillation import imitated, lessons
-from pocketrec.families.retraining import Start, TrainingMethod, initial_model
+from pocketrec.families.retraining import TrainingMethod, initial_model
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
 from pocketrec.models.backbone import Model, noise
@@ -36,7 +36,11 @@ from pocketrec.training.run import Run
 if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset
 
+Draft = Model[ComposedTable]
+"""A model as its training starts."""
 
+
+@dataclass(frozen=True)
 class CompositionalMethod(TrainingMethod):
     """A method whose vectors are computed: what it says of a region and a number of values, and how it trains.
 
@@ -50,9 +54,8 @@ class CompositionalMethod(TrainingMethod):
     teaching_rate: ClassVar[float] = 0.01
     """Learning rate of a ``taught`` start that says none."""
 
-    start: Start
-    scope: RegionScope
-    order: SlotOrder
+    scope: RegionScope = field(default="block", kw_only=True)
+    order: SlotOrder = field(default="file", kw_only=True)
 
     @property
     def keeps(self) -> bool:
@@ -60,7 +63,7 @@ class CompositionalMethod(TrainingMethod):
         return False
 
     @abstractmethod
-    def plan(self, region: Region, values: int, frequent: NDArray[np.int64] = NOTHING) -> Plan | None:
+    def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> Plan | None:
         """The largest composition of a region within a number of values; ``None`` below the least.
 
         Args:
@@ -73,7 +76,7 @@ class CompositionalMethod(TrainingMethod):
     def least(self, region: Region) -> int:
         """The fewest values of a region."""
 
-    def train(self, draft: Model, data: Dataset, run: Run) -> Model:
+    def train(self, draft: Draft, data: Dataset, run: Run) -> Model:
         """The final model from the one that training starts from."""
         return run.fit(self.name, draft, data)
 
@@ -85,7 +88,7 @@ class CompositionalMethod(TrainingMethod):
         def plan(region: Region, values: int) -> Plan | None:
             return self.plan(region, values, frequent.of(region) if self.keeps else NOTHING)
 
-        def train(draft: Model) -> Model:
+        def train(draft: Draft) -> Model:
             ready = self._taught(draft, dense, data, run) if self.start.kind == "taught" else draft
             return self.train(ready, data, run)
 
@@ -94,10 +97,10 @@ class CompositionalMethod(TrainingMethod):
             plan=plan, least=self.least, train=train,
         )  # fmt: skip
 
-    def _taught(self, draft: Model, dense: DenseTable, data: Dataset, run: Run) -> Model:
+    def _taught(self, draft: Draft, dense: DenseTable, data: Dataset, run: Run) -> Draft:
         """The draft with all that its compositions may ever read, once it has learned the dense table."""
         stages = lessons(self.start, self.teaching_rate, run.stages(data.schema.task)[0])
-        pupil = draft.with_table(cast("ComposedTable", draft.table).whole())
+        pupil = draft.with_table(draft.table.whole())
         return imitated(self.name, pupil, dense.matrix.detach(), data, run, stages, self.start.goal)
 
 
@@ -126,7 +129,7 @@ class ComposedLadder(Ladder):
     order: SlotOrder
     plan: Callable[[Region, int], Plan | None]
     least: Callable[[Region], int]
-    train: Callable[[Model], Model]
+    train: Callable[[Draft], Model]
 
     def table(self, room: Room) -> ComposedTable:
         """The largest compositions that fit, each region at most its share; bytes hold all uncounted blocks as well.
@@ -145,11 +148,8 @@ class ComposedLadder(Ladder):
     def _enough(self, values: int) -> int:
         """So many values, if the least compositions need no more."""
         if values < self._least:
-            raise BudgetError(
-                f"A budget of {values:,} values is below the {self._least:,} that {self.name} needs for a table of "
-                f"{self.start.table.values():,}; raise the budget.",
-                least_values=self._least,
-            )
+            what = f"that {self.name} needs for a table of {self.start.table.values():,}"
+            raise values_below(values, self._least, what)
         return values
 
     def _values_within(self, room: Room) -> int:
@@ -160,18 +160,9 @@ class ComposedLadder(Ladder):
 
         low, high = self._least, max(self._least, sum(r.values for r in self._regions))
         if (least := size(low)) > room.most:
-            raise BudgetError(
-                f"Budget {room.most:,} B is below the {least:,} B of the smallest table that {self.name} can make "
-                f"of {self.start.schema.rows:,} rows of width {self.start.table.width}; raise the budget.",
-                least_bytes=least,
-            )
-        while low < high:
-            middle = (low + high + 1) // 2
-            if size(middle) <= room.most:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+            rows = f"{self.start.schema.rows:,} rows of width {self.start.table.width}"
+            raise room.below(least, f"of the smallest table that {self.name} can make of {rows}")
+        return largest_fitting(low, high, lambda values: size(values) <= room.most)
 
     def finish(self, model: Model, room: Room) -> Model:
         """Train the table and a fresh head."""
@@ -184,7 +175,7 @@ class ComposedLadder(Ladder):
         return regions(self.start.table.blocks, self.scope)
 
     @cached_property
-    def _slots(self) -> tuple[NDArray[np.int64], ...]:
+    def _slots(self) -> tuple[Slots, ...]:
         return tuple(slots_of(region, self.data, self.order) for region in self._regions)
 
     @cached_property

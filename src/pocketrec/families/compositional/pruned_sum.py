@@ -140,9 +140,7 @@ class Codebooks(Composition):
         settings: dict[str, Any] = {"slots": self.rows, "bucket": self.bucket, "kept": int(keep.sum())}
         if self.operation != "add":
             settings["operation"] = self.operation
-        return PrunedSumBlock(
-            place.name, place.start, place.stop, place.left, place.right, "pruned_sum", storage, settings, arrays
-        )
+        return PrunedSumBlock(*place, "pruned_sum", storage, settings, arrays=arrays)
 
 
 class PrunedCodebooks(Codebooks):

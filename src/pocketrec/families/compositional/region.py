@@ -19,7 +19,9 @@ RegionScope = Literal["joint", "block"]
 
 SlotOrder = Literal["file", "id"]
 
-NOTHING = np.empty(0, np.int64)
+Slots = NDArray[np.int64]
+
+NOTHING: Slots = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def regions(blocks: Sequence[Block], scope: RegionScope) -> tuple[Region, ...]:
     return tuple(found)
 
 
-def slots_of(region: Region, data: Dataset, order: SlotOrder) -> NDArray[np.int64]:
+def slots_of(region: Region, data: Dataset, order: SlotOrder) -> Slots:
     """Slot of each row of a region, a permutation ``(rows,)``: its place in the file, or its id.
 
     Rows that no file stores, the out-of-vocabulary rows, come last in the order of the file.
@@ -92,9 +94,9 @@ class FrequencyOrder:
     def __init__(self, data: Dataset, order: SlotOrder) -> None:
         self._data = data
         self._order: SlotOrder = order
-        self._known: dict[Region, NDArray[np.int64]] = {}
+        self._known: dict[Region, Slots] = {}
 
-    def of(self, region: Region) -> NDArray[np.int64]:
+    def of(self, region: Region) -> Slots:
         """All slots of a region, ``(rows,)``; those of equal frequency in the order of their rows."""
         if region not in self._known:
             order = np.argsort(-self._data.counts[region.start : region.stop], kind="stable")

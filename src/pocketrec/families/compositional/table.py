@@ -23,7 +23,7 @@ from pocketrec.families.compositional.region import Region
 from pocketrec.format.block import FileBlock, PackedRange, Storage, file_range
 from pocketrec.format.entries import Index
 from pocketrec.format.packed import Packed
-from pocketrec.models.table import Block, Table, oov_rows
+from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema
 from pocketrec.training.hooks import LearningTable, Rule
 
@@ -235,10 +235,6 @@ class ComposedTable(LearningTable, Table):
             if len(own) > 1:
                 found |= {f"{name} {region.name}": value for region, value in known}
         return found
-
-    def stored(self) -> Tensor:
-        """Every row but the out-of-vocabulary rows."""
-        return ~oov_rows(self.schema)
 
     @torch.no_grad()
     def pack(

@@ -191,9 +191,7 @@ class TensorTrain(Composition):
             "slots": plan.slots, "rows": list(plan.rows), "widths": list(plan.widths), "ranks": list(plan.ranks),
             "cached": self.cached,
         }  # fmt: skip
-        return TensorTrainBlock(
-            place.name, place.start, place.stop, place.left, place.right, "tensor_train", storage, settings, arrays
-        )
+        return TensorTrainBlock(*place, "tensor_train", storage, settings, arrays=arrays)
 
     def _computed(self, distinct: Tensor) -> Tensor:
         """Vectors of slots from the cores."""

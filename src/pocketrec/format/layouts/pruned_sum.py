@@ -156,4 +156,4 @@ class PrunedSumBlock(ComposedBlock):
     def _books(self) -> PackedBlock:
         """Both codebooks as a table of their own."""
         arrays = {name: array for name, array in self.arrays.items() if name != "slots"}
-        return PackedBlock(self.name, 0, self._rows, 0, self._part, "bitmap", self.storage, self._stride, arrays)
+        return PackedBlock(self.name, 0, self._rows, 0, self._part, "bitmap", self.storage, self._stride, arrays=arrays)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,21 +37,7 @@ class QuantisedBlock(FileBlock):
     Arrays: ``codes (rows, ceil(width * bits / 8))`` uint8, ``low`` and ``step (F, width)`` float32.
     """
 
-    name: str
-    start: int
-    stop: int
-    left: int
-    right: int
-    layout: str
     bits: int
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-        return {
-            "name": self.name, "start": self.start, "stop": self.stop, "left": self.left, "right": self.right,
-            "layout": self.layout, "bits": self.bits, "arrays": sorted(self.arrays),
-        }  # fmt: skip
 
     def check(self, fields: int) -> None:
         """Raise :class:`ArtifactError` unless every array has the type and the shape that the layout asks for."""
@@ -64,15 +48,7 @@ class QuantisedBlock(FileBlock):
             "codes": (np.uint8, (self.rows, code_bytes(self.width, self.bits))), "low": table, "step": table,
         }  # fmt: skip
         for name, (dtype, shape) in expected.items():
-            found = self.arrays.get(name)
-            if found is None or found.dtype != dtype or found.shape != shape:
-                got = "nothing" if found is None else f"{found.dtype} {found.shape}"
-                raise ArtifactError(f"Array '{self.name}.{name}' must be {np.dtype(dtype)} {shape}, but got {got}.")
-
-    def positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """File rows ``(m,)`` -> index in the block, or -1."""
-        local = rows - self.start
-        return np.where((local >= 0) & (local < self.rows), local, -1)
+            self.check_array(name, dtype, shape)
 
     def read(self, positions: NDArray[np.int64], fields: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Write the entries of ``positions (m,)`` over ``out (m, width)``."""

@@ -30,10 +30,9 @@ that the place of a row follows from the classes of the rows before it. Arrays, 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,21 +61,6 @@ class TransformTable(ctypes.Structure):
 @dataclass(frozen=True)
 class TransformBlock(FileBlock):
     """See the module; file row ``start + i`` is row ``i``, and ``read`` adds to the fill that it finds."""
-
-    name: str
-    start: int
-    stop: int
-    left: int
-    right: int
-    layout: str
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-        return {
-            "name": self.name, "start": self.start, "stop": self.stop, "left": self.left, "right": self.right,
-            "layout": self.layout, "arrays": sorted(self.arrays),
-        }  # fmt: skip
 
     def check(self, fields: int) -> None:
         """Raise :class:`ArtifactError` unless every array has the type and the shape that the sections ask for."""

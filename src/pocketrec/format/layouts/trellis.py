@@ -29,8 +29,8 @@ Arrays:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -193,12 +193,7 @@ def _put(stream: NDArray[np.uint8], places: Ints, numbers: NDArray[np.integer], 
 
 
 def _put_code(
-    stream: NDArray[np.uint8],
-    places: Ints,
-    rate: int,
-    width: int,
-    scales: NDArray[np.uint8],
-    codes: NDArray[np.uint8],
+    stream: NDArray[np.uint8], places: Ints, rate: int, width: int, scales: NDArray[np.uint8], codes: NDArray[np.uint8]
 ) -> None:
     """Write scale and code of rows that have one code."""
     if not rate:
@@ -241,26 +236,15 @@ class TableView(ctypes.Structure):
 class TrellisBlock(FileBlock):
     """See the module; file row ``start + i`` is user ``i``, or item ``i - users``. Every row is stored."""
 
-    name: str
-    start: int
-    stop: int
-    left: int
-    right: int
-    layout: str
     shape: Shape
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.shape, dict):
             object.__setattr__(self, "shape", Shape(**{**self.shape, "rates": tuple(self.shape["rates"])}))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-        return {
-            "name": self.name, "start": self.start, "stop": self.stop, "left": self.left, "right": self.right,
-            "layout": self.layout, "shape": {**asdict(self.shape), "rates": list(self.shape.rates)},
-            "arrays": sorted(self.arrays),
-        }  # fmt: skip
+        """Everything but the arrays, whose names it lists."""
+        return {**super().to_json(), "shape": {**asdict(self.shape), "rates": list(self.shape.rates)}}
 
     def check(self, fields: int) -> None:
         """Raise :class:`ArtifactError` unless every array has the type and the shape that the layout asks for."""
@@ -269,19 +253,13 @@ class TrellisBlock(FileBlock):
             raise ArtifactError(f"Block {self.name!r} has an impossible shape: {self.to_json()}.")
         if shape.users + shape.items != self.rows:
             raise ArtifactError(f"Block {self.name!r} must have {shape.users + shape.items} rows, but has {self.rows}.")
-        self._check("planes", np.uint8, (plane_bytes(shape.items, shape.planes),))
-        self._check("offsets", np.uint32, (-(-shape.items // GROUP),))
-        self._check("centroids", np.uint8, (1 << shape.shapes, code_bytes(self.width, CENTROID_BITS)))
-        self._check("scales", np.float32, (2 * _PAIRS + 1 + shape.atoms,))
-        self._check("codes", np.uint8, (self._user_start + -(-shape.users * self._user_bits // 8) + SPARE,))
+        self.check_array("planes", np.uint8, (plane_bytes(shape.items, shape.planes),))
+        self.check_array("offsets", np.uint32, (-(-shape.items // GROUP),))
+        self.check_array("centroids", np.uint8, (1 << shape.shapes, code_bytes(self.width, CENTROID_BITS)))
+        self.check_array("scales", np.float32, (2 * _PAIRS + 1 + shape.atoms,))
+        self.check_array("codes", np.uint8, (self._user_start + -(-shape.users * self._user_bits // 8) + SPARE,))
         if len(self.arrays) != 5 or not np.isfinite(self.arrays["scales"]).all():
             raise ArtifactError(f"Block {self.name!r} has other arrays than its layout, or scales that are no numbers.")
-
-    def _check(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-        found = self.arrays.get(name)
-        if found is None or found.dtype != dtype or found.shape != shape:
-            got = "nothing" if found is None else f"{found.dtype} {found.shape}"
-            raise ArtifactError(f"Array '{self.name}.{name}' must be {np.dtype(dtype)} {shape}, but got {got}.")
 
     @cached_property
     def _item_bits(self) -> Ints:
@@ -461,11 +439,6 @@ class TrellisBlock(FileBlock):
     @property
     def _coefficients(self) -> Floats:
         return np.ascontiguousarray(self.arrays["scales"][2 * _PAIRS + 1 :])
-
-    def positions(self, rows: Ints) -> Ints:
-        """File rows ``(m,)`` -> rows of the block, or -1."""
-        local = rows - self.start
-        return np.where((local >= 0) & (local < self.rows), local, -1)
 
     def read(self, positions: Ints, fields: NDArray[np.int32], out: Floats) -> None:
         """Write the vectors of ``positions (m,)`` over ``out (m, width)``; each distinct one is computed once."""

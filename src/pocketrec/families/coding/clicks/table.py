@@ -124,7 +124,7 @@ class CodedTable(Table):
         numbers = [np.where(kinds[r] < 0, len(s.coders), kinds[r]) for s, r in zip(sections, own, strict=True)]
         kept = [codes[r, : len(s.basis)] for s, r in zip(sections, own, strict=True)]
         arrays = encode(sections, numbers, kept)
-        return TransformBlock(span.name, start, stop, span.left, span.right, "transform", arrays)
+        return TransformBlock(span.name, start, stop, span.left, span.right, "transform", arrays=arrays)
 
 
 def _with_room(section: Section, kinds: NDArray[np.int8]) -> Section:

@@ -12,7 +12,7 @@ from pocketrec.attribution.list_margin import ListMargin
 from pocketrec.compression.budget import Room
 from pocketrec.compression.ladder import Ladder
 from pocketrec.data.dataset import Dataset
-from pocketrec.errors import BudgetError, UnsupportedOp
+from pocketrec.errors import UnsupportedOp
 from pocketrec.families.coding.lists.gain_shape import GainShape
 from pocketrec.families.coding.lists.plan import TrellisPlan
 from pocketrec.families.coding.lists.table import TrellisTable
@@ -65,11 +65,7 @@ class ListCodingLadder(Ladder):
         beside = self._mean.nbytes + room.key_bytes(self.model.schema, [f.size - f.oov for f in fields])
         least = beside + self._coder.least().size_bytes(width)
         if room.most < least:
-            raise BudgetError(
-                f"Budget {room.most:,} B is below the {least:,} B that the gains of {fields[1].size:,} rows of "
-                f"{fields[1].name!r} need; raise the budget.",
-                least_bytes=least,
-            )
+            raise room.below(least, f"that the gains of {fields[1].size:,} rows of {fields[1].name!r} need")
         plan = self._coder.plan(room.most - beside)
         return self._table(plan.shape, plan.blank(width))
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketrec.format.layouts.trellis import (
-    Records,
-    Shape,
-)
+from pocketrec.format.layouts.trellis import Records, Shape
 from pocketrec.format.trellis_codes import rate_bits
 
 DISTORTION = np.array([1.0, 0.783, 0.594, 0.475, 0.33, 0.174, 0.098, 0.0287, 0.0084, 6.4e-4, 4.1e-5])

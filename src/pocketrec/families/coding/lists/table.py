@@ -143,6 +143,6 @@ class TrellisTable(Table):
         )
         names = "+".join(b.name for b in self.blocks)
         block = TrellisBlock(
-            names, 0, len(table_rows), 0, self.width, "trellis", self.shape, encode(self.shape, ordered)
+            names, 0, len(table_rows), 0, self.width, "trellis", self.shape, arrays=encode(self.shape, ordered)
         )
         return Packed(len(table_rows), (block,), self.fill, self.fill)

@@ -1,4 +1,4 @@
-"""Where the numbers of ``constants.bin`` come from. ``python -m pocketrec.format.constants_definition FILE`` writes it.
+"""Where the numbers of ``constants.bin`` come from. ``python bench/constants_definition.py FILE`` writes it.
 
 Nothing reads this module but the test that compares: processors may differ in the last digit of what is computed here,
 and the bytes of ``constants.bin`` are what files mean.
