@@ -98,9 +98,11 @@ class House:
 
     @cached_property
     def _homes(self) -> dict[str, str]:
-        """Public name -> module, as the package's ``TYPE_CHECKING`` block says."""
+        """Public name -> module, as the package's stub says, or its ``TYPE_CHECKING`` block."""
         homes: dict[str, str] = {}
-        for node in ast.walk(self.trees[PACKAGE]):
+        stub = self.source / "__init__.pyi"
+        tree = ast.parse(stub.read_text(encoding="utf-8")) if stub.is_file() else self.trees[PACKAGE]
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module in self.files:
                 homes |= {alias.asname or alias.name: node.module for alias in node.names}
         return homes

@@ -23,8 +23,7 @@ class BudgetError(PocketRecError):
 
     def __init__(self, message: str, *, least_bytes: int | None = None, least_values: int | None = None) -> None:
         super().__init__(message)
-        self.least_bytes = least_bytes
-        self.least_values = least_values
+        self.least_bytes, self.least_values = least_bytes, least_values
 
 
 class UnsupportedOp(PocketRecError):

@@ -50,9 +50,7 @@ class Recommender:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
-        self.schema = artifact.schema
-        self.kind = artifact.kind
+        self.artifact, self.schema, self.kind = artifact, artifact.schema, artifact.kind
 
     def score(self, row: Mapping[str, Any]) -> float:
         """Score of one row: the click probability of a click model, the ranking score of a ``baked`` ranking model.

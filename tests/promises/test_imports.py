@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -122,3 +123,12 @@ for axis, plugin in {PLUGINS}:
 """
     removed = python(code, tmp_path, "-B").split()
     assert removed == [name for _, name in PLUGINS]
+
+
+def test_the_stub_names_what_the_package_does():
+    stub = (Path(pocketrec.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+    homes = re.findall(r"^from (\S+) import (\w+) as \2$", stub, re.M)
+    assert sorted(name for _, name in homes) == pocketrec.__all__
+    assert {(m, n) for m, n in homes if n not in registry.AXES} == {
+        (f"pocketrec.{module}", name) for name, module in pocketrec._MODULE.items()
+    }

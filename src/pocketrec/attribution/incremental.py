@@ -37,8 +37,7 @@ class _Update:
     """The output of a step that reads ``columns`` of the vectors, kept up to date: here of a plain sum."""
 
     def __init__(self, step: LoweredStep, columns: slice, vectors: Tensor) -> None:
-        self.step = step
-        self.columns = columns
+        self.step, self.columns = step, columns
         self.output = step.node.value(vectors[..., columns]).float()
 
     def apply(self, change: _Change) -> None:

@@ -25,8 +25,7 @@ class Node:
     """One op: ``run`` keeps what ``pull`` needs; ``pull`` maps the output's gradient to one gradient per input."""
 
     def __init__(self, op: Op, dtype: torch.dtype) -> None:
-        self.op = op
-        self.dtype = dtype
+        self.op, self.dtype = op, dtype
         self.inputs: tuple[Tensor, ...] = ()
 
     def run(self, *inputs: Tensor) -> Tensor:
@@ -292,8 +291,7 @@ class LoweredHead:
     """
 
     def __init__(self, program: Program, precision: Precision = "fp32") -> None:
-        self.program = program
-        self.output = program.ops[-1].output
+        self.program, self.output = program, program.ops[-1].output
         self.steps = tuple(_steps(program, DTYPES[precision]))
         self._shape = torch.Size()
 

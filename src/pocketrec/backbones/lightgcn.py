@@ -97,9 +97,7 @@ class LightGCNModel(RankingModel):
     def __init__(self, backbone: LightGCN, table: Table, graph: Graph) -> None:
         super().__init__()
         self.backbone = self.config = backbone
-        self.schema = table.schema
-        self.table = table
-        self.graph = graph
+        self.schema, self.table, self.graph = table.schema, table, graph
         self.workspace = Buffers()
 
     def batches(

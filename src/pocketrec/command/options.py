@@ -98,8 +98,7 @@ class PluginCommand(click.Command):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.axis: registry.Axis = axis
-        self.flag = flag
-        self.also = also
+        self.flag, self.also = flag, also
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find the plug-in's name first, so that the parser knows its flags."""

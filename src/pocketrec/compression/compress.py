@@ -106,13 +106,10 @@ def compress(
     budgets = [Budget.parse(b) for b in ([budget] if single else budget)]
     if bake:
         model = BakedModel.of(model)
-    ladder = method.prepare(model, data, run)
-
-    def at(budget: Budget) -> Small:
-        trained = run.training if method.trains else ()
-        return _at(ladder, Small(model, data, method, budget, storage or budget.storage, index, trained))
-
-    return at(budgets[0]) if single else [at(b) for b in budgets]
+    ladder, trained = method.prepare(model, data, run), run.training if method.trains else ()
+    dense = [Small(model, data, method, b, storage or b.storage, index, trained) for b in budgets]
+    found = [_at(ladder, small) for small in dense]
+    return found[0] if single else found
 
 
 def _at(ladder: Ladder, dense: Small) -> Small:

@@ -98,8 +98,7 @@ class Dataset:
     """
 
     def __init__(self, path: Path, document: dict[str, Any]) -> None:
-        self.path = path
-        self.document = document
+        self.path, self.document = path, document
         self.schema = Schema.from_json(document["schema"])
         self.digest: str = document["digest"]
         self.rows_in: int = document["rows_in"]

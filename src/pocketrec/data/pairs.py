@@ -67,13 +67,18 @@ def write_pairs(
     user = Field("user", sizes["user"], 0, "dense", oov=False)
     item = Field("item", sizes["item"], user.stop, "dense", oov=False)
     schema = Schema("cf", (user, item))
+    _save(folder, pairs, schema)
+    return schema, _unseen(pairs, sizes)
+
+
+def _save(folder: Path, pairs: Mapping[str, NDArray[np.void]], schema: Schema) -> None:
+    """Write the ids and lines of every split, and how often each id occurs in training."""
     for name in splits.NAMES:
-        ids = np.stack([pairs[name]["user"], pairs[name]["item"] + item.offset], axis=1).astype(np.int32)
+        ids = np.stack([pairs[name]["user"], pairs[name]["item"] + schema.fields[1].offset], axis=1).astype(np.int32)
         save_array(folder / f"{name}.ids.npy", ids)
         save_array(folder / f"{name}.rows.npy", pairs[name]["line"])
         if name == "train":
             save_array(folder / "counts.npy", np.bincount(ids.ravel(), minlength=schema.rows).astype(np.int64))
-    return schema, _unseen(pairs, sizes)
 
 
 def _read_pairs(part: RawFile, scan: Scan, tally: Tally, progress: RowProgress) -> NDArray[np.void]:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from pocketrec.data.dataset import Dataset, Split
 
 
+Inner = Model[Lookup]
+"""The model inside a :class:`Student`."""
+
 I_co = TypeVar("I_co", bound=Model[Lookup], default=Model[Lookup], covariant=True)
 """The model inside a student."""
 
@@ -104,15 +107,7 @@ class Target(nn.Module, ABC):
     lasting: bool = False
 
     def batches(
-        self,
-        model: Model[Lookup],
-        data: Dataset,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        *,
-        shuffle: bool = True,
-        split: Split | None = None,
+        self, model: Inner, data: Dataset, batch_size: int, seed: int, epoch: int, shuffle: bool, split: Split | None
     ) -> Iterator[tuple[Tensor, ...]]:
         """By default those of the model inside the student; see :meth:`pocketrec.models.backbone.Model.batches`."""
         return model.batches(data, batch_size, seed, epoch, shuffle=shuffle, split=split)
@@ -138,9 +133,7 @@ class Student(Model[T_co], Generic[T_co, I_co]):
 
     def __init__(self, inner: I_co, table: T_co, target: Target) -> None:
         super().__init__()
-        self.backbone = inner.backbone
-        self.schema = inner.schema
-        self.table = table
+        self.backbone, self.schema, self.table = inner.backbone, inner.schema, table
         self.lasting = target.lasting
         headed: Any = inner.with_table(table)
         del headed.table
@@ -151,7 +144,7 @@ class Student(Model[T_co], Generic[T_co, I_co]):
         self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Those of the target."""
-        return self.target.batches(self.inner, data, batch_size, seed, epoch, shuffle=shuffle, split=split)
+        return self.target.batches(self.inner, data, batch_size, seed, epoch, shuffle, split)
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """That of the target."""
@@ -221,15 +214,7 @@ class FinalVectors(TableRows):
     """The final vectors of a ranking model: ``mean (P e - z)^2 / mean z^2`` over all rows in each step."""
 
     def batches(
-        self,
-        model: Model[Lookup],
-        data: Dataset,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        *,
-        shuffle: bool = True,
-        split: Split | None = None,
+        self, model: Inner, data: Dataset, batch_size: int, seed: int, epoch: int, shuffle: bool, split: Split | None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Nothing to look up, ``STEPS`` times."""
         nothing = torch.empty(0, 0, dtype=torch.int64)

@@ -175,12 +175,8 @@ class Supernet(LearningTable):
         self, dense: DenseTable, units: Units, rows: ThresholdSharing | None, rule: Rule, pressure: float
     ) -> None:
         super().__init__()
-        self.schema = dense.schema
-        self.blocks = dense.blocks
-        self.groups = units.groups
-        self.rows = rows
-        self.rule = rule
-        self.pressure = pressure
+        self.schema, self.blocks, self.groups = dense.schema, dense.blocks, units.groups
+        self.rows, self.rule, self.pressure = rows, rule, pressure
         self.base = nn.Parameter(dense.matrix.detach().clone())
         height = {"field": self.schema.width, "feature": self.schema.rows, None: 0}[rows]
         self.threshold = nn.Parameter(torch.zeros(height, len(self.groups)))
@@ -239,10 +235,7 @@ class _SampledNet(Lookup):
 
     def __init__(self, net: Supernet, noise: torch.Generator) -> None:
         super().__init__()
-        self.schema = net.schema
-        self.blocks = net.blocks
-        self.net = net
-        self.noise = noise
+        self.schema, self.blocks, self.net, self.noise = net.schema, net.blocks, net, noise
         self.by_row = self._draw(self.schema.rows) if self.schema.task == "cf" else None
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -117,9 +117,7 @@ class MaskedTable(Lookup):
         super().__init__()
         if bool(table.fill.any()):
             raise ConfigError("Retraining needs removed entries that read zero, but `fill` is not zero.")
-        self.schema = table.schema
-        self.blocks = table.blocks
-        self.counts = counts
+        self.schema, self.blocks, self.counts = table.schema, table.blocks, counts
         self.kept = table.keep
         keep, source = table.keep.clone(), torch.arange(self.schema.rows)
         for field, own in zip(self.schema.fields, own_absent(self.schema, keep, counts), strict=True):

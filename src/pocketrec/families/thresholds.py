@@ -183,11 +183,9 @@ class SoftTable(LearningTable):
         self, dense: DenseTable, granularity: Granularity, first: float, rule: Rule, every: int, clip: float
     ) -> None:
         super().__init__()
-        self.schema = dense.schema
-        self.blocks = dense.blocks
+        self.schema, self.blocks = dense.schema, dense.blocks
         self.granularity: Granularity = granularity
-        self.clip = clip
-        self.rule = rule
+        self.clip, self.rule = clip, rule
         rows, width = dense.matrix.shape
         by_row = {"feature": rows, "feature_dim": rows, "field": self.schema.width, "field_dim": self.schema.width}
         by_column = granularity in ("dimension", "feature_dim", "field_dim")

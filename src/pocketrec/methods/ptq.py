@@ -154,9 +154,7 @@ class QuantisedTable(Table):
         zero: ZeroCode = "exact",
     ) -> None:
         super().__init__()
-        self.schema = schema
-        self.blocks = blocks
-        self.bits = bits
+        self.schema, self.blocks, self.bits = schema, blocks, bits
         codes = np.zeros(weight.shape, np.uint8)
         low, step = (np.zeros((schema.width, weight.shape[1]), np.float32) for _ in range(2))
         for block in blocks:

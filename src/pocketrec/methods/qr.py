@@ -157,9 +157,7 @@ class QRComposition(Composition):
 
     def __init__(self, plan: QRPlan, remainder: Tensor, quotient: Tensor) -> None:
         super().__init__()
-        self.rows = plan.rows
-        self.width = plan.width
-        self.divisor = plan.divisor
+        self.rows, self.width, self.divisor = plan.rows, plan.width, plan.divisor
         self.operation = plan.operation
         self.remainder = nn.Parameter(remainder)
         self.quotient = nn.Parameter(quotient)

@@ -237,8 +237,7 @@ class HeadedModel(ClickModel):
     def __init__(self, backbone: Backbone, table: Table, source: torch.Generator) -> None:
         super().__init__()
         self.backbone = self.config = backbone
-        self.schema = table.schema
-        self.table = table
+        self.schema, self.table = table.schema, table
         self.draw(source)
 
     @property

@@ -27,9 +27,7 @@ class BakedModel(RankingModel):
 
     def __init__(self, source: RankingModel, table: DenseTable) -> None:
         super().__init__()
-        self.backbone = source.backbone
-        self.schema = source.schema
-        self.table = table
+        self.backbone, self.schema, self.table = source.backbone, source.schema, table
         self.source = source
 
     @classmethod

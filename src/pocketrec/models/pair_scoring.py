@@ -119,8 +119,7 @@ class PairModel(RankingModel):
         super().__init__()
         self.backbone = self.config = backbone
         self.objective = backbone.objective()
-        self.schema = table.schema
-        self.table = table
+        self.schema, self.table = table.schema, table
         self.draw(source)
 
     @property

@@ -56,8 +56,7 @@ class PrunedTable(Table):
         self, schema: Schema, blocks: tuple[Block, ...], base: Tensor, keep: Tensor, fill: Tensor, absent: Tensor
     ) -> None:
         super().__init__()
-        self.schema = schema
-        self.blocks = blocks
+        self.schema, self.blocks = schema, blocks
         check_matrix("base", base, (schema.rows, self.width), torch.float32)
         check_matrix("keep", keep, (schema.rows, self.width), torch.bool)
         check_matrix("fill", fill, (schema.width, self.width), torch.float32)

@@ -153,8 +153,7 @@ class DenseTable(Table):
 
     def __init__(self, schema: Schema, blocks: tuple[Block, ...], weight: Tensor) -> None:
         super().__init__()
-        self.schema = schema
-        self.blocks = blocks
+        self.schema, self.blocks = schema, blocks
         check_matrix("weight", weight, (schema.rows, self.width), torch.float32)
         self.matrix = nn.Parameter(weight)
 

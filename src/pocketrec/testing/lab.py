@@ -146,8 +146,7 @@ class Lab:
     """
 
     def __init__(self, folder: Path, raw: Path | None = None) -> None:
-        self.folder = folder
-        self.raw = raw
+        self.folder, self.raw = folder, raw
         self.training = Training(epochs=2)
         self.run = Run(None, training=self.training)
         self._models: dict[Backbone, Model] = {}

@@ -207,12 +207,8 @@ class _Loop:
     def __init__(
         self, run: Run, stage: str, model: Model[Lookup], data: Dataset, training: Training, checkpoint: Checkpoint
     ) -> None:
-        self.run = run
-        self.stage = stage
-        self.model = model
-        self.data = data
-        self.training = training
-        self.checkpoint = checkpoint
+        self.run, self.stage, self.model, self.data = run, stage, model, data
+        self.training, self.checkpoint = training, checkpoint
         self.at = _Position()
         self.optimizer = _optimizer(model, training)
         self.per_epoch = max(1, math.ceil(len(data.train) / training.batch_size))

@@ -282,9 +282,7 @@ class _Lookups(Lookup):
 
     def __init__(self, table: DenseTable, optimizer: LazyAdam) -> None:
         super().__init__()
-        self.schema = table.schema
-        self.blocks = table.blocks
-        self._optimizer = optimizer
+        self.schema, self.blocks, self._optimizer = table.schema, table.blocks, optimizer
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up: ``(...) -> (..., D)``."""

@@ -67,9 +67,7 @@ class RowAdam:
     """
 
     def __init__(self, table: RowState, learning_rate: float, weight_decay: float) -> None:
-        self.table = table
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
+        self.table, self.learning_rate, self.weight_decay = table, learning_rate, weight_decay
         self._curves = Curves.upto(4096)
         self._library = library.compiled() if table.weight.device.type == "cpu" else None
         self._mark = torch.full_like(table.updated, -1)

@@ -91,9 +91,7 @@ class Run:
         checkpoint_calls: int = 0,
     ) -> None:
         self.path = None if path is None else Path(path)
-        self.seed = seed
-        self.threads = threads
-        self.device = device
+        self.seed, self.threads, self.device = seed, threads, device
         self.progress: Progress = progress or _silent
         self.watch: Watch = watch or _unwatched
         named = store or os.environ.get("POCKETREC_CACHE")

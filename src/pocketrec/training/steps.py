@@ -101,11 +101,8 @@ class Checkpoint:
     def __init__(
         self, path: Path | None, identity: str, every_seconds: float, every_calls: int, signals: Signals
     ) -> None:
-        self.path = path
-        self.identity = identity
-        self._every_seconds = every_seconds
-        self._every_calls = every_calls
-        self._signals = signals
+        self.path, self.identity, self._every_seconds = path, identity, every_seconds
+        self._every_calls, self._signals = every_calls, signals
         self._saved_at = self._started = time.monotonic()
         self._before = 0.0
         self._calls = 0

@@ -93,9 +93,7 @@ class CodeStore:
     """
 
     def __init__(self, rows: int, compute: Callable[[NDArray[np.int64]], NDArray[np.float32]], *, kept: bool) -> None:
-        self._rows = rows
-        self._compute = compute
-        self._kept = kept
+        self._rows, self._compute, self._kept = rows, compute, kept
         self._codes: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CodeStore:

@@ -215,8 +215,7 @@ class SoftCodebooks(Codebooks):
     def __init__(self, start: PrunedCodebooks, thresholds: Tensor, rule: Rule, count: NonZeros, every: int) -> None:
         super().__init__(start.rows, start.bucket, start.books.detach().clone(), start.operation)
         self.threshold = nn.Parameter(thresholds)
-        self.rule = rule
-        self.count = count
+        self.rule, self.count = rule, count
         self.penalised = count.gamma > 0
         self.falls = Falls((len(start.books), start.books.shape[1]), every)
 

@@ -136,8 +136,7 @@ class ComposedTable(LearningTable, Table):
         weight: Tensor,
     ) -> None:
         super().__init__()
-        self.schema = schema
-        self.blocks = blocks
+        self.schema, self.blocks = schema, blocks
         self.regions = tuple(region for region, _, _ in parts)
         self.parts = nn.ModuleList(part for _, part, _ in parts)
         self.forms = parts[0][1].forms

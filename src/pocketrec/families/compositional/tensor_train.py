@@ -101,9 +101,7 @@ class TensorTrain(Composition):
 
     def __init__(self, plan: TrainPlan, cores: list[Tensor]) -> None:
         super().__init__()
-        self.rows = plan.slots
-        self.width = plan.width
-        self.plan = plan
+        self.rows, self.width, self.plan = plan.slots, plan.width, plan
         self.split = -(-len(plan.rows) // 2)
         self.right_rows = math.prod(plan.rows[self.split :])
         self.cores = nn.ParameterList(nn.Parameter(core) for core in cores)

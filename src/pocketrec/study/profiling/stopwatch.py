@@ -155,10 +155,7 @@ class Stopwatch(Run):
             None, seed=seed, threads=threads, device=device, store=store, progress=self._tick, training=training
         )
         self.loops: list[TimedLoop] = []
-        self._batch = batch
-        self._share = share
-        self._least = least
-        self._settle = settle
+        self._batch, self._share, self._least, self._settle = batch, share, least, settle
         self._on = False
         self._elapsed = 0.0
         self._ticks: list[tuple[int, float]] | None = None

@@ -283,12 +283,8 @@ class CodedHead(ClickModel):
 
     def __init__(self, source: ClickModel, program: Program, bits: NDArray[np.uint8]) -> None:
         super().__init__()
-        self.backbone = source.backbone
-        self.schema = source.schema
-        self.table = source.table
-        self.source = source
-        self.program = program
-        self.bits = bits
+        self.backbone, self.schema, self.table = source.backbone, source.schema, source.table
+        self.source, self.program, self.bits = source, program, bits
         self._run = LoweredHead.of(program)
 
     def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:

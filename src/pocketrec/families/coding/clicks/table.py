@@ -49,9 +49,7 @@ class CodedTable(Table):
         codes: NDArray[np.uint8],
     ) -> None:
         super().__init__()
-        self.schema = schema
-        self.blocks = blocks
-        self.centre = centre
+        self.schema, self.blocks, self.centre = schema, blocks, centre
         self.sections = tuple(sections)
         matrix = centre.astype(np.float32)[schema.field_of_row]
         for field, section in zip(schema.fields, self.sections, strict=True):

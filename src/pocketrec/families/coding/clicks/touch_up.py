@@ -47,8 +47,7 @@ class TrainableCodedTable(Lookup):
 
     def __init__(self, coded: CodedTable) -> None:
         super().__init__()
-        self.schema = coded.schema
-        self.blocks = coded.blocks
+        self.schema, self.blocks = coded.schema, coded.blocks
         most = max(1, *(len(s.basis) for s in coded.sections))
         stretch = torch.zeros(self.schema.width, 1 << MOST_PLANES, most)
         basis = torch.zeros(self.schema.width, most, self.width)

@@ -153,9 +153,7 @@ class GainShape:
     """
 
     def __init__(self, users: Floats, items: Floats, margin: ListMargin, seed: int) -> None:
-        self.items = items
-        self.margin = margin
-        self.seed = seed
+        self.items, self.margin, self.seed = items, margin, seed
         self.width = items.shape[1]
         self.directions = direction(users)
         self.lengths = np.sqrt(np.square(users).sum(axis=1))

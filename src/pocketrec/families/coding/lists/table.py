@@ -94,10 +94,7 @@ class TrellisTable(Table):
         self, schema: Schema, blocks: tuple[Block, ...], fill: NDArray[np.float16], shape: Shape, records: Records
     ) -> None:
         super().__init__()
-        self.schema = schema
-        self.blocks = blocks
-        self.fill = fill
-        self.shape = shape
+        self.schema, self.blocks, self.fill, self.shape = schema, blocks, fill, shape
         self.records = records
         matrix = fill.astype(np.float32)[schema.field_of_row]
         matrix[self.stored().numpy()] = decoded(shape, records)

@@ -18,7 +18,7 @@ from pocketrec.attribution.list_margin import EDGE, LEAST_GAP, LIST, ListMargin
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.families.coding.lists.table import TrellisTable
 from pocketrec.families.coding.lists.trainable import TrainableTrellisTable
-from pocketrec.families.distillation import Target, better, stages, student_of
+from pocketrec.families.distillation import Inner, Target, better, stages, student_of
 from pocketrec.models.backbone import Model
 from pocketrec.models.table import Lookup
 from pocketrec.randomness import generator
@@ -68,15 +68,7 @@ class Lists(Target):
         self.register_buffer("lists", lists, persistent=False)
 
     def batches(
-        self,
-        model: Model[Lookup],
-        data: Dataset,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        *,
-        shuffle: bool = True,
-        split: Split | None = None,
+        self, model: Inner, data: Dataset, batch_size: int, seed: int, epoch: int, shuffle: bool, split: Split | None
     ) -> Iterator[tuple[Tensor, ...]]:
         """``(users (B,),)``, each once; no split is read."""
         users = np.arange(len(self.lists))

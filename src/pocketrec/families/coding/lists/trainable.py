@@ -45,8 +45,7 @@ class TrainableTrellisTable(Lookup):
 
     def __init__(self, coded: TrellisTable) -> None:
         super().__init__()
-        self.schema = coded.schema
-        self.blocks = coded.blocks
+        self.schema, self.blocks = coded.schema, coded.blocks
         records, shape, width = coded.records, coded.shape, coded.width
         gain, gain_ratio, item, item_ratio, user, user_ratio = records.scales[:6].tolist()
         self.step = float(records.scales[6])

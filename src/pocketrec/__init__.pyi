@@ -1,0 +1,43 @@
+from pocketrec import backbones as backbones
+from pocketrec import methods as methods
+from pocketrec import sources as sources
+from pocketrec.compression.budget import Budget as Budget
+from pocketrec.compression.compress import compress as compress
+from pocketrec.compression.ladder import Method as Method
+from pocketrec.compression.measure import Measurement as Measurement
+from pocketrec.compression.measure import measure as measure
+from pocketrec.data.dataset import Dataset as Dataset
+from pocketrec.data.dataset import Split as Split
+from pocketrec.data.encode import encode as encode
+from pocketrec.errors import ArtifactError as ArtifactError
+from pocketrec.errors import BudgetError as BudgetError
+from pocketrec.errors import ConfigError as ConfigError
+from pocketrec.errors import DataError as DataError
+from pocketrec.errors import DivergedError as DivergedError
+from pocketrec.errors import PocketRecError as PocketRecError
+from pocketrec.errors import RunLocked as RunLocked
+from pocketrec.errors import StorageError as StorageError
+from pocketrec.errors import UnsupportedOp as UnsupportedOp
+from pocketrec.families.evolution import Evolution as Evolution
+from pocketrec.families.retraining import Retrain as Retrain
+from pocketrec.families.retraining import Start as Start
+from pocketrec.families.thresholds import ThresholdSearch as ThresholdSearch
+from pocketrec.format.artifact import Contents as Contents
+from pocketrec.models.backbone import Backbone as Backbone
+from pocketrec.models.backbone import ClickModel as ClickModel
+from pocketrec.models.backbone import Model as Model
+from pocketrec.models.backbone import RankingModel as RankingModel
+from pocketrec.models.pruned import PrunedTable as PrunedTable
+from pocketrec.models.table import Block as Block
+from pocketrec.models.table import DenseTable as DenseTable
+from pocketrec.models.table import Table as Table
+from pocketrec.runtime import open as open
+from pocketrec.schema import Field as Field
+from pocketrec.schema import Schema as Schema
+from pocketrec.training.loop import Training as Training
+from pocketrec.training.run import Run as Run
+from pocketrec.training.train import load as load
+from pocketrec.training.train import train as train
+
+__version__: str
+__all__: list[str]
