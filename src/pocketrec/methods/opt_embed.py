@@ -26,6 +26,7 @@ class OptEmbed(SupernetMethod):
             lift it to the mean first norm.
 
     Example:
+        >>> from pocketrec.families.evolution import Evolution
         >>> OptEmbed(search=Evolution(sampling="uniform", patience=30)).retrain.head
         'initial'
 
