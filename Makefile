@@ -7,7 +7,7 @@ STAMP := .venv/installed
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint nightly coverage bench clean
+.PHONY: demo test lint nightly coverage mutants bench clean
 
 demo: $(STAMP)
 	$(BIN)/pocketrec demo --out demo --threads 1
@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-nightly: coverage
+nightly: coverage mutants
 
 # What reads and writes files, data and budgets must be reached by the whole suite: 95 % of the lines of each package.
 COVERED := format data compression
@@ -35,6 +35,11 @@ coverage: $(STAMP)
 		$(COVERED:%=--cov=pocketrec.%) --cov-report=
 	@for name in $(COVERED); do echo "pocketrec.$$name" && \
 		$(BIN)/python -m coverage report --include="*/pocketrec/$$name/*" -m --skip-covered --fail-under=95 || exit 1; done
+
+# One line of format/, families/coding/ or files.py changed at a time: the suite must notice nine changes of ten.
+mutants: $(STAMP)
+	$(BIN)/python bench/mutants.py record --workers $(WORKERS)
+	$(BIN)/python bench/mutants.py check --sample 200 --workers $(WORKERS)
 
 bench: $(STAMP)
 	@echo "Every benchmark is one command; results go to bench/results/."
