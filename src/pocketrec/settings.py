@@ -60,10 +60,10 @@ class Setting:
 
 @cache
 def leaves(cls: type[Any]) -> tuple[Setting, ...]:
-    """The settings of a dataclass in the order of its signature, those of groups in their place."""
+    """The settings of a dataclass in order, those of groups in their place."""
     hints, text = _hints(cls), explained(cls)
     found: list[Setting] = []
-    for field in sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only)):
+    for field in dataclasses.fields(cls):
         if not field.init:
             continue
         default = _default(field)

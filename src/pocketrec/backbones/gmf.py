@@ -47,3 +47,4 @@ class GMF(PairBackbone):
     dim: int = 64
     loss: Loss = "bce"
     negatives: int = 4
+    regularisation: float = 1e-4

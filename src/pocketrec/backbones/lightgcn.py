@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,15 +12,15 @@ from torch.nn import functional as F
 
 from pocketrec import settings
 from pocketrec.format.program import Op, Program
-from pocketrec.models.backbone import Backbone, RankingModel, noise
+from pocketrec.models.backbone import Backbone, noise
 from pocketrec.models.first_values import pair_blocks, xavier
 from pocketrec.models.graph import Buffers, Graph
-from pocketrec.models.pair_scoring import ranking_batches
+from pocketrec.models.pair_scoring import PairedModel
 from pocketrec.models.table import Block, DenseTable, Table
 from pocketrec.schema import Schema, Task
 
 if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset, Split
+    from pocketrec.data.dataset import Dataset
 
 BLOCK = 256
 """Rows of the similarity matrix that are computed together: they stay in cache, and no figure depends on it."""
@@ -91,7 +90,7 @@ class LightGCN(Backbone):
         return LightGCNModel(self, DenseTable(schema, self.blocks(schema), weight), graph)
 
 
-class LightGCNModel(RankingModel):
+class LightGCNModel(PairedModel):
     """The graph and the losses around a table; the head has no weights."""
 
     def __init__(self, backbone: LightGCN, table: Table, graph: Graph) -> None:
@@ -99,13 +98,6 @@ class LightGCNModel(RankingModel):
         self.backbone = self.config = backbone
         self.schema, self.table, self.graph = table.schema, table, graph
         self.workspace = Buffers()
-
-    def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """``(ids (B, 2 + K) int64,)``: every pair of the split once per epoch, with its negatives."""
-        negatives = self.config.negatives
-        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=negatives, split=split)
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """``BPR + lambda REG + gamma NCE`` of ``batch = (ids (B, 2 + K),)``; bf16 under autocast, sums in float32."""

@@ -42,3 +42,4 @@ class MF(PairBackbone):
     dim: int = 64
     loss: Loss = "bpr"
     negatives: int = 1
+    regularisation: float = 1e-4

@@ -118,6 +118,7 @@ class NeuMF(Deep, PairBackbone):
     dropout: float = 0.0
     loss: Loss = "bce"
     negatives: int = 4
+    regularisation: float = 1e-4
     pretraining: int = 0
     bounds: ClassVar = {"pretraining": 0}
 

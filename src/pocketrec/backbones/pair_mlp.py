@@ -64,3 +64,4 @@ class PairMLP(Deep, PairBackbone):
     nonzero_mean: bool = True
     loss: Loss = "bpr"
     negatives: int = 5
+    regularisation: float = 1e-4

@@ -87,10 +87,17 @@ class Method(ABC):
     version: ClassVar[int] = 1
     bounds: ClassVar[Mapping[str, float]] = {}
     """Least values of settings, see :func:`pocketrec.settings.check`."""
+    above: ClassVar[Mapping[str, float]] = {}
+    """What settings must be above, see :func:`pocketrec.settings.check_above`."""
 
     def __post_init__(self) -> None:
         if is_dataclass(self):
             settings.check(self, **self.bounds)
+            settings.check_above(self, **self.above)
+            self.check()
+
+    def check(self) -> None:  # noqa: B027
+        """Refuse settings beyond what annotations and bounds say; by default none."""
 
     @property
     def starts_from(self) -> Literal["trained", "fresh"]:

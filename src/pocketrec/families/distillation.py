@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from pocketrec.data.dataset import Dataset
+from pocketrec.data.dataset import Dataset, Split
 from pocketrec.errors import UnsupportedOp
 from pocketrec.families.retraining import Goal, Start
 from pocketrec.format.program import Program
@@ -32,10 +32,6 @@ from pocketrec.models.table import Lookup
 from pocketrec.training.evaluate import validate
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset, Split
-
 
 Inner = Model[Lookup]
 """The model inside a :class:`Student`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from pocketrec import settings
 from pocketrec.compression.budget import Room, values_below
 from pocketrec.compression.ladder import Ladder
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.families.mixed_dimension import (
     Genes,
@@ -30,6 +31,7 @@ from pocketrec.families.mixed_dimension import (
 )
 from pocketrec.families.pruning import PruningLadder, carry_uncounted, rank_keys
 from pocketrec.families.retraining import HeadStart, Retrain, TrainingMethod, initial_model, retrain, search_training
+from pocketrec.families.retraining import Start as Start
 from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import DenseTable, Lookup
@@ -38,10 +40,6 @@ from pocketrec.training.hooks import Rule as Rule
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.run import Run
 from pocketrec.training.steps import Checkpoint
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
-
 
 SearchAlgorithm = Literal["elitist", "original"]
 
@@ -187,7 +185,6 @@ def fit_lengths(genes: Genes, longest: Genes, sizes: Genes, most: int, random: n
         genes[order[np.cumsum(sizes[order]) <= room]] += 1
 
 
-@dataclass(frozen=True)
 class SupernetMethod(TrainingMethod):
     """Trains a supernet, then searches lengths for each budget.
 
@@ -197,8 +194,8 @@ class SupernetMethod(TrainingMethod):
 
     drops: ClassVar[bool]
 
-    search: Evolution = field(default=Evolution(), kw_only=True)
-    retrain: Retrain = field(default=Retrain(head="initial"), kw_only=True)
+    search: Evolution
+    retrain: Retrain
 
     def small(self) -> Self:
         """With few candidates and generations: no law depends on how good they are."""

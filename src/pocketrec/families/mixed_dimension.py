@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pocketrec import settings
 from pocketrec.compression.budget import largest_fitting
+from pocketrec.data.dataset import Split
 from pocketrec.errors import BudgetError
 from pocketrec.evaluation.metrics import auc
 from pocketrec.models.backbone import ClickModel, Model
@@ -25,10 +26,6 @@ from pocketrec.models.table import Block, DenseTable, Lookup
 from pocketrec.schema import Schema
 from pocketrec.training.evaluate import EVALUATION_ROWS, validate
 from pocketrec.training.hooks import LearningTable, Rule
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Split
-
 
 Genes = NDArray[np.int64]
 

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,17 +19,15 @@ from numpy.typing import NDArray
 
 from pocketrec.compression.budget import Room, largest_fitting, values_below
 from pocketrec.compression.ladder import Ladder, Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError, DivergedError
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
+from pocketrec.models.backbone import Model
 from pocketrec.models.pruned import PrunedTable
 from pocketrec.models.table import Block, Table, oov_rows
 from pocketrec.schema import Schema
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
-    from pocketrec.models.backbone import Model
-    from pocketrec.training.run import Run
+from pocketrec.training.run import Run
 
 RankingScope = Literal["joint", "block"]
 Fill = Literal["zero", "codebook", "plain"]

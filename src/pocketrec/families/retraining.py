@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from pocketrec import settings
 from pocketrec.compression.ladder import Method
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError, UnsupportedOp
 from pocketrec.models.backbone import Model
 from pocketrec.models.baked import BakedModel
@@ -21,9 +21,6 @@ from pocketrec.models.table import DenseTable, Lookup, Table
 from pocketrec.randomness import derive
 from pocketrec.training.loop import Training
 from pocketrec.training.run import Run
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
 
 HeadStart = Literal["fresh", "initial"]
 Goal = Literal["rows", "final"]
@@ -73,7 +70,6 @@ class Retrain:
         settings.check(self)
 
 
-@dataclass(frozen=True)
 class TrainingMethod(Method):
     """A method that trains, from a :class:`Start` of its own.
 
@@ -87,7 +83,7 @@ class TrainingMethod(Method):
     starts: ClassVar[tuple[str, ...]] = ("fresh", "trained")
     """The kinds of start that it knows."""
 
-    start: Start = dataclasses.field(default=Start(), kw_only=True)
+    start: Start
 
     @property
     def starts_from(self) -> Literal["trained", "fresh"]:

@@ -8,9 +8,8 @@ from typing import ClassVar, cast
 
 import torch
 
-from pocketrec import settings
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Draft, Model, Region, Run, Slots
+from pocketrec.families.compositional.ladder import CompositionalMethod, Draft, Model, Run, Start
 from pocketrec.families.compositional.pruned_sum import (
     NonZeros,
     PrunedCodebooks,
@@ -20,6 +19,7 @@ from pocketrec.families.compositional.pruned_sum import (
     Spread,
     spread_of,
 )
+from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
 from pocketrec.families.retraining import Retrain, retraining_model, search_training
 from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.format.layouts.pruned_sum import Operation, codebook_rows, part_width
@@ -62,6 +62,7 @@ class CERP(CompositionalMethod):
 
     name: ClassVar[str] = "cerp"
     bounds: ClassVar = {"bucket": 1, "gamma": 0}
+    above: ClassVar = {"slack": 1, "eta": 0}
 
     operation: Operation = "add"
     bucket: int | None = None
@@ -72,10 +73,9 @@ class CERP(CompositionalMethod):
     spread: Spread = "constant"
     search: ThresholdSearch = field(default=ThresholdSearch())
     retrain: Retrain = field(default=Retrain())
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settings.check_above(self, slack=1, eta=0)
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
+    start: Start = field(default=Start())
 
     def least(self, region: Region) -> int:
         """None: codebooks may be empty."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +12,8 @@ from pocketrec.compression.budget import largest_fitting
 from pocketrec.errors import ConfigError
 from pocketrec.families.compositional import hash_network
 from pocketrec.families.compositional.hash_network import CodeDistribution, LastLayer, NetworkPlan, Norm
-from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Region, Slots
+from pocketrec.families.compositional.ladder import CompositionalMethod, Start
+from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
 from pocketrec.randomness import derive
 
 
@@ -65,9 +66,12 @@ class DHE(CompositionalMethod):
     multiple: int = 1
     salt: int = 0
     hot: int = 0
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
+    start: Start = field(default=Start())
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Widths are positive, hashes even and few."""
         settings.check_widths(self, "hidden")
         if self.functions % 2 or self.buckets > 10**7:
             raise ConfigError(

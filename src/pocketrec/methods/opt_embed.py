@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pocketrec import settings
-from pocketrec.families.evolution import DenseTable, Rule, Supernet, SupernetMethod, Units
+from pocketrec.families.evolution import DenseTable, Evolution, Retrain, Rule, Start, Supernet, SupernetMethod, Units
 from pocketrec.families.mixed_dimension import ThresholdSharing
 
 
@@ -39,14 +38,14 @@ class OptEmbed(SupernetMethod):
     name: ClassVar[str] = "opt_embed"
     drops: ClassVar[bool] = True
     bounds: ClassVar = {"pressure": 0}
+    above: ClassVar = {"threshold_rate": 0}
 
     threshold: ThresholdSharing = "field"
     pressure: float = 1e-3
     threshold_rate: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settings.check_above(self, threshold_rate=0)
+    search: Evolution = field(default=Evolution())
+    retrain: Retrain = field(default=Retrain(head="initial"))
+    start: Start = field(default=Start())
 
     def units(self, dense: DenseTable) -> Units:
         """The rows of a field share a length."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pocketrec.families.evolution import DenseTable, Rule, Supernet, SupernetMethod, Units
+from pocketrec.families.evolution import DenseTable, Evolution, Retrain, Rule, Start, Supernet, SupernetMethod, Units
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class OptEmbedD(SupernetMethod):
 
     name: ClassVar[str] = "opt_embed_d"
     drops: ClassVar[bool] = False
+
+    search: Evolution = field(default=Evolution())
+    retrain: Retrain = field(default=Retrain(head="initial"))
+    start: Start = field(default=Start())
 
     def units(self, dense: DenseTable) -> Units:
         """Each row of ranking models has a length in each block, each field of click models one."""

@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from pocketrec.compression.ladder import Finished, Model, Room, Run
-from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import PrunedTable, PruningLadder, RankingScope
-from pocketrec.families.retraining import Retrain, TrainingMethod, initial_model, retrain, search_training
+from pocketrec.families.pruning import Dataset, PrunedTable, PruningLadder, RankingScope
+from pocketrec.families.retraining import Retrain, Start, TrainingMethod, initial_model, retrain, search_training
 from pocketrec.families.thresholds import Granularity, SoftTable, ThresholdSearch
 from pocketrec.models.table import DenseTable, counted_cells
 
@@ -46,6 +45,7 @@ class PEP(TrainingMethod):
     search: ThresholdSearch = field(default=ThresholdSearch())
     retrain: Retrain = field(default=Retrain())
     scope: RankingScope = "joint"
+    start: Start = field(default=Start())
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Finished:
         """Search once, for all budgets."""

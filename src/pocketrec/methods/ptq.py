@@ -56,10 +56,10 @@ class PTQ(Method):
     scale: ScaleSharing = "column"
     zero: ZeroCode = "exact"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Bits are few."""
         if self.bits not in (0, *BITS):
             raise ConfigError(f"`bits` must be 0 or lie in [{BITS[0]}, {BITS[-1]}], but got bits={self.bits}.")
-        super().__post_init__()
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> PTQLadder:
         """Nothing is computed before the budget is known."""

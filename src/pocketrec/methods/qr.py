@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError
-from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Region, Slots
+from pocketrec.families.compositional.ladder import CompositionalMethod, Start
+from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
 from pocketrec.families.compositional.table import Composition
 from pocketrec.format.block import PackedRange, Storage
 from pocketrec.format.computed import encode_factor, factor_bytes
@@ -58,6 +59,9 @@ class QR(CompositionalMethod):
     init: FactorInit = "normal"
     large: LargerFactor = "remainder"
     divisor: int | None = None
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
+    start: Start = field(default=Start())
 
     def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> QRPlan | None:
         """The tables of a region that hold at most ``values`` scalars."""

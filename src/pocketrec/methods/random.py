@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import Fill, Floats, RankingScope, ScoredMethod
+from pocketrec.families.pruning import Dataset, Fill, Floats, RankingScope, ScoredMethod
 from pocketrec.randomness import generator
 
 

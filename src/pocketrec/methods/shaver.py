@@ -19,10 +19,9 @@ from pocketrec.attribution.samples import ClickSamples, RankingSamples, training
 from pocketrec.attribution.scores import Score, Scores, Scoring, ranking_keys
 from pocketrec.attribution.whole_table import attribute_lists, attribute_propagated
 from pocketrec.compression.ladder import Finished, Ladder, Method, Model, Run
-from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.evaluation.full_ranking import product_weight
-from pocketrec.families.pruning import Fill, PrunedTable, PruningLadder, RankingScope, fill_rows
+from pocketrec.families.pruning import Dataset, Fill, PrunedTable, PruningLadder, RankingScope, fill_rows
 from pocketrec.models.backbone import ClickModel, RankingModel
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.steps import Arrays, Checkpoint
@@ -96,8 +95,8 @@ class Shaver(Method):
     scope: RankingScope = "joint"
     tune: Literal["none", "table", "codebook"] = "none"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Exponents are finite."""
         for name in ("exponent", "ego_exponent", "baked_exponent"):
             if not np.isfinite(value := getattr(self, name)):
                 raise ConfigError(f"`{name}` must be finite, but got {name}={value}.")

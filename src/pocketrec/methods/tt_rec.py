@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast
 
 import numpy as np
@@ -12,7 +12,8 @@ from pocketrec import settings
 from pocketrec.compression.budget import largest_fitting
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.families.compositional.ladder import NOTHING, CompositionalMethod, Draft, Model, Region, Run, Slots
+from pocketrec.families.compositional.ladder import CompositionalMethod, Draft, Model, Run, Start
+from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
 from pocketrec.families.compositional.tensor_train import CoreInit, TensorTrain, TrainPlan, rank_bounds, train_values
 from pocketrec.format.layouts.tensor_train import row_factors, width_factors
 
@@ -59,9 +60,12 @@ class TTRec(CompositionalMethod):
     warm_up: int = 1
     init: CoreInit = "corrected"
     multiple: int = 8
+    scope: RegionScope = "block"
+    order: SlotOrder = "file"
+    start: Start = field(default=Start())
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Cores and ranks fit each other."""
         settings.check_share(self, "cache_share")
         if self.cores > 4:
             raise ConfigError(f"`cores` must lie in [2, 4], but got cores={self.cores}.")

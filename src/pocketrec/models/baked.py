@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
+from pocketrec.data.dataset import Dataset, Split
 from pocketrec.errors import UnsupportedOp
 from pocketrec.format.program import Program
 from pocketrec.models.backbone import Model, RankingModel
 from pocketrec.models.table import Block, DenseTable
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset, Split
 
 
 class BakedModel(RankingModel):

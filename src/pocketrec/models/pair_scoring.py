@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pocketrec import settings
+from pocketrec.data.dataset import Dataset, Split
 from pocketrec.data.sampling import triples
 from pocketrec.models.backbone import Backbone, RankingModel, noise, source_of
 from pocketrec.models.first_values import pair_blocks, pair_table
 from pocketrec.models.table import Block, Table
 from pocketrec.schema import Schema, Task
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset, Split
 
 Loss = Literal["bpr", "bce"]
 
@@ -59,7 +57,6 @@ class Objective:
         return F.softplus(-positive).mean() + F.softplus(negative).mean()
 
 
-@dataclass(frozen=True)
 class PairBackbone(Backbone):
     """A backbone for ranking whose ``model`` scores two vectors: a block of rows for users, one for items.
 
@@ -78,7 +75,7 @@ class PairBackbone(Backbone):
     dim: int
     loss: Loss
     negatives: int
-    regularisation: float = field(default=1e-4, kw_only=True)
+    regularisation: float
 
     def __post_init__(self) -> None:
         settings.check(self, dim=1, negatives=1, regularisation=0, **self.bounds)
@@ -101,7 +98,20 @@ class PairBackbone(Backbone):
         return pair_table(schema, self.dim, source)
 
 
-class PairModel(RankingModel):
+class PairedModel(RankingModel):
+    """A model that is trained on pairs, each with ``negatives`` of its configuration."""
+
+    config: Any
+
+    def batches(
+        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """``(ids (B, 2 + K) int64,)``: every pair of the split once per epoch, with its negatives."""
+        negatives = self.config.negatives
+        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=negatives, split=split)
+
+
+class PairModel(PairedModel):
     """Scores the vectors that a table holds; subclasses say how.
 
     Args:
@@ -112,7 +122,6 @@ class PairModel(RankingModel):
 
     propagates: ClassVar[bool] = False
 
-    config: Any
     objective: Objective
 
     def __init__(self, backbone: PairBackbone, table: Table, source: torch.Generator) -> None:
@@ -133,13 +142,6 @@ class PairModel(RankingModel):
     @abstractmethod
     def head(self, vectors: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Pairs ``(B, 2, D) -> (B,)`` scores; with ``noise`` in training mode."""
-
-    def batches(
-        self, data: Dataset, batch_size: int, seed: int, epoch: int, *, shuffle: bool = True, split: Split | None = None
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """``(ids (B, 2 + K) int64,)``: every pair of the split once per epoch, with its negatives."""
-        negatives = self.objective.negatives
-        return ranking_batches(data, batch_size, seed, epoch, shuffle=shuffle, negatives=negatives, split=split)
 
     def loss(self, batch: tuple[Tensor, ...], noise: torch.Generator) -> Tensor:
         """The objective of ``batch = (ids (B, 2 + K),)``; positives and negatives go through one forward pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,25 +67,31 @@ def spmm(
     """
     if out is None:
         out = np.empty((len(indptr) - 1 if rows is None else len(rows), x.shape[1]), x.dtype)
-    _check_spmm(indptr, indices, x, left, right, rows, add, out)
+    product = _Product(indptr, indices, x, left, right, rows, add, out)
+    _check_spmm(product)
     if library.available():
-        _spmm_compiled(indptr, indices, x, left, right, rows, add, out, threads)
+        _spmm_compiled(product, threads)
     else:
-        _spmm_numpy(indptr, indices, x, left, right, rows, add, out)
+        _spmm_numpy(product)
     return out
 
 
-def _check_spmm(
-    indptr: NDArray[np.int64],
-    indices: NDArray[np.int32],
-    x: NDArray[Any],
-    left: NDArray[np.float32] | None,
-    right: NDArray[np.float32] | None,
-    rows: NDArray[np.int64] | None,
-    add: NDArray[Any] | None,
-    out: NDArray[Any],
-) -> None:
+class _Product(NamedTuple):
+    """The arguments of :func:`spmm`."""
+
+    indptr: NDArray[np.int64]
+    indices: NDArray[np.int32]
+    x: NDArray[Any]
+    left: NDArray[np.float32] | None
+    right: NDArray[np.float32] | None
+    rows: NDArray[np.int64] | None
+    add: NDArray[Any] | None
+    out: NDArray[Any]
+
+
+def _check_spmm(product: _Product) -> None:
     """Raise :class:`ConfigError` unless types and shapes fit."""
+    indptr, indices, x, left, right, rows, add, out = product
     count, width = len(indptr) - 1 if rows is None else len(rows), x.shape[1]
     check_array("indptr", indptr, (len(indptr),), np.int64)
     check_array("indices", indices, (len(indices),), np.int32)
@@ -101,17 +107,8 @@ def _check_spmm(
         check_array("add", add, (count, width), out.dtype.type)
 
 
-def _spmm_compiled(
-    indptr: NDArray[np.int64],
-    indices: NDArray[np.int32],
-    x: NDArray[Any],
-    left: NDArray[np.float32] | None,
-    right: NDArray[np.float32] | None,
-    rows: NDArray[np.int64] | None,
-    add: NDArray[Any] | None,
-    out: NDArray[Any],
-    threads: int,
-) -> None:
+def _spmm_compiled(product: _Product, threads: int) -> None:
+    indptr, indices, x, left, right, rows, add, out = product
     status = library.needed().pocketrec_spmm(
         pointer(indptr), pointer(indices), len(indptr) - 1, len(x), len(indices), pointer(x), library.NUMBERS[x.dtype],
         pointer(out), library.NUMBERS[out.dtype], pointer(left), pointer(right), pointer(rows), pointer(add), len(out),
@@ -127,16 +124,8 @@ def check_csr(indptr: NDArray[np.int64], indices: NDArray[np.int32], columns: in
         library.check_status(library.BAD_INDEX, "`indptr` and `indices`")
 
 
-def _spmm_numpy(
-    indptr: NDArray[np.int64],
-    indices: NDArray[np.int32],
-    x: NDArray[Any],
-    left: NDArray[np.float32] | None,
-    right: NDArray[np.float32] | None,
-    rows: NDArray[np.int64] | None,
-    add: NDArray[Any] | None,
-    out: NDArray[Any],
-) -> None:
+def _spmm_numpy(product: _Product) -> None:
+    indptr, indices, x, left, right, rows, add, out = product
     check_csr(indptr, indices, len(x))
     rows = np.arange(len(indptr) - 1) if rows is None else rows
     if rows.size and not 0 <= rows.min() <= rows.max() < len(indptr) - 1:

@@ -12,16 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from pocketrec.evaluation.statistics import (
-    Bootstrap,
-    Interval,
-    Statistic,
-    auc_statistic,
-    bootstrap,
-    holm,
-    mean_statistic,
-    paired_t,
-)
+from pocketrec.evaluation import statistics as statisticss
+from pocketrec.evaluation.statistics import Bootstrap, Interval, Statistic
 from pocketrec.report.records import DENSE, METRICS, ORIGINAL, Metric, Pairing, Place, StoredArrays, Study
 
 REPLICATES = 2000
@@ -146,7 +138,7 @@ def _evidence(
     def difference(a: Place, b: Place) -> Interval:
         if drawn is not None:
             return _turned(drawn.difference(_key(a), _key(b), LEVEL), sign)
-        return _turned(paired_t(known[a], known[b], LEVEL), sign)
+        return _turned(statisticss.paired_t(known[a], known[b], LEVEL), sign)
 
     how: IntervalBasis = "seeds" if drawn is None else "rows" if len(seeds) == 1 else "seeds and rows"
     dense = Place(pair, ORIGINAL, DENSE)
@@ -156,7 +148,7 @@ def _evidence(
         ranked = sorted((p for p in known if p.budget == budget), key=lambda p: -sign * float(np.mean(known[p])))
         tested = [(a, b) for i, a in enumerate(ranked[:2]) for b in ranked[i + 1 :]]
         intervals = [difference(a, b) for a, b in tested]
-        corrected = holm([i.p for i in intervals]).tolist()
+        corrected = statisticss.holm([i.p for i in intervals]).tolist()
         comparisons = [
             Comparison(a, b, metric.name, i, p, how) for (a, b), i, p in zip(tested, intervals, corrected, strict=True)
         ]
@@ -207,17 +199,17 @@ def _bootstrap(
     statistics = {_key(p): [statistic(metric.name, a) for a in by_seed] for p, by_seed in stored.items()}
     sizes = [test_rows(a) for a in next(iter(stored.values()))]
     shared = not study.plan["data"][pair.data].get("split_by_seed", False) and len(set(sizes)) == 1
-    return bootstrap(statistics, sizes, replicates=replicates, seed=seed, shared_rows=shared)
+    return statisticss.bootstrap(statistics, sizes, replicates=replicates, seed=seed, shared_rows=shared)
 
 
 def statistic(metric: str, arrays: StoredArrays) -> Statistic:
     """A figure as a function of how often each row or user counts."""
     if metric == "auc":
-        return auc_statistic(arrays["labels"], arrays["logits"], exact=len(arrays["labels"]) <= EXACT_ROWS)
+        return statisticss.auc_statistic(arrays["labels"], arrays["logits"], exact=len(arrays["labels"]) <= EXACT_ROWS)
     if metric == "logloss":
         logits = np.asarray(arrays["logits"], dtype=np.float64)
-        return mean_statistic(np.logaddexp(0.0, np.where(arrays["labels"] == 1, -logits, logits)))
-    return mean_statistic(arrays[metric.partition("@")[0]])
+        return statisticss.mean_statistic(np.logaddexp(0.0, np.where(arrays["labels"] == 1, -logits, logits)))
+    return statisticss.mean_statistic(arrays[metric.partition("@")[0]])
 
 
 def test_rows(arrays: StoredArrays) -> int:

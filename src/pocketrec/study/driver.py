@@ -26,23 +26,12 @@ from ray.exceptions import RayError, RayTaskError
 from pocketrec.distributed.cluster import Share, compute_parts, connection
 from pocketrec.errors import ConfigError, RunLocked, StorageError
 from pocketrec.files import Lock, atomic_write, digest, remove
+from pocketrec.study import runner
 from pocketrec.study.cells import Choices, Record, Workspace
 from pocketrec.study.jobs import Job
 from pocketrec.study.plan import Plan
 from pocketrec.study.recipe import Point
-from pocketrec.study.runner import (
-    POLL_SECONDS,
-    JournalState,
-    Workers,
-    attempt,
-    choices_of,
-    claim,
-    error_text,
-    record,
-    report,
-    searched,
-    state,
-)
+from pocketrec.study.runner import JournalState, Workers
 from pocketrec.study.search import Trial, rounds
 from pocketrec.study.search import attempt as attempt_trial
 from pocketrec.training.steps import Progress
@@ -138,7 +127,7 @@ class WorkerContext:
                     f"The worker on {socket.gethostname()} does not see {self.folder}; choose a folder on a file "
                     "system that all nodes share, mounted at the same place."
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(runner.POLL_SECONDS)
         return _opened(self)
 
 
@@ -163,7 +152,7 @@ def _place(context: Workspace, share: Share) -> Iterator[WorkerContext]:
 def _do(place: WorkerContext, job: Job, choices: Choices) -> JobOutcome:
     """Task: a job."""
     context = place.open()
-    return _once_free(partial(attempt, context, job, choices))
+    return _once_free(partial(runner.attempt, context, job, choices))
 
 
 def _try(
@@ -174,7 +163,7 @@ def _try(
     try:
         return _once_free(partial(attempt_trial, context, job, choices, name, point, bar))
     except Exception as error:
-        return error_text(error)
+        return runner.error_text(error)
 
 
 def _once_free(work: Callable[[], T]) -> T:
@@ -183,7 +172,7 @@ def _once_free(work: Callable[[], T]) -> T:
         try:
             return work()
         except RunLocked:
-            time.sleep(POLL_SECONDS)
+            time.sleep(runner.POLL_SECONDS)
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------
@@ -223,7 +212,7 @@ class _Driver:
         busy = {job.group for job in self.doing}
         waiting = False
         for job in self.context.grid.jobs:
-            at = "doing" if job in self.doing else state(self.context, self.known, job)
+            at = "doing" if job in self.doing else runner.state(self.context, self.known, job)
             waiting = waiting or at in ("ready", "waiting")
             if at == "ready" and free > 0 and job.group not in busy and self._start(job):
                 free -= 1
@@ -241,7 +230,7 @@ class _Driver:
 
     def _start(self, job: Job) -> bool:
         """Hand a job out unless another process has it, or its group."""
-        lock = claim(self.context, job)
+        lock = runner.claim(self.context, job)
         try:
             lock.__enter__()
         except RunLocked:
@@ -256,11 +245,11 @@ class _Driver:
 
     def _once(self, job: Job) -> Steps:
         """A job that is one task."""
-        return (yield [self.job.remote(self.sent, job, choices_of(self.context, self.known))])[0]
+        return (yield [self.job.remote(self.sent, job, runner.choices_of(self.context, self.known))])[0]
 
     def _search(self, job: Job) -> Steps:
         """A search: rounds of trials side by side, between which its sampler, here, learns from them."""
-        choices = choices_of(self.context, self.known)
+        choices = runner.choices_of(self.context, self.known)
         steps = rounds(self.context, job)
         try:
             named, bar = next(steps)
@@ -270,7 +259,7 @@ class _Driver:
                     return [], errors[0]
                 named, bar = steps.send(outcomes)
         except StopIteration as end:
-            return searched(*end.value), ""
+            return runner.searched(*end.value), ""
         finally:
             steps.close()
 
@@ -282,23 +271,23 @@ class _Driver:
         except StopIteration as end:
             self._end(job, *end.value)
         except Exception as error:
-            self._end(job, [], error_text(error))
+            self._end(job, [], runner.error_text(error))
 
     def _end(self, job: Job, records: list[Record], error: str) -> None:
         """Journal the outcome of a job."""
-        record(self.context, self.known, job, records, error)
+        runner.record(self.context, self.known, job, records, error)
         doing = self.doing.pop(job)
         doing.steps.close()
         doing.lock.__exit__(None, None, None)
-        report(self.context, self.known, self.tell)
+        runner.report(self.context, self.known, self.tell)
 
     def _collect(self) -> None:
         """Wait for a task, a little, and go on with every job whose tasks are done."""
         tasks = [task for doing in self.doing.values() for task in doing.tasks]
         if tasks:
-            ray.wait(tasks, timeout=POLL_SECONDS)
+            ray.wait(tasks, timeout=runner.POLL_SECONDS)
         else:
-            time.sleep(POLL_SECONDS)
+            time.sleep(runner.POLL_SECONDS)
         over = set(ray.wait(tasks, num_returns=len(tasks), timeout=0)[0] if tasks else ())
         if not over and time.monotonic() - self.refreshed > REFRESH_SECONDS:
             self.known.refresh()
@@ -314,7 +303,7 @@ class _Driver:
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:
-            self._end(job, [], error_text(error))
+            self._end(job, [], runner.error_text(error))
         else:
             self._advance(job, results)
 

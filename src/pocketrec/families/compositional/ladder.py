@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from pocketrec.compression.budget import Room, largest_fitting, values_below
 from pocketrec.compression.ladder import Ladder
+from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.families.compositional.region import (
     NOTHING,
@@ -24,23 +25,19 @@ from pocketrec.families.compositional.region import (
     regions,
     slots_of,
 )
-from pocketrec.families.compositional.table import ComposedTable, Plan
+from pocketrec.families.compositional.table import ComposedTable, CompositionPlan
 from pocketrec.families.distillation import imitated, lessons
-from pocketrec.families.retraining import TrainingMethod, initial_model
+from pocketrec.families.retraining import Start, TrainingMethod, initial_model
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
 from pocketrec.models.backbone import Model, noise
 from pocketrec.models.table import Block, DenseTable, Table, oov_rows
 from pocketrec.training.run import Run
 
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
-
 Draft = Model[ComposedTable]
 """A model as its training starts."""
 
 
-@dataclass(frozen=True)
 class CompositionalMethod(TrainingMethod):
     """A method whose vectors are computed: what it says of a region and a number of values, and how it trains.
 
@@ -54,8 +51,9 @@ class CompositionalMethod(TrainingMethod):
     teaching_rate: ClassVar[float] = 0.01
     """Learning rate of a ``taught`` start that says none."""
 
-    scope: RegionScope = field(default="block", kw_only=True)
-    order: SlotOrder = field(default="file", kw_only=True)
+    start: Start
+    scope: RegionScope
+    order: SlotOrder
 
     @property
     def keeps(self) -> bool:
@@ -63,7 +61,7 @@ class CompositionalMethod(TrainingMethod):
         return False
 
     @abstractmethod
-    def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> Plan | None:
+    def plan(self, region: Region, values: int, frequent: Slots = NOTHING) -> CompositionPlan | None:
         """The largest composition of a region within a number of values; ``None`` below the least.
 
         Args:
@@ -85,7 +83,7 @@ class CompositionalMethod(TrainingMethod):
         start, dense = initial_model(model, data, run, self.start)
         frequent = FrequencyOrder(data, self.order)
 
-        def plan(region: Region, values: int) -> Plan | None:
+        def plan(region: Region, values: int) -> CompositionPlan | None:
             return self.plan(region, values, frequent.of(region) if self.keeps else NOTHING)
 
         def train(draft: Draft) -> Model:
@@ -127,7 +125,7 @@ class ComposedLadder(Ladder):
     run: Run
     scope: RegionScope
     order: SlotOrder
-    plan: Callable[[Region, int], Plan | None]
+    plan: Callable[[Region, int], CompositionPlan | None]
     least: Callable[[Region], int]
     train: Callable[[Draft], Model]
 
@@ -193,11 +191,11 @@ class ComposedLadder(Ladder):
         ends = np.cumsum([0, *(r.values for r in self._regions)]).tolist()
         return [values * b // ends[-1] - values * a // ends[-1] for a, b in pairwise(ends)]
 
-    def _plans(self, values: int) -> list[Plan]:
+    def _plans(self, values: int) -> list[CompositionPlan]:
         plans = [self.plan(r, n) for r, n in zip(self._regions, self._shares(values), strict=True)]
         return [plan for plan in plans if plan is not None]
 
-    def _size(self, plans: Sequence[Plan], room: Room) -> int:
+    def _size(self, plans: Sequence[CompositionPlan], room: Room) -> int:
         """Bytes of the packed table, and of its keys where they share the room."""
         schema, table = self.start.schema, self.start.table
         unknown = sum(f.oov_row is not None for f in schema.fields)

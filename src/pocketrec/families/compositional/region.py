@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketrec.data.dataset import Dataset
 from pocketrec.models.table import Block
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset
-
 
 RegionScope = Literal["joint", "block"]
 

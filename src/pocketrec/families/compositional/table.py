@@ -99,7 +99,7 @@ class Composition(nn.Module, ABC):
         """The block of a file at ``place``, in file rows; ``slots (rows of the file,)`` unless they just count up."""
 
 
-class Plan(Protocol):
+class CompositionPlan(Protocol):
     """The settings of a composition that fits a budget."""
 
     @property

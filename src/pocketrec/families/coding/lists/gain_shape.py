@@ -22,26 +22,12 @@ import torch
 from numpy.typing import NDArray
 
 from pocketrec.attribution.list_margin import ListMargin
+from pocketrec.families.coding.lists import plan as plans
 from pocketrec.families.coding.lists.beam import beam_search, factors
-from pocketrec.families.coding.lists.plan import (
-    PLACE_BITS,
-    Floats,
-    Ints,
-    ItemCosts,
-    TrellisPlan,
-    atom_threshold,
-    number_bits,
-)
+from pocketrec.families.coding.lists.plan import Floats, Ints, ItemCosts, TrellisPlan
+from pocketrec.format.layouts import trellis
 from pocketrec.format.layouts.quantised import code_bytes
-from pocketrec.format.layouts.trellis import (
-    CENTROID_BITS,
-    GAIN_BITS,
-    Records,
-    Shape,
-    centroid_values,
-    direction,
-    geometric,
-)
+from pocketrec.format.layouts.trellis import Records, Shape
 from pocketrec.format.planes import MOST_PLANES
 from pocketrec.format.trellis_codes import CODES, SCALE_BITS, code_values
 from pocketrec.randomness import generator
@@ -103,7 +89,7 @@ class _GeometricGrid:
     @property
     def values(self) -> Floats:
         """All of them."""
-        return geometric(self.least, self.ratio, self.bits)
+        return trellis.geometric(self.least, self.ratio, self.bits)
 
     def nearest(self, numbers: Floats) -> NDArray[np.uint8]:
         """Which of them is nearest to each number."""
@@ -134,7 +120,7 @@ class _SharedVectors:
     @property
     def vectors(self) -> Floats:
         """``(K, d)``."""
-        return centroid_values(self.numbers, self.step)
+        return trellis.centroid_values(self.numbers, self.step)
 
     @cached_property
     def energy(self) -> Floats:
@@ -155,12 +141,12 @@ class GainShape:
     def __init__(self, users: Floats, items: Floats, margin: ListMargin, seed: int) -> None:
         self.items, self.margin, self.seed = items, margin, seed
         self.width = items.shape[1]
-        self.directions = direction(users)
+        self.directions = trellis.direction(users)
         self.lengths = np.sqrt(np.square(users).sum(axis=1))
         self.length = float(self.lengths.mean())
         norms = np.sqrt(np.square(items).sum(axis=1))
         low, high = np.quantile(norms, (0.002, 0.998))
-        self.gains = _GeometricGrid.between(0.6 * float(low), float(high), GAIN_BITS)
+        self.gains = _GeometricGrid.between(0.6 * float(low), float(high), trellis.GAIN_BITS)
         self.units = self.gains.values[self.gains.nearest(norms)]
         self._shared: dict[int, _SharedVectors] = {}
 
@@ -177,7 +163,9 @@ class GainShape:
         market = ItemCosts(self._weights(shapes), self._blur(shapes), self.width)
         best, places = self.least(), None
         for _ in range(_ATTEMPTS):
-            shape = self._users(market, shapes, places or min(PLACE_BITS, number_bits(len(self.items))), size_bytes)
+            shape = self._users(
+                market, shapes, places or min(plans.PLACE_BITS, plans.number_bits(len(self.items))), size_bytes
+            )
             if shape is None:
                 break
             found = self._classes(market, shape, size_bytes, free=places is None)
@@ -190,7 +178,7 @@ class GainShape:
 
     def _shape_bits(self, size_bytes: int) -> int:
         """The most shared vectors that are worth their bytes."""
-        one, rows = code_bytes(self.width, CENTROID_BITS), len(self.items) + len(self.directions)
+        one, rows = code_bytes(self.width, trellis.CENTROID_BITS), len(self.items) + len(self.directions)
         bits = np.arange(MOST_SHAPE_BITS + 1)
         costs = (one << bits) + len(self.items) * bits / 8
         return int(bits[(costs <= SHAPE_SHARE * size_bytes) & (8 << bits <= rows)].max(initial=0))
@@ -202,7 +190,7 @@ class GainShape:
 
     def _blur(self, shapes: int) -> NDArray[np.float64]:
         """Of items that users may be sums of, what a code does not keep of their directions; zero for others."""
-        heavy = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << PLACE_BITS]
+        heavy = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << plans.PLACE_BITS]
         found = np.zeros(len(self.items))
         found[heavy] = self._shared_vectors(shapes).energy[heavy] / max(len(heavy), 1)
         return found
@@ -235,7 +223,7 @@ class GainShape:
             rates, classes, loss = market.spend(room, 1 << planes)
             if best is None or loss < best[0]:
                 counts = np.bincount(classes, minlength=len(rates))
-                first, places = atom_threshold(counts, None if free else base.places)
+                first, places = plans.atom_threshold(counts, None if free else base.places)
                 best = loss, TrellisPlan(replace(shape, rates=rates, first=first, places=places), classes)
         return TrellisPlan(base, np.zeros(len(self.items), np.uint8)) if best is None else best[1]
 
@@ -249,8 +237,8 @@ class GainShape:
         total = len(self.directions)
         rows = np.sort(rng.choice(total, min(total, _SAMPLE_USERS), replace=False))
         users, weights = self.directions[rows], np.square(self.lengths[rows] / self.margin.length)
-        heavy = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << PLACE_BITS]
-        atoms = direction(self.items[heavy])
+        heavy = np.argsort(-self.margin.item_traces, kind="stable")[: 1 << plans.PLACE_BITS]
+        atoms = trellis.direction(self.items[heavy])
         tried = slice(None, _SAMPLE_CODED)
         upper, own = factors(self.margin.user_metrics(rows[tried]))
         found = []
@@ -309,7 +297,7 @@ class GainShape:
         """Atoms, their coefficients, scales, codes and the grid of scales."""
         shape = plan.shape
         candidates = np.flatnonzero(plan.classes >= shape.first)
-        atoms = direction(decoded[candidates])
+        atoms = trellis.direction(decoded[candidates])
         chosen, coefficients = sparse_sums(self.directions, atoms, shape.atoms)
         rest = self.directions - np.einsum("k,mkd->md", coefficients, atoms[chosen])
         spread = np.sqrt(np.square(rest).sum(axis=1) / self.width)
@@ -336,7 +324,7 @@ class GainShape:
         sample = np.concatenate(
             [
                 part[np.sort(rng.choice(len(part), min(len(part), _MEANS_ROWS), replace=False))]
-                for part in (self.directions, direction(self.items))
+                for part in (self.directions, trellis.direction(self.items))
             ]
         )
         means: Floats = sample[np.sort(rng.choice(len(sample), count, replace=False))].copy()
@@ -345,11 +333,11 @@ class GainShape:
             sums_, held = np.zeros(means.shape), np.bincount(near, minlength=count)
             np.add.at(sums_, near, sample)
             means[held > 0] = (sums_ / np.maximum(held, 1)[:, None])[held > 0]
-        top = (1 << CENTROID_BITS) - 1
+        top = (1 << trellis.CENTROID_BITS) - 1
         step = float(np.float32(max(_CLIP * float(np.abs(means).max()), _TINY) * 2 / top))
         numbers = np.clip(np.rint(means / step + top / 2), 0, top).astype(np.uint8)
         wanted = self.items / self.units[:, None]
-        vectors = centroid_values(numbers, step)
+        vectors = trellis.centroid_values(numbers, step)
         chosen = _nearest(wanted, vectors)
         return _SharedVectors(numbers, step, chosen, wanted - vectors[chosen])
 

@@ -12,16 +12,8 @@ from torch import Tensor
 
 from pocketrec.format.block import Storage
 from pocketrec.format.entries import Index
-from pocketrec.format.layouts.trellis import (
-    GAIN_BITS,
-    Records,
-    Shape,
-    TrellisBlock,
-    centroid_values,
-    direction,
-    encode,
-    geometric,
-)
+from pocketrec.format.layouts import trellis
+from pocketrec.format.layouts.trellis import Records, Shape, TrellisBlock
 from pocketrec.format.packed import Packed
 from pocketrec.format.trellis_codes import CODES, SCALE_BITS, code_values
 from pocketrec.models.table import Block, Table
@@ -35,19 +27,19 @@ def decoded(shape: Shape, records: Records) -> NDArray[np.float32]:
     """The vectors of users and items, ``(U + I, D)``: in every bit what the block of these records reads."""
     scales, width = records.scales, records.centroids.shape[1]
     gain, gain_ratio, item, item_ratio, user, user_ratio, step = scales[:7].tolist()
-    shapes = centroid_values(records.centroids, step)[records.shapes]
-    grown = geometric(item, item_ratio, SCALE_BITS)[records.item_scales]
+    shapes = trellis.centroid_values(records.centroids, step)[records.shapes]
+    grown = trellis.geometric(item, item_ratio, SCALE_BITS)[records.item_scales]
     for which, rate in enumerate(shape.rates):
         rows = np.flatnonzero(records.classes == which)
         add_codes(shapes, rows, rate, records.item_codes, grown)
     users = np.zeros((shape.users, width), np.float32)
     if (records.classes >= shape.first).any():
-        units = direction(shapes)
+        units = trellis.direction(shapes)
         for coefficient, atoms in zip(scales[7:], records.atoms.T, strict=True):
             users += coefficient * units[atoms]
-    grown = geometric(user, user_ratio, SCALE_BITS)[records.user_scales]
+    grown = trellis.geometric(user, user_ratio, SCALE_BITS)[records.user_scales]
     add_codes(users, np.arange(shape.users), shape.rest, records.user_codes, grown)
-    return np.concatenate([users, shapes * geometric(gain, gain_ratio, GAIN_BITS)[records.gains, None]])
+    return np.concatenate([users, shapes * trellis.geometric(gain, gain_ratio, trellis.GAIN_BITS)[records.gains, None]])
 
 
 def add_codes(
@@ -140,6 +132,6 @@ class TrellisTable(Table):
         )
         names = "+".join(b.name for b in self.blocks)
         block = TrellisBlock(
-            names, 0, len(table_rows), 0, self.width, "trellis", self.shape, arrays=encode(self.shape, ordered)
+            names, 0, len(table_rows), 0, self.width, "trellis", self.shape, arrays=trellis.encode(self.shape, ordered)
         )
         return Packed(len(table_rows), (block,), self.fill, self.fill)

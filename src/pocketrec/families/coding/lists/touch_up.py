@@ -7,7 +7,7 @@ learned by heart. Codes stay as they are, so that the file keeps its size to the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pocketrec.attribution.list_margin import EDGE, LEAST_GAP, LIST, ListMargin
+from pocketrec.data.dataset import Dataset, Split
 from pocketrec.evaluation.full_ranking import product_weight
 from pocketrec.families.coding.lists.table import TrellisTable
 from pocketrec.families.coding.lists.trainable import TrainableTrellisTable
@@ -23,9 +24,6 @@ from pocketrec.models.backbone import Model
 from pocketrec.models.table import Lookup
 from pocketrec.randomness import generator
 from pocketrec.training.run import Run
-
-if TYPE_CHECKING:
-    from pocketrec.data.dataset import Dataset, Split
 
 RATES = (2e-3, 2e-4)
 """Learning rates of the stages."""
