@@ -245,10 +245,11 @@ def test_a_phase_of_the_runtime_that_meets_torch_is_refused(tmp_path):
         phase.run(written(tmp_path / "file", 10))
 
 
-def test_numpy_alone_is_asked_for_by_name(tmp_path):
+def test_numpy_alone_is_asked_for_by_name(monkeypatch):
     plain = profile._environment(task(phase="inference packed numpy", threads=3))
     assert plain["POCKETREC_KERNEL"] == "off"
     assert plain["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("POCKETREC_KERNEL", raising=False)
     assert "POCKETREC_KERNEL" not in profile._environment(task(phase="inference packed"))
 
 
