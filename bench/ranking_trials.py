@@ -24,8 +24,8 @@ from pocketrec.backbones.neumf import NeuMF
 from pocketrec.compression.compress import compress
 from pocketrec.compression.ladder import Method
 from pocketrec.data.dataset import Dataset
-from pocketrec.families.pruning import RankingScope
 from pocketrec.families.retraining import Retrain, initial_model
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.methods.pep import PEP
 from pocketrec.methods.qr import QR
@@ -56,7 +56,7 @@ def ranker(**changes: float) -> LightGCN:
 def pep(
     *training: tuple[Training, int],
     values: Literal["first", "found"] = "found",
-    scope: RankingScope = "joint",
+    scope: BlockSharing = "joint",
     **search: Any,
 ) -> tuple[Method, tuple[Training, ...]]:
     """PEP that goes on from what its search found, and how it trains."""

@@ -256,7 +256,7 @@ def test_masks_are_prefixes_and_counted_by_the_formula(seed, by, four):
     assert len(units.longest) == (fields if by == "field" else schema.rows * len(units.groups))
 
 
-@pytest.mark.parametrize("rows", ["field", "feature"])
+@pytest.mark.parametrize("rows", ["field", "row"])
 def test_rows_are_gated_alike_in_look_up_and_matrix(rows):
     table = net(rows=rows)
     with torch.no_grad():

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pocketrec.compression.budget import Room
 from pocketrec.errors import BudgetError, ConfigError, DivergedError
-from pocketrec.families.pruning import PruningLadder, RankingScope, fill_rows, largest, ordered, protect
+from pocketrec.families.pruning import PruningLadder, fill_rows, largest, ordered, protect
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.format.block import Storage
 from pocketrec.format.entries import Index
 from pocketrec.format.vocabulary import Vocabulary
@@ -116,7 +117,7 @@ def test_masks_are_nested(seed: int, one: float, other: float) -> None:
 
 @given(st.integers(0, 10**6), st.integers(0, 4), st.sampled_from(["joint", "block"]), st.floats(0.5, 1))
 @settings(max_examples=30, deadline=None)
-def test_selection_moves_with_the_rows(seed: int, n_min: int, scope: RankingScope, share: float) -> None:
+def test_selection_moves_with_the_rows(seed: int, n_min: int, scope: BlockSharing, share: float) -> None:
     ladder = ranking_ladder(seed, scope, n_min)
     rng, values = np.random.default_rng(seed + 1), int(ladder.scores.size * share)
     order = np.concatenate([b.start + rng.permutation(b.stop - b.start) for b in ladder.dense.blocks])

@@ -36,12 +36,12 @@ from pocketrec.training.optim import DenseAdam
 from pocketrec.training.run import Run
 
 SHAPES = {
-    "global": (1, 1),
-    "dimension": (1, 5),
-    "feature": (20, 1),
+    "joint": (1, 1),
+    "column": (1, 5),
+    "row": (20, 1),
     "field": (3, 1),
-    "feature_dim": (20, 5),
-    "field_dim": (3, 5),
+    "cell": (20, 5),
+    "field_column": (3, 5),
 }
 TRAINING = Training(epochs=4, batch_size=64, learning_rate=1e-2)
 
@@ -51,7 +51,7 @@ def dense(schema=SCHEMA, blocks=CLICK_BLOCKS, seed: int = 0) -> DenseTable:
     return DenseTable(schema, blocks, torch.randn(schema.rows, width, generator=torch.Generator().manual_seed(seed)))
 
 
-def soft(granularity="feature_dim", first: float = -2.0, every: int = 1, table: DenseTable | None = None) -> SoftTable:
+def soft(granularity="cell", first: float = -2.0, every: int = 1, table: DenseTable | None = None) -> SoftTable:
     return SoftTable(table or dense(), granularity, first, Rule(1e-2, 1e-5), every, 0.0)
 
 
@@ -63,7 +63,7 @@ def test_the_threshold_shrinks_oddly_without_stretching_any_distance(values, s, 
     column = torch.tensor(values)[:, None]
 
     def read(weight: torch.Tensor) -> torch.Tensor:
-        return soft("global", s, table=DenseTable(schema, blocks, weight.clone())).weight().detach()
+        return soft("joint", s, table=DenseTable(schema, blocks, weight.clone())).weight().detach()
 
     shrunk, threshold = read(column), torch.tensor(s).sigmoid()
     torch.testing.assert_close(shrunk.abs(), (column.abs() - threshold).clamp_min(0))
@@ -95,8 +95,8 @@ def test_gradients_are_the_closed_form_and_zero_where_pruned(granularity):
     slope = -base.sign() * s.sigmoid() * (1 - s.sigmoid()) * torch.where(kept, total, 0)
     slope[:, 4] = 0
     fields = torch.from_numpy(SCHEMA.field_of_row).long()
-    by_row = {"global": torch.zeros(20).long(), "dimension": torch.zeros(20).long(), "field": fields}
-    rows = by_row.get(granularity.removesuffix("_dim"), torch.arange(20))
+    by_row = {"joint": torch.zeros(20).long(), "column": torch.zeros(20).long(), "field": fields}
+    rows = by_row.get(granularity.removesuffix("_column"), torch.arange(20))
     summed = torch.zeros(SHAPES[granularity][0], 5).index_add_(0, rows, slope)
     if SHAPES[granularity][1] == 1:
         summed = summed.sum(dim=1, keepdim=True)
@@ -118,7 +118,7 @@ def test_looking_up_is_the_weight_in_any_tiling(granularity, blocks):
 @given(st.floats(-9, -3), st.floats(0.01, 0.2), st.floats(0.005, 0.05))
 def test_weight_decay_alone_lifts_the_threshold_by_a_rate_a_step(first, reach, rate):
     blocks, schema = (Block("embedding", 0, 4, 0, 2),), Schema("ctr", (Field("a", 4, 0),))
-    table = SoftTable(DenseTable(schema, blocks, torch.ones(4, 2)), "feature_dim", first, Rule(rate, 1e-3), 1, 0.0)
+    table = SoftTable(DenseTable(schema, blocks, torch.ones(4, 2)), "cell", first, Rule(rate, 1e-3), 1, 0.0)
     head = torch.nn.Module()
     head.table = table
     optimizer = DenseAdam(head, 1e-3, 0.0)
@@ -137,7 +137,7 @@ def test_weight_decay_alone_lifts_the_threshold_by_a_rate_a_step(first, reach, r
 def test_the_published_schedule_takes_as_many_steps_as_were_simulated():
     """From -15 at a rate of 0.01, the threshold is 0.01 after about 1,300 steps; at full pace it would take 1,040."""
     blocks, schema = (Block("embedding", 0, 2, 0, 1),), Schema("ctr", (Field("a", 2, 0),))
-    table = SoftTable(DenseTable(schema, blocks, torch.ones(2, 1)), "global", -15.0, Rule(1e-2, 1e-5), 1, 0.0)
+    table = SoftTable(DenseTable(schema, blocks, torch.ones(2, 1)), "joint", -15.0, Rule(1e-2, 1e-5), 1, 0.0)
     head = torch.nn.Module()
     head.table = table
     optimizer, steps = DenseAdam(head, 1e-3, 0.0), 0
@@ -150,7 +150,7 @@ def test_the_published_schedule_takes_as_many_steps_as_were_simulated():
 
 def test_without_weight_decay_nothing_is_ever_pruned():
     head = torch.nn.Module()
-    head.table = SoftTable(dense(), "feature_dim", -150.0, Rule(1e-2, 0.0), 1, 0.0)
+    head.table = SoftTable(dense(), "cell", -150.0, Rule(1e-2, 0.0), 1, 0.0)
     optimizer = DenseAdam(head, 1e-3, 0.0)
     for _ in range(50):
         head.table.weight().square().sum().backward()
@@ -160,7 +160,7 @@ def test_without_weight_decay_nothing_is_ever_pruned():
 
 
 def test_the_last_to_fall_survive_and_margins_decide_within_a_check():
-    table = soft("global", first=-30.0)
+    table = soft("joint", first=-30.0)
     magnitudes = torch.linspace(0.05, 1, 80)[torch.randperm(80, generator=torch.Generator().manual_seed(3))]
     with torch.no_grad():
         table.base[:, :4] = magnitudes.reshape(20, 4)
@@ -175,7 +175,7 @@ def test_the_last_to_fall_survive_and_margins_decide_within_a_check():
 
 
 def test_a_revived_entry_counts_from_its_last_fall():
-    table = soft("global")
+    table = soft("joint")
     with torch.no_grad():
         table.base[:] = 0.3
     for threshold in (0.5, 0.1, 0.4):
@@ -321,7 +321,7 @@ def test_ranking_models_are_pruned_and_baked_ones_refused(tmp_path):
     visits = pr.encode(pr.sources.Adjacency(), tmp_path / "train.txt", tmp_path / "data")
     model = LightGCN(dim=8, layers=2).build(visits, 0)
     training = Training(epochs=6, batch_size=64, weight_decay=0.0, learning_rate=1e-2)
-    small = compress(model, visits, PEP(granularity="dimension"), "sparsity=0.8", training=training)
+    small = compress(model, visits, PEP(granularity="column"), "sparsity=0.8", training=training)
     assert small.values == 70 * 8 - int(70 * 8 * 0.8)
     assert int((small.table.weight() != 0).sum()) == small.values
     with pytest.raises(UnsupportedOp, match="leave `bake` out"):

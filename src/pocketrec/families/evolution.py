@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -19,6 +19,7 @@ from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.families.mixed_dimension import (
     Genes,
+    Judge,
     LengthOdds,
     LengthSampling,
     Supernet,
@@ -91,22 +92,12 @@ class Evolution:
         longest: Genes,
         sizes: Genes,
         most: int,
-        judged: Callable[[list[Genes]], list[float]],
+        judge: Judge,
         seed: int,
         checkpoint: Checkpoint,
         given: Sequence[Genes] = (),
     ) -> dict[str, NDArray[Any]]:
-        """The best lengths ``genes (U,)`` with ``genes @ sizes <= most``, and the best ``figures`` by generation.
-
-        Args:
-            longest: most columns of each unit.
-            sizes: what a column of each unit costs.
-            most: the budget, at least ``sizes.sum()``.
-            judged: figures of candidates.
-            seed: of the run.
-            checkpoint: keeps every generation.
-            given: candidates of the first generation beside those drawn.
-        """
+        """See :class:`~pocketrec.families.mixed_dimension.Searcher`; a round is a generation."""
         odds = {int(h): self._odds(int(h), most / max(1, int(sizes.sum()))) for h in np.unique(longest)}
         state = checkpoint.load() or {}
         best, scores = state.get("genes", np.zeros((0, len(longest)), np.int64)), state.get("scores", np.zeros(0))
@@ -120,7 +111,7 @@ class Evolution:
             young = [fit_lengths(genes, longest, sizes, most, random) for genes in drawn]
             memory = len(best) if self.crossover == "elitist" else 0
             pool = np.concatenate([best[:memory], young])
-            scores = np.concatenate([scores[:memory], judged(young)])
+            scores = np.concatenate([scores[:memory], judge(young)])
             order = np.argsort(-scores, kind="stable")[: self.parents]
             best, scores = pool[order], scores[order]
             if not figures or scores[0] > figures[-1]:

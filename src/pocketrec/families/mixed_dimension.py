@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,21 +21,55 @@ from pocketrec.compression.budget import largest_fitting
 from pocketrec.data.dataset import Split
 from pocketrec.errors import BudgetError
 from pocketrec.evaluation.metrics import auc
+from pocketrec.families.sharing import RowSharing
 from pocketrec.models.backbone import ClickModel, Model
 from pocketrec.models.table import Block, DenseTable, Lookup
 from pocketrec.schema import Schema
 from pocketrec.training.evaluate import EVALUATION_ROWS, validate
 from pocketrec.training.hooks import LearningTable, Rule
+from pocketrec.training.steps import Checkpoint
 
 Genes = NDArray[np.int64]
 
 LengthOdds = Mapping[int, NDArray[np.float64]]
 
-LengthSharing = Literal["field", "row"]
-
-ThresholdSharing = Literal["field", "feature"]
 
 LengthSampling = Literal["alpha", "uniform"]
+
+
+class Judge(Protocol):
+    """Tells how good candidates are."""
+
+    def __call__(self, candidates: Sequence[Genes], /) -> list[float]:
+        """A figure of each; the larger, the better."""
+        ...
+
+
+class Searcher(Protocol):
+    """Looks for the best lengths under a budget, goes on from its checkpoint, and may train inside its judge."""
+
+    def search(
+        self,
+        longest: Genes,
+        sizes: Genes,
+        most: int,
+        judge: Judge,
+        seed: int,
+        checkpoint: Checkpoint,
+        given: Sequence[Genes] = (),
+    ) -> dict[str, NDArray[Any]]:
+        """The best lengths ``genes (U,)`` with ``genes @ sizes <= most``, and the best ``figures`` by round.
+
+        Args:
+            longest: most columns of each unit.
+            sizes: what a column of each unit costs.
+            most: the budget, at least ``sizes.sum()``.
+            judge: figures of candidates.
+            seed: of the run.
+            checkpoint: keeps every round.
+            given: candidates of the first round beside those drawn.
+        """
+        ...
 
 
 def mean_length(alpha: float, longest: int) -> float:
@@ -95,7 +129,7 @@ class Units:
     longest: Genes
 
     @classmethod
-    def of(cls, schema: Schema, blocks: Sequence[Block], by: LengthSharing) -> Units:
+    def of(cls, schema: Schema, blocks: Sequence[Block], by: RowSharing) -> Units:
         """Units of a table: each field or each row, in each counted block."""
         counted = [b for b in blocks if b.counted]
         groups = tuple(sorted({(b.left, b.right) for b in counted}))
@@ -159,7 +193,7 @@ class Supernet(LearningTable):
     Args:
         dense: first values; copied.
         units: which entries share a length.
-        rows: who shares a threshold: each ``field``, each ``feature``, or ``None`` for no thresholds.
+        rows: who shares a threshold: each ``field``, each ``row``, or ``None`` for no thresholds.
         rule: how thresholds are updated.
         pressure: weight of ``sum exp(-t)`` in the loss.
     """
@@ -168,14 +202,12 @@ class Supernet(LearningTable):
     group: Tensor
     fields: Tensor
 
-    def __init__(
-        self, dense: DenseTable, units: Units, rows: ThresholdSharing | None, rule: Rule, pressure: float
-    ) -> None:
+    def __init__(self, dense: DenseTable, units: Units, rows: RowSharing | None, rule: Rule, pressure: float) -> None:
         super().__init__()
         self.schema, self.blocks, self.groups = dense.schema, dense.blocks, units.groups
         self.rows, self.rule, self.pressure = rows, rule, pressure
         self.base = nn.Parameter(dense.matrix.detach().clone())
-        height = {"field": self.schema.width, "feature": self.schema.rows, None: 0}[rows]
+        height = {"field": self.schema.width, "row": self.schema.rows, None: 0}[rows]
         self.threshold = nn.Parameter(torch.zeros(height, len(self.groups)))
         offset, group = torch.full((self.width,), -1), torch.zeros(self.width, dtype=torch.int64)
         for index, (left, right) in enumerate(self.groups):
@@ -216,7 +248,7 @@ class Supernet(LearningTable):
         norms = torch.stack([vectors[..., left:right].abs().sum(dim=-1) for left, right in self.groups], dim=-1)
         if self.rows is None:
             return norms
-        return norms - self.threshold[ids if self.rows == "feature" else self.fields[ids]]
+        return norms - self.threshold[ids if self.rows == "row" else self.fields[ids]]
 
     def margins(self) -> NDArray[np.float32]:
         """``|e|_1 - t`` of every row, or its norm where there are no thresholds: ``(n, G)``."""

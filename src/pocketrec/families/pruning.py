@@ -21,6 +21,7 @@ from pocketrec.compression.budget import Room, largest_fitting, values_below
 from pocketrec.compression.ladder import Ladder, Method
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError, DivergedError
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
 from pocketrec.models.backbone import Model
@@ -29,7 +30,6 @@ from pocketrec.models.table import Block, Table, oov_rows
 from pocketrec.schema import Schema
 from pocketrec.training.run import Run
 
-RankingScope = Literal["joint", "block"]
 Fill = Literal["zero", "codebook", "plain"]
 Floats = NDArray[np.float32]
 
@@ -143,7 +143,7 @@ class PruningLadder(Ladder):
     scores: Floats
     fill: Floats
     counts: NDArray[np.int64]
-    scope: RankingScope = "joint"
+    scope: BlockSharing = "joint"
     n_min: int = 0
 
     def __post_init__(self) -> None:
@@ -370,7 +370,7 @@ class ScoredMethod(Method):
     """
 
     fill: Fill = "zero"
-    scope: RankingScope
+    scope: BlockSharing
     n_min: int = 0
 
     @abstractmethod

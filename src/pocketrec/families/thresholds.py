@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from pocketrec import settings
 from pocketrec.errors import BudgetError, ConfigError
 from pocketrec.families.pruning import carry_uncounted, rank_keys
+from pocketrec.families.sharing import ThresholdSharing
 from pocketrec.models.table import DenseTable, counted_cells
 from pocketrec.training.hooks import LearningTable, Rule
-
-Granularity = Literal["global", "dimension", "feature", "field", "feature_dim", "field_dim"]
 
 
 def shrink(values: Tensor, threshold: Tensor) -> Tensor:
@@ -180,15 +179,15 @@ class SoftTable(LearningTable):
     fields: Tensor
 
     def __init__(
-        self, dense: DenseTable, granularity: Granularity, first: float, rule: Rule, every: int, clip: float
+        self, dense: DenseTable, granularity: ThresholdSharing, first: float, rule: Rule, every: int, clip: float
     ) -> None:
         super().__init__()
         self.schema, self.blocks = dense.schema, dense.blocks
-        self.granularity: Granularity = granularity
+        self.granularity: ThresholdSharing = granularity
         self.clip, self.rule = clip, rule
         rows, width = dense.matrix.shape
-        by_row = {"feature": rows, "feature_dim": rows, "field": self.schema.width, "field_dim": self.schema.width}
-        by_column = granularity in ("dimension", "feature_dim", "field_dim")
+        by_row = {"row": rows, "cell": rows, "field": self.schema.width, "field_column": self.schema.width}
+        by_column = granularity in ("column", "cell", "field_column")
         shape = (by_row.get(granularity, 1), width if by_column else 1)
         self.base = nn.Parameter(dense.matrix.detach().clone())
         self.threshold = nn.Parameter(torch.full(shape, first))
@@ -214,7 +213,7 @@ class SoftTable(LearningTable):
 
     def _threshold(self, rows: Tensor | slice) -> Tensor:
         """``s`` of rows, in a shape that broadcasts to their vectors."""
-        if self.granularity.startswith("feature"):
+        if self.granularity in ("row", "cell"):
             return self.threshold[rows]
         return self.threshold[self.fields[rows]] if self.granularity.startswith("field") else self.threshold[0]
 

@@ -19,8 +19,9 @@ from pocketrec.families.compositional.pruned_sum import (
     Spread,
     spread_of,
 )
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
+from pocketrec.families.compositional.region import NOTHING, Region, SlotOrder, Slots
 from pocketrec.families.retraining import Retrain, retraining_model, search_training
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.families.thresholds import ThresholdSearch
 from pocketrec.format.layouts.pruned_sum import Operation, codebook_rows, part_width
 from pocketrec.models.backbone import noise
@@ -73,7 +74,7 @@ class CERP(CompositionalMethod):
     spread: Spread = "constant"
     search: ThresholdSearch = field(default=ThresholdSearch())
     retrain: Retrain = field(default=Retrain())
-    scope: RegionScope = "block"
+    scope: BlockSharing = "block"
     order: SlotOrder = "file"
     start: Start = field(default=Start())
 

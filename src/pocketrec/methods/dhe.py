@@ -13,7 +13,8 @@ from pocketrec.errors import ConfigError
 from pocketrec.families.compositional import hash_network
 from pocketrec.families.compositional.hash_network import CodeDistribution, LastLayer, NetworkPlan, Norm
 from pocketrec.families.compositional.ladder import CompositionalMethod, Start
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
+from pocketrec.families.compositional.region import NOTHING, Region, SlotOrder, Slots
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.randomness import derive
 
 
@@ -66,7 +67,7 @@ class DHE(CompositionalMethod):
     multiple: int = 1
     salt: int = 0
     hot: int = 0
-    scope: RegionScope = "block"
+    scope: BlockSharing = "block"
     order: SlotOrder = "file"
     start: Start = field(default=Start())
 

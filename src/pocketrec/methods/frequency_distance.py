@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pocketrec.families.pruning import Dataset, Fill, Floats, RankingScope, ScoredMethod
+from pocketrec.families.pruning import Dataset, Fill, Floats, ScoredMethod
+from pocketrec.families.sharing import BlockSharing
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FrequencyDistance(ScoredMethod):
     name: ClassVar[str] = "frequency_distance"
 
     fill: Fill = "codebook"
-    scope: RankingScope = "joint"
+    scope: BlockSharing = "joint"
 
     def scores(self, weight: Floats, fill: Floats, data: Dataset, seed: int) -> Floats:
         """``n_i (e_ij - c_fj)^2``."""

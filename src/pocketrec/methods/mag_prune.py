@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pocketrec.families.pruning import Dataset, Floats, RankingScope, ScoredMethod
+from pocketrec.families.pruning import Dataset, Floats, ScoredMethod
+from pocketrec.families.sharing import BlockSharing
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class MagPrune(ScoredMethod):
 
     name: ClassVar[str] = "mag_prune"
 
-    scope: RankingScope = "joint"
+    scope: BlockSharing = "joint"
     n_min: int = 0
 
     def scores(self, weight: Floats, fill: Floats, data: Dataset, seed: int) -> Floats:

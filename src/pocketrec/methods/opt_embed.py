@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pocketrec.families.evolution import DenseTable, Evolution, Retrain, Rule, Start, Supernet, SupernetMethod, Units
-from pocketrec.families.mixed_dimension import ThresholdSharing
+from pocketrec.families.sharing import RowSharing
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class OptEmbed(SupernetMethod):
     of the frozen supernet. Rows go or come back, by their margin ``|e|_1 - t``, where lengths alone miss the budget.
 
     Args:
-        threshold: who shares a row threshold: each ``field``, or each ``feature``.
+        threshold: who shares a row threshold: each ``field``, or each ``row``.
         pressure: weight of the thresholds in the loss, at least 0.
         threshold_rate: learning rate of plain descent on ``t``, above 0; by default such that the pressure alone would
             lift it to the mean first norm.
@@ -40,7 +40,7 @@ class OptEmbed(SupernetMethod):
     bounds: ClassVar = {"pressure": 0}
     above: ClassVar = {"threshold_rate": 0}
 
-    threshold: ThresholdSharing = "field"
+    threshold: RowSharing = "field"
     pressure: float = 1e-3
     threshold_rate: float | None = None
     search: Evolution = field(default=Evolution())

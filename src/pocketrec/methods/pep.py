@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from pocketrec.compression.ladder import Finished, Model, Room, Run
-from pocketrec.families.pruning import Dataset, PrunedTable, PruningLadder, RankingScope
+from pocketrec.families.pruning import Dataset, PrunedTable, PruningLadder
 from pocketrec.families.retraining import Retrain, Start, TrainingMethod, initial_model, retrain, search_training
-from pocketrec.families.thresholds import Granularity, SoftTable, ThresholdSearch
+from pocketrec.families.sharing import BlockSharing, ThresholdSharing
+from pocketrec.families.thresholds import SoftTable, ThresholdSearch
 from pocketrec.models.table import DenseTable, counted_cells
 
 
@@ -26,12 +27,12 @@ class PEP(TrainingMethod):
     margin ``|e| - sigmoid(s)``. They start again from their first values, with the mask fixed.
 
     Args:
-        granularity: who shares a threshold: everything (``global``), a column (``dimension``), a row (``feature``), a
-            field, nobody (``feature_dim``), or a field and column.
+        granularity: who shares a threshold: everything (``joint``), a ``column``, a ``row``, a ``field``, a column
+            within a field (``field_column``), or nobody (``cell``).
         scope: ``joint`` ranks all counted blocks together, ``block`` prunes each to the same share.
 
     Example:
-        >>> PEP(granularity="field_dim", search=ThresholdSearch(first=-15.0, rate=1e-2)).search.stop
+        >>> PEP(granularity="field_column", search=ThresholdSearch(first=-15.0, rate=1e-2)).search.stop
         'exact'
 
     Reference:
@@ -41,10 +42,10 @@ class PEP(TrainingMethod):
 
     name: ClassVar[str] = "pep"
 
-    granularity: Granularity = "feature_dim"
+    granularity: ThresholdSharing = "cell"
     search: ThresholdSearch = field(default=ThresholdSearch())
     retrain: Retrain = field(default=Retrain())
-    scope: RankingScope = "joint"
+    scope: BlockSharing = "joint"
     start: Start = field(default=Start())
 
     def prepare(self, model: Model, data: Dataset, run: Run) -> Finished:

@@ -16,6 +16,7 @@ from pocketrec.compression.budget import values_below
 from pocketrec.compression.ladder import Ladder, Method, Model, Room, Run
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
+from pocketrec.families.sharing import ScaleSharing
 from pocketrec.format.block import Storage, file_range, side_size_for
 from pocketrec.format.entries import Index
 from pocketrec.format.layouts.quantised import BITS, QuantisedBlock, code_bytes, pack_codes
@@ -23,7 +24,6 @@ from pocketrec.format.packed import Packed
 from pocketrec.models.table import Block, Table, oov_rows
 from pocketrec.schema import Schema
 
-ScaleSharing = Literal["column", "block"]
 ZeroCode = Literal["exact", "rounded"]
 
 

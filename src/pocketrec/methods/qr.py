@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pocketrec.errors import ConfigError
 from pocketrec.families.compositional.ladder import CompositionalMethod, Start
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
+from pocketrec.families.compositional.region import NOTHING, Region, SlotOrder, Slots
 from pocketrec.families.compositional.table import Composition
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.format.block import PackedRange, Storage
 from pocketrec.format.computed import encode_factor, factor_bytes
 from pocketrec.format.layouts.product import ProductBlock
@@ -59,7 +60,7 @@ class QR(CompositionalMethod):
     init: FactorInit = "normal"
     large: LargerFactor = "remainder"
     divisor: int | None = None
-    scope: RegionScope = "block"
+    scope: BlockSharing = "block"
     order: SlotOrder = "file"
     start: Start = field(default=Start())
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pocketrec.families.pruning import Dataset, Fill, Floats, RankingScope, ScoredMethod
+from pocketrec.families.pruning import Dataset, Fill, Floats, ScoredMethod
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.randomness import generator
 
 
@@ -26,7 +27,7 @@ class Random(ScoredMethod):
     name: ClassVar[str] = "random"
 
     fill: Fill = "zero"
-    scope: RankingScope = "joint"
+    scope: BlockSharing = "joint"
 
     def scores(self, weight: Floats, fill: Floats, data: Dataset, seed: int) -> Floats:
         """Uniform draws from the run's seed."""

@@ -21,7 +21,8 @@ from pocketrec.attribution.whole_table import attribute_lists, attribute_propaga
 from pocketrec.compression.ladder import Finished, Ladder, Method, Model, Run
 from pocketrec.errors import ConfigError
 from pocketrec.evaluation.full_ranking import product_weight
-from pocketrec.families.pruning import Dataset, Fill, PrunedTable, PruningLadder, RankingScope, fill_rows
+from pocketrec.families.pruning import Dataset, Fill, PrunedTable, PruningLadder, fill_rows
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.models.backbone import ClickModel, RankingModel
 from pocketrec.training.loop import fingerprint
 from pocketrec.training.steps import Arrays, Checkpoint
@@ -92,7 +93,7 @@ class Shaver(Method):
     batch_size: int = 1024
     precision: Precision = "fp32"
     shards: int = 1
-    scope: RankingScope = "joint"
+    scope: BlockSharing = "joint"
     tune: Literal["none", "table", "codebook"] = "none"
 
     def check(self) -> None:

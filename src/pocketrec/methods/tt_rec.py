@@ -13,8 +13,9 @@ from pocketrec.compression.budget import largest_fitting
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
 from pocketrec.families.compositional.ladder import CompositionalMethod, Draft, Model, Run, Start
-from pocketrec.families.compositional.region import NOTHING, Region, RegionScope, SlotOrder, Slots
+from pocketrec.families.compositional.region import NOTHING, Region, SlotOrder, Slots
 from pocketrec.families.compositional.tensor_train import CoreInit, TensorTrain, TrainPlan, rank_bounds, train_values
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.format.layouts.tensor_train import row_factors, width_factors
 
 
@@ -60,7 +61,7 @@ class TTRec(CompositionalMethod):
     warm_up: int = 1
     init: CoreInit = "corrected"
     multiple: int = 8
-    scope: RegionScope = "block"
+    scope: BlockSharing = "block"
     order: SlotOrder = "file"
     start: Start = field(default=Start())
 

@@ -15,19 +15,11 @@ from pocketrec.compression.budget import Room, largest_fitting, values_below
 from pocketrec.compression.ladder import Ladder
 from pocketrec.data.dataset import Dataset
 from pocketrec.errors import ConfigError
-from pocketrec.families.compositional.region import (
-    NOTHING,
-    FrequencyOrder,
-    Region,
-    RegionScope,
-    SlotOrder,
-    Slots,
-    regions,
-    slots_of,
-)
+from pocketrec.families.compositional.region import NOTHING, FrequencyOrder, Region, SlotOrder, Slots, regions, slots_of
 from pocketrec.families.compositional.table import ComposedTable, CompositionPlan
 from pocketrec.families.distillation import imitated, lessons
 from pocketrec.families.retraining import Start, TrainingMethod, initial_model
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.format.block import side_size_for
 from pocketrec.format.entries import size_for
 from pocketrec.models.backbone import Model, noise
@@ -52,7 +44,7 @@ class CompositionalMethod(TrainingMethod):
     """Learning rate of a ``taught`` start that says none."""
 
     start: Start
-    scope: RegionScope
+    scope: BlockSharing
     order: SlotOrder
 
     @property
@@ -123,7 +115,7 @@ class ComposedLadder(Ladder):
     start: Model
     data: Dataset
     run: Run
-    scope: RegionScope
+    scope: BlockSharing
     order: SlotOrder
     plan: Callable[[Region, int], CompositionPlan | None]
     least: Callable[[Region], int]

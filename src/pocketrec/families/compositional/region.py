@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketrec.data.dataset import Dataset
+from pocketrec.families.sharing import BlockSharing
 from pocketrec.models.table import Block
-
-RegionScope = Literal["joint", "block"]
 
 SlotOrder = Literal["file", "id"]
 
@@ -47,7 +46,7 @@ class Region:
         return self.rows * self.width
 
 
-def regions(blocks: Sequence[Block], scope: RegionScope) -> tuple[Region, ...]:
+def regions(blocks: Sequence[Block], scope: BlockSharing) -> tuple[Region, ...]:
     """The counted blocks as regions; in scope ``joint`` neighbours with the same columns are one.
 
     Example:
