@@ -40,6 +40,7 @@ def test_import_contracts_hold():
         "import pocketrec",
         "import pocketrec.cli, pocketrec.runtime, pocketrec.registry, pocketrec.native, pocketrec.format.artifact",
         "import pocketrec; pocketrec.open, pocketrec.Schema, pocketrec.BudgetError, dir(pocketrec)",
+        "import pocketrec.training.run, pocketrec.study.profiling.phase",
     ],
 )
 def test_the_device_side_loads_nothing_heavy(code):

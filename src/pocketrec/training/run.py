@@ -14,19 +14,21 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from pocketrec.data.dataset import Dataset
 from pocketrec.errors import RunLocked
 from pocketrec.files import Journal, Lock, digest, storage_errors
 from pocketrec.format.arrays import open_arrays, save_arrays
-from pocketrec.models.backbone import Model
-from pocketrec.models.table import Lookup
-from pocketrec.schema import Task
-from pocketrec.training.loop import Training
 from pocketrec.training.steps import Abandoned, Arrays, Checkpoint, Progress, Signals, StepPart, Watch
+
+if TYPE_CHECKING:
+    from pocketrec.data.dataset import Dataset
+    from pocketrec.models.backbone import Model
+    from pocketrec.models.table import Lookup
+    from pocketrec.schema import Task
+    from pocketrec.training.loop import Training
 
 M = TypeVar("M", bound="Model[Lookup]")
 
