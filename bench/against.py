@@ -45,7 +45,8 @@ def least(work, times):
 PREPARE = """
 source = pr.sources.Synthetic(rows=120_000, cardinalities=(20_000, 10_000, 3_000, 1_000, 200, 50))
 data = pr.encode(source, None, folder / "data")
-model = pr.train(pr.backbones.DeepFM(dim=16, hidden=(64, 64)), data, folder / "base", pr.Training(epochs=1))
+backbone = pr.backbones.DeepFM(dim=16, hidden=(64, 64))
+model = pr.train(backbone, data, folder / sys.argv[2], pr.Training(epochs=1))
 for name, method, budget, index in (
     ("compact", pr.methods.MagPrune(), "20%", "compact"),
     ("direct", pr.methods.MagPrune(), "20%", "direct"),
@@ -55,42 +56,38 @@ for name, method, budget, index in (
 """
 
 MEASURE = """
+import tempfile
 data = pr.Dataset.open(folder / "data")
-model = pr.load(folder / "base", data)
-rows = np.random.default_rng(0).integers(0, data.schema.rows, (4096, data.schema.width))
-ids = np.ascontiguousarray(data.test.ids[:4096]) if hasattr(data.test, "ids") else rows
-found = {}
+backbone = pr.backbones.DeepFM(dim=16, hidden=(64, 64))
+model = pr.train(backbone, data, folder / sys.argv[2], pr.Training(epochs=1))
+ids = np.ascontiguousarray(data.test.ids[:4096])
+kept = tempfile.TemporaryDirectory()
+work = {}
 for name in ("compact", "direct", "transform"):
     reader = pr.open(folder / name)
     for batch in (1, 64, 2048):
-        part = ids[:batch]
-        repeats = 2000 // batch + 20
-        found[f"look-up and score, {name}, batch {batch}"] = least(
-            lambda: [reader.logits(part) for _ in range(repeats)], 7
-        )
-    found[f"open and first score, {name}"] = least(lambda: pr.open(folder / name).logits(ids[:1]), 5)
-found["scoring run of Shaver"] = least(lambda: pr.compress(model, data, pr.methods.Shaver(), "5%"), 2)
-found["scoring run of RateDistortion"] = least(lambda: pr.compress(model, data, pr.methods.RateDistortion(), "5%"), 2)
-import tempfile
-with tempfile.TemporaryDirectory() as kept:
-    for method in (pr.methods.Shaver(), pr.methods.RateDistortion()):
-        pr.compress(model, data, method, "10%", run=kept)
-        name = type(method).__name__
-        found[f"another budget, {name}"] = least(lambda: pr.compress(model, data, method, "5%", run=kept), 3)
-        found[f"a budget for the file, {name}"] = least(lambda: pr.compress(model, data, method, "400kB", run=kept), 3)
+        part, repeats = ids[:batch], 2000 // batch + 20
+        score = lambda reader=reader, part=part, repeats=repeats: [reader.logits(part) for _ in range(repeats)]
+        work[f"look-up and score, {name}, batch {batch}"] = score, 9
+    work[f"open and first score, {name}"] = lambda name=name: pr.open(folder / name).logits(ids[:1]), 15
+for method in (pr.methods.Shaver(), pr.methods.RateDistortion()):
+    name = type(method).__name__
+    work[f"scoring run of {name}"] = lambda method=method: pr.compress(model, data, method, "5%"), 5
+    for budget, words in (("5%", "another budget"), ("400kB", "a budget for the file")):
+        again = lambda method=method, budget=budget: pr.compress(model, data, method, budget, run=kept.name)
+        work[f"{words}, {name}"] = again, 5
 for optimizer in ("adam", "lazy_adam"):
     training = pr.Training(epochs=1, optimizer=optimizer)
-    backbone = pr.backbones.DeepFM(dim=16, hidden=(64, 64))
-    found[f"epoch, {optimizer}"] = least(lambda: pr.train(backbone, data, None, training), 2)
-print(json.dumps(found))
+    work[f"epoch, {optimizer}"] = lambda training=training: pr.train(backbone, data, None, training), 5
+print(json.dumps({name: least(*given) for name, given in work.items() if sys.argv[3] in name}))
 """
 
 
-def run(root: Path, code: str, folder: Path) -> str:
+def run(which: str, root: Path, code: str, folder: Path, only: str) -> str:
     """What a process of a checkout prints."""
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SHARED + code, str(folder)]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", SHARED + code, str(folder), which, only]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:
@@ -98,15 +95,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="the other checkout, its library built")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="work whose name holds this; nothing is written then")
     given = parser.parse_args()
     roots = {"before": given.before.resolve(), "now": ROOT}
     ratios: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run(roots["before"], PREPARE, Path(folder))
+        run("prepare", roots["before"], PREPARE, Path(folder), "")
         for turn in range(given.rounds):
             order = ["before", "now"] if turn % 2 else ["now", "before"]
-            found = {which: json.loads(run(roots[which], MEASURE, Path(folder))) for which in order}
+            found = {which: json.loads(run(which, roots[which], MEASURE, Path(folder), given.only)) for which in order}
             for name, value in found["now"].items():
                 ratios.setdefault(name, []).append(value / found["before"][name])
                 seconds.setdefault(name, []).append(value)
@@ -122,8 +120,10 @@ def main() -> None:
         f"`python bench/against.py --rounds {given.rounds}`: {__doc__}",
     ]
     table = ["| work | CPU ms now | ratio to before, median | spread |", "| --- | ---: | ---: | ---: |", *rows, ""]
-    RESULT.write_text("\n".join([*head, "", *table]), encoding="utf-8")
-    print(RESULT.read_text(encoding="utf-8"))
+    page = "\n".join([*head, "", *table])
+    print(page)
+    if not given.only:
+        RESULT.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
